@@ -1,0 +1,260 @@
+"""ContextUnet: a small U-Net that predicts noise, conditioned on the time and on a context vector.
+
+Module names and parameter shapes are a contract: published state dicts load with strict=True.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .group_norm_act import GroupNormAct
+
+RESIDUAL_SCALE = 1.414  # not sqrt(2): the checkpoints were trained with this number
+NORM_GROUPS = 8
+
+NORMS = ("batch", "group")
+SHORTCUTS = ("scaled", "zero", "random")
+
+
+def _conv_norm_gelu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    if norm == "batch":
+        return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.GELU())
+    return nn.Sequential(conv, GroupNormAct(NORM_GROUPS, out_channels, act="gelu"))
+
+
+class ResidualConvBlock(nn.Module):
+    """Two 3x3 convolutions, each normalised and activated, with an optional shortcut around them.
+
+    Where the channel counts differ, `shortcut` says what is added to the second convolution:
+    "scaled" the first convolution's output; "random" a fresh 1x1 convolution of the input, drawn on
+    every forward and never trained, as the course's file did; "zero" nothing, its expectation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        is_res: bool = False,
+        norm: str = "batch",
+        shortcut: str = "scaled",
+    ):
+        super().__init__()
+        self.is_res = is_res
+        self.same_channels = in_channels == out_channels
+        self.shortcut = shortcut
+        self.conv1 = _conv_norm_gelu(in_channels, out_channels, norm)
+        self.conv2 = _conv_norm_gelu(out_channels, out_channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
+        x1 = self.conv1(x)
+        x2 = self.conv2(x1)
+        if not self.is_res:
+            return x2
+        if self.same_channels:
+            return (x + x2) / RESIDUAL_SCALE
+        if self.shortcut == "scaled":
+            return (x1 + x2) / RESIDUAL_SCALE
+        if self.shortcut == "random":
+            return (_untrained_conv1x1(x, x2.shape[1]) + x2) / RESIDUAL_SCALE
+        return x2 / RESIDUAL_SCALE
+
+
+def _untrained_conv1x1(x: Tensor, out_channels: int) -> Tensor:
+    """A new nn.Conv2d(C, out_channels, kernel_size=1) of x: the initialisation is uniform."""
+    bound = 1 / math.sqrt(x.shape[1])
+    weight = x.new_empty(out_channels, x.shape[1], 1, 1).uniform_(-bound, bound)
+    bias = x.new_empty(out_channels).uniform_(-bound, bound)
+    return F.conv2d(x, weight, bias)
+
+
+class UnetDown(nn.Module):
+    """Two convolution blocks and a halving of the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "batch"):
+        super().__init__()
+        self.model = nn.Sequential(
+            ResidualConvBlock(in_channels, out_channels, norm=norm),
+            ResidualConvBlock(out_channels, out_channels, norm=norm),
+            nn.MaxPool2d(2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H/2, W/2]
+        return self.model(x)
+
+
+class UnetUp(nn.Module):
+    """A doubling of the size and two convolution blocks, on the input beside the skip."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "batch"):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2),
+            ResidualConvBlock(out_channels, out_channels, norm=norm),
+            ResidualConvBlock(out_channels, out_channels, norm=norm),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x, skip [B, in/2, H, W] -> [B, out, 2H, 2W]"""
+        return self.model(torch.cat((x, skip), dim=1))
+
+
+class EmbedFC(nn.Module):
+    """A two-layer perceptron from a vector to an embedding."""
+
+    def __init__(self, in_features: int, embedding: int):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Linear(in_features, embedding), nn.GELU(), nn.Linear(embedding, embedding)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in] -> [B, embedding]
+        return self.model(x)
+
+
+class ContextUnet(nn.Module):
+    """U-Net for square images, conditioned on the time t/T and on a context vector.
+
+    Args:
+        in_channels: channels of the images.
+        n_feat: channels of the first level, a multiple of 8.
+        n_cfeat: length of the context vector.
+        height: height and width of the images, a multiple of 4.
+        norm: normalisation in the convolution blocks: "batch" (BatchNorm2d, the published layout)
+            or "group" (GroupNorm of 8 groups, fused with the GELU that follows).
+        shortcut: the first block's shortcut, see ResidualConvBlock.
+        pool_window: side of the average pooling at the bottom; default height // 4, the whole map.
+            The course's file always pools by 4, which at heights 20 to 28 drops the map's border.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_feat: int = 256,
+        n_cfeat: int = 10,
+        height: int = 28,
+        *,
+        norm: str = "batch",
+        shortcut: str = "scaled",
+        pool_window: int | None = None,
+    ):
+        super().__init__()
+        _check_configuration(in_channels, n_feat, n_cfeat, height, norm, shortcut)
+        bottom = height // 4  # side of the smallest map
+        pool_window = bottom if pool_window is None else pool_window
+        if not (pool_window > 0 and bottom // pool_window == 1):
+            raise ValueError(
+                f"pool_window: wanted a window that pools the {bottom}x{bottom} map to 1x1, "
+                f"got {pool_window}"
+            )
+        self.in_channels = in_channels
+        self.n_feat = n_feat
+        self.n_cfeat = n_cfeat
+        self.height = height
+        self.options = {"norm": norm, "shortcut": shortcut, "pool_window": pool_window}
+
+        self.init_conv = ResidualConvBlock(in_channels, n_feat, True, norm, shortcut)
+        self.down1 = UnetDown(n_feat, n_feat, norm)
+        self.down2 = UnetDown(n_feat, 2 * n_feat, norm)
+        self.to_vec = nn.Sequential(nn.AvgPool2d(pool_window), nn.GELU())
+
+        self.timeembed1 = EmbedFC(1, 2 * n_feat)
+        self.timeembed2 = EmbedFC(1, n_feat)
+        self.contextembed1 = EmbedFC(n_cfeat, 2 * n_feat)
+        self.contextembed2 = EmbedFC(n_cfeat, n_feat)
+
+        self.up0 = nn.Sequential(
+            nn.ConvTranspose2d(2 * n_feat, 2 * n_feat, bottom, bottom),
+            GroupNormAct(NORM_GROUPS, 2 * n_feat, act="relu"),
+        )
+        self.up1 = UnetUp(4 * n_feat, n_feat, norm)
+        self.up2 = UnetUp(2 * n_feat, n_feat, norm)
+        self.out = nn.Sequential(
+            nn.Conv2d(2 * n_feat, n_feat, kernel_size=3, padding=1),
+            GroupNormAct(NORM_GROUPS, n_feat, act="relu"),
+            nn.Identity(),  # the ReLU's place, which the layer above has fused: keeps `out.3` there
+            nn.Conv2d(n_feat, in_channels, kernel_size=3, padding=1),
+        )
+
+    @property
+    def configuration(self) -> dict[str, int | str]:
+        """The arguments that build this model again: ContextUnet(**model.configuration)."""
+        sizes = ("in_channels", "n_feat", "n_cfeat", "height")
+        return {name: getattr(self, name) for name in sizes} | self.options
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Predicts the noise in x.
+
+        Args:
+            x: [B, in_channels, height, height] noised images.
+            t: [B], or one value for all (such as [1, 1, 1, 1]): timestep / T, in (0, 1].
+            c: [B, n_cfeat] context; None means no context, a vector of zeros.
+
+        Returns:
+            [B, in_channels, height, height], in x's memory format.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is wanted.
+        """
+        self._check_input(x, t, c)
+        batch = x.shape[0]
+        t = t.to(x.dtype).reshape(-1, 1)  # [B or 1, 1]
+        c = x.new_zeros(1, self.n_cfeat) if c is None else c.to(x.dtype)
+        # Embeddings are [B or 1, features]; one row serves the whole batch by expansion.
+        scale1 = self.contextembed1(c).expand(batch, -1)
+        shift1 = self.timeembed1(t).expand(batch, -1)
+        scale2 = self.contextembed2(c)[:, :, None, None]
+        shift2 = self.timeembed2(t)[:, :, None, None]
+
+        x = self.init_conv(x)  # [B, n, H, H]
+        down1 = self.down1(x)  # [B, n, H/2, H/2]
+        down2 = self.down2(down1)  # [B, 2n, H/4, H/4]
+        hidden = self.to_vec(down2)  # [B, 2n, 1, 1]
+        unpool, norm = self.up0
+        up1 = norm(unpool(hidden), post_scale=scale1, post_shift=shift1)  # [B, 2n, H/4, H/4]
+        up2 = self.up1(up1, down2)  # [B, n, H/2, H/2]
+        up3 = self.up2(scale2 * up2 + shift2, down1)  # [B, n, H, H]
+        return self.out(torch.cat((up3, x), dim=1))
+
+    def _check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
+        for name, tensor in {"x": x, "t": t, "c": c}.items():
+            if tensor is not None and not tensor.is_floating_point():
+                raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")
+        batch, image = x.shape[0], [self.in_channels, self.height, self.height]
+        if list(x.shape[1:]) != image:
+            raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
+        if t.numel() != 1 and list(t.shape) != [batch]:
+            raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
+        if c is not None and list(c.shape) != [batch, self.n_cfeat]:
+            raise ValueError(f"c: wanted shape {[batch, self.n_cfeat]}, got {list(c.shape)}")
+
+
+def _check_configuration(
+    in_channels: int,
+    n_feat: int,
+    n_cfeat: int,
+    height: int,
+    norm: str,
+    shortcut: str,
+) -> None:
+    sizes = {
+        "in_channels": (in_channels, 1),
+        "n_feat": (n_feat, NORM_GROUPS),
+        "n_cfeat": (n_cfeat, 1),
+        "height": (height, 4),
+    }
+    for name, (value, factor) in sizes.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+        if value < 1 or value % factor:
+            raise ValueError(f"{name}: wanted a positive multiple of {factor}, got {value}")
+    for name, value, wanted in (("norm", norm, NORMS), ("shortcut", shortcut, SHORTCUTS)):
+        if value not in wanted:
+            raise ValueError(f"{name}: wanted one of {wanted}, got {value!r}")
