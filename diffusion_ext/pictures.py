@@ -1,0 +1,132 @@
+"""Pictures of a run: a labelled sample grid, the denoising as an animation, the loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 64  # least side of an enlarged image, in pixels
+GAP = 6
+MARGIN = 16
+FONT_SIZE = 16
+BACKGROUND, INK = "white", "#333333"
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 2000
+
+
+def sample_grid(
+    images: Tensor,
+    columns: int,
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    title: str = "",
+) -> Image.Image:
+    """The images in rows, enlarged, with labels above the columns and beside the rows.
+
+    Args:
+        images: [B, C, H, W] in [-1, 1] (values beyond are clipped); C is 1 (grey) or 3 (RGB).
+        columns: images in a row.
+        column_labels: one for each column. row_labels: one for each row.
+        title: a line above it all.
+
+    Raises: ValueError for another shape, or labels that do not fit.
+    """
+    cells = [_enlarge(pixels) for pixels in _to_uint8(images)]
+    if columns < 1:
+        raise ValueError(f"columns: wanted at least 1, got {columns}")
+    rows = -(-len(cells) // columns)
+    _check_labels("column_labels", column_labels, columns)
+    _check_labels("row_labels", row_labels, rows)
+
+    font = ImageFont.load_default(FONT_SIZE)
+    line = FONT_SIZE + GAP
+    left = MARGIN + max((int(font.getlength(label)) + 2 * GAP for label in row_labels), default=0)
+    top = MARGIN + (line + GAP if title else 0) + (line if column_labels else 0)
+    width, height = cells[0].width + GAP, cells[0].height + GAP
+    size = (left + columns * width - GAP + MARGIN, top + rows * height - GAP + MARGIN)
+    grid = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    draw.text((left, MARGIN), title, INK, font, anchor="lt")
+    for column, label in enumerate(column_labels):
+        x = left + column * width + (width - GAP) // 2
+        draw.text((x, top - GAP), label, INK, font, anchor="ms")
+    for row, label in enumerate(row_labels):
+        y = top + row * height + (height - GAP) // 2
+        draw.text((left - 2 * GAP, y), label, INK, font, anchor="rm")
+    for i, cell in enumerate(cells):
+        row, column = divmod(i, columns)
+        grid.paste(cell, (left + column * width, top + row * height))
+    return grid
+
+
+def save_denoising_animation(
+    path: str | Path,
+    frames: Tensor,
+    timesteps: Sequence[int],
+    columns: int,
+    column_labels: Sequence[str] = (),
+) -> None:
+    """A GIF of the samples as they lose their noise, which waits on the last frame.
+
+    Args:
+        frames: [F, B, C, H, W] in [-1, 1] (clipped), from noise to images.
+        timesteps: [F], written above each frame.
+        columns, column_labels: as for `sample_grid`.
+
+    Raises: ValueError where there are no frames.
+    """
+    if not len(frames):
+        raise ValueError("frames: wanted at least one, got none")
+    grids = [
+        sample_grid(frame, columns, column_labels, title=f"t = {timestep}")
+        for frame, timestep in zip(frames, timesteps, strict=True)
+    ]
+    durations = [FRAME_MILLISECONDS] * (len(grids) - 1) + [LAST_FRAME_MILLISECONDS]
+    grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+
+def save_loss_curve(path: str | Path, losses: Sequence[float]) -> None:
+    """The mean loss of each epoch as a PNG.
+
+    Raises: ImportError where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the loss curve wants matplotlib: pip install 'diffusion_ext[demo]'"
+        ) from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="#3465a4", linewidth=1.8)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _check_labels(name: str, labels: Sequence[str], wanted: int) -> None:
+    if labels and len(labels) != wanted:
+        raise ValueError(f"{name}: wanted {wanted}, got {len(labels)}")
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    """[B, 1 or 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]"""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(
+            f"images: wanted shape [B, 1 or 3, H, W], not empty, got {list(images.shape)}"
+        )
+    levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _enlarge(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, 3] as a picture at least CELL high, smoothed: tiny images read better so."""
+    picture = Image.fromarray(pixels)
+    factor = max(1, -(-CELL // picture.height))
+    size = (factor * picture.width, factor * picture.height)
+    return picture.resize(size, Image.Resampling.BICUBIC)
