@@ -1,0 +1,160 @@
+// What every op's host code shares: the stable ABI, memory layouts and dtype dispatch.
+#pragma once
+
+// Before any torch header: the library then loads in every torch from 2.10 on. Here, and not on the
+// command line, because the pybind11 module must not see it.
+#define TORCH_TARGET_VERSION 0x020A000000000000ULL
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace dx {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// How a sample's elements [C, *spatial] lie in memory. An unbatched or 2-D sample is contiguous.
+enum class Layout { contiguous, channels_last };
+
+// Applies f to the tensor where there is one.
+template <class F>
+MaybeTensor map(const MaybeTensor& t, const F& f) {
+  return t ? MaybeTensor(f(*t)) : std::nullopt;
+}
+
+// Whether t is dense in the layout, judged by its strides (dimensions of size 1 have any stride).
+inline bool fits(const Tensor& t, Layout layout) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = t.dim();
+  if (t.numel() == 0) return true;
+  if (layout == Layout::channels_last && dims < 3) return false;
+  int64_t expected = 1;
+  const auto step = [&](int64_t d) {
+    const bool ok = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return ok;
+  };
+  if (layout == Layout::channels_last && !step(1)) return false;
+  for (int64_t d = dims - 1; d >= 0; --d)
+    if (!(layout == Layout::channels_last && d == 1) && !step(d)) return false;
+  return true;
+}
+
+// channels_last only where t is so and is not contiguous as well.
+inline Layout layout_of(const Tensor& t) {
+  return !fits(t, Layout::contiguous) && fits(t, Layout::channels_last) ? Layout::channels_last
+                                                                        : Layout::contiguous;
+}
+
+// t itself where it is dense in the layout, else a copy that lies as `like` does (t's shape,
+// dense).
+inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
+  if (fits(t, layout)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// An uninitialised tensor like t. A large one is asked of Linux in huge pages: at 40 MB its first
+// touch took 15 ms in pages of 4 KB, five times the copy of the data, and 3 ms so.
+inline Tensor new_like(const Tensor& t) {
+  Tensor out = torch::stable::empty_like(t);
+#if defined(__linux__)
+  constexpr uintptr_t huge = 1 << 21;
+  const size_t bytes = out.numel() * out.element_size();
+  if (out.is_cpu() && bytes >= 2 * huge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+    const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
+  }
+#endif
+  return out;
+}
+
+// A tensor that a kernel writes, and where it writes: itself, or a contiguous copy for strides that
+// no kernel knows, written back at the end.
+class Output {
+ public:
+  explicit Output(const Tensor& t)
+      : tensor_(t),
+        layout_(layout_of(t)),
+        direct_(fits(t, layout_)),
+        dense_(direct_ ? t : torch::stable::contiguous(t)) {}
+
+  Layout layout() const { return layout_; }
+  const Tensor& dense() const { return dense_; }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(dense_.mutable_data_ptr());
+  }
+  Tensor finish() {
+    if (!direct_) torch::stable::copy_(tensor_, dense_);
+    return tensor_;
+  }
+
+ private:
+  Tensor tensor_;
+  Layout layout_;
+  bool direct_;
+  Tensor dense_;
+};
+
+// Samples [B, *] as the elementwise kernels walk them.
+struct Batch {
+  int64_t samples, channels, spatial;
+  Layout layout;
+
+  Batch(const Tensor& x, Layout layout) : layout(layout) {
+    samples = x.size(0);
+    const int64_t per_sample = samples == 0 ? 0 : x.numel() / samples;
+    channels = layout == Layout::channels_last ? x.size(1) : 1;
+    spatial = channels == 0 ? 0 : per_sample / channels;
+  }
+  int64_t per_sample() const { return channels * spatial; }
+};
+
+inline void check_same_kind(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": wanted x's dtype");
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+                  ": wanted x's device");
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto s = a.sizes(), t = b.sizes();
+  return s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
+}
+
+inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(same_sizes(t, x), name, ": wanted x's shape");
+  check_same_kind(name, t, x);
+}
+
+template <class T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* data_of(const MaybeTensor& t) {
+  return t ? data_of<T>(*t) : nullptr;
+}
+
+// int64 [count], contiguous (a copy where t is strided).
+inline Tensor index_vector(const char* name, const Tensor& t, int64_t count) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, ": wanted dtype int64");
+  STD_TORCH_CHECK(t.numel() == count && t.dim() <= 1, name, ": wanted shape [", count, "]");
+  return torch::stable::contiguous(t);
+}
+
+}  // namespace dx

@@ -1,0 +1,203 @@
+// group_norm_act, forward: statistics of a strip, then its normalisation and activation while the
+// strip is still in cache.
+#include <cmath>
+
+#include "group_norm.h"
+
+namespace dx {
+namespace {
+
+// Sums of (x - shift) and (x - shift)^2. Around a shift near the mean float32 loses nothing; the
+// sums of 4096 go on in float64.
+struct Moments {
+  double first = 0, second = 0;
+  Moments& operator+=(const Moments& m) {
+    first += m.first;
+    second += m.second;
+    return *this;
+  }
+};
+
+template <class T>
+DX_INLINE void add_run(const T* __restrict x, int64_t count, float shift, Moments& m) {
+  for (int64_t begin = 0; begin < count; begin += 4096) {
+    const int64_t end = std::min<int64_t>(begin + 4096, count);
+    float first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = to_float(x[i]) - shift;
+      first += d;
+      second += d * d;
+    }
+    m.first += first;
+    m.second += second;
+  }
+}
+
+// The mean of a group's first elements, a shift for its moments. One element would do but for an
+// outlier: the error grows with (shift - mean)^2 / variance, which n elements of M bound by M/n.
+template <class T>
+DX_INLINE float mean_of(const T* x, int64_t rows, int64_t width, int64_t pitch) {
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < width; ++k) sum += to_float(x[r * pitch + k]);
+  return float(sum / double(rows * width));
+}
+
+void finish(const Moments& m, float shift, int64_t count, double eps, double& mean, float& rstd) {
+  const double delta = m.first / double(count);
+  const double variance = std::max(m.second / double(count) - delta * delta, 0.0);
+  mean = shift + delta;
+  rstd = float(1.0 / std::sqrt(variance + eps));
+  if (std::isnan(m.second)) rstd = float(m.second);  // max() above would hide it
+}
+
+// The group of a contiguous slab: whole blocks as runs, or row by row where each has its pre_shift.
+template <class T>
+void contiguous_statistics(const Slab& slab, const T* x, double eps, double* mean, float* rstd) {
+  const GroupNorm& g = slab.g;
+  const Block head = slab.block(0);
+  const auto pre_shift = [&](int64_t k) { return g.pre_shift.at(slab.n, slab.first + k); };
+  const float shift =
+      mean_of(x + head.element, 1, std::min<int64_t>(head.width, 512), 0) + pre_shift(0);
+  std::vector<Moments> partial(slab.chunks());
+  slab.for_each_chunk([&](int64_t chunk) {
+    Moments m;
+    on_best_isa([&]() DX_KERNEL {
+      slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
+        if (!g.pre_shift.given()) return add_run(x + b.element, b.size(), shift, m);
+        for (int64_t r = 0; r < b.rows; ++r)
+          add_run(x + b.element + r * b.pitch, b.width, shift - pre_shift(b.channel + r), m);
+      });
+    });
+    partial[chunk] = m;
+  });
+  Moments total;
+  for (const Moments& m : partial) total += m;
+  finish(total, shift, slab.width * g.spatial, eps, *mean, *rstd);
+}
+
+// The groups of a channels_last slab: sums per channel over the pixels, then per group.
+template <class T>
+void channels_last_statistics(const Slab& slab, const T* x, double eps, double* mean, float* rstd) {
+  const GroupNorm& g = slab.g;
+  const int64_t size = g.group_channels();
+  const T* pixels = x + slab.n * g.spatial * g.channels;
+  std::vector<float> group_shift(g.groups), shift(g.channels);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const float pre_shift = g.pre_shift.at(slab.n, c);
+    if (c % size == 0)
+      group_shift[c / size] =
+          mean_of(pixels + c, std::min<int64_t>(g.spatial, 16), size, g.channels) + pre_shift;
+    shift[c] = group_shift[c / size] - pre_shift;
+  }
+  auto sums = sum_chunks<2>(slab, [&](int64_t chunk, ChannelSums<2>& s) DX_KERNEL {
+    float* __restrict first = s.narrow(0), * __restrict second = s.narrow(1);
+    slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const T* row = x + b.element + r * b.pitch;
+#pragma omp simd
+        for (int64_t k = 0; k < b.width; ++k) {
+          const float d = to_float(row[k]) - shift[k];
+          first[k] += d;
+          second[k] += d * d;
+        }
+      }
+      s.added(b.rows);
+    });
+  });
+  for (int64_t group = 0; group < g.groups; ++group) {
+    Moments m;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c)
+      m += {sums.total(0, c), sums.total(1, c)};
+    finish(m, group_shift[group], size * g.spatial, eps, mean[group], rstd[group]);
+  }
+}
+
+// Normalises, modulates and activates a block. a holds the block in between.
+template <Layout layout, Act act, class T>
+DX_INLINE void apply_block(const Block& b, const Channels& ch, const T* __restrict x,
+                           T* __restrict y, float* __restrict a) {
+  const float *centre = ch.centre, *rstd = ch.rstd, *residual = ch.residual, *gain = ch.gain,
+              *offset = ch.offset, *post_scale = ch.post_scale, *post_shift = ch.post_shift;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const T* __restrict row = x + b.element + r * b.pitch;
+    float* __restrict to = a + r * b.width;
+#pragma omp simd
+    for (int64_t k = 0; k < b.width; ++k) {
+      const int64_t c = channel_at<layout>(b, r, k);
+      const float xhat = fma(to_float(row[k]) - centre[c], rstd[c], residual[c]);
+      to[k] = fma(gain[c], xhat, offset[c]);
+    }
+  }
+  activate_all<act>(a, b.size());
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const float* __restrict from = a + r * b.width;
+    T* __restrict row = y + b.element + r * b.pitch;
+#pragma omp simd
+    for (int64_t k = 0; k < b.width; ++k) {
+      const int64_t c = channel_at<layout>(b, r, k);
+      round_to(fma(from[k], post_scale[c], post_shift[c]), row[k]);
+    }
+  }
+}
+
+template <Layout layout, class T>
+void run(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) {
+  for_each_slab(g, [&](const Slab& slab) {
+    const int64_t group = slab.n * g.groups + slab.first / g.group_channels();
+    if constexpr (layout == Layout::contiguous)
+      contiguous_statistics(slab, x, eps, mean + group, rstd + group);
+    else
+      channels_last_statistics(slab, x, eps, mean + group, rstd + group);
+    const Channels channels(slab, mean, rstd);
+    slab.for_each_chunk([&](int64_t chunk) {
+      const std::unique_ptr<float[]> a(new float[slab.block_elements()]);
+      on_best_isa([&]() DX_KERNEL {
+        dispatch_act(g.act, [&](auto act) DX_KERNEL {
+          slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
+            apply_block<layout, decltype(act)::value>(b, channels, x, y, a.get());
+          });
+        });
+      });
+    });
+  });
+}
+
+// A group without elements has mean 0 and variance 0.
+void fill_empty(const GroupNorm& g, double eps, double* mean, float* rstd) {
+  std::fill_n(mean, g.samples * g.groups, 0.0);
+  std::fill_n(rstd, g.samples * g.groups, float(1.0 / std::sqrt(eps)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_act(
+    const Tensor& x_, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
+    double eps, int64_t act, const MaybeTensor& scale, const MaybeTensor& shift,
+    const MaybeTensor& post_scale, const MaybeTensor& post_shift, const MaybeTensor& pre_shift) {
+  STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
+  Output y(new_like(x_));
+  const Tensor x = in_layout(x_, y.dense(), y.layout());
+  const GroupNorm g(x, y.layout(), num_groups, act, weight, bias, scale, shift, post_scale,
+                    post_shift, pre_shift);
+  const Tensor mean = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Double);
+  const Tensor rstd = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Float);
+  double* means = static_cast<double*>(mean.mutable_data_ptr());
+  float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
+  if (g.spatial == 0) fill_empty(g, eps, means, rstds);
+  dispatch_floating(x.scalar_type(), "group_norm_act", [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if (g.layout == Layout::contiguous)
+      run<Layout::contiguous>(g, eps, data_of<T>(x), y.data<T>(), means, rstds);
+    else
+      run<Layout::channels_last>(g, eps, data_of<T>(x), y.data<T>(), means, rstds);
+  });
+  return {y.finish(), mean, rstd};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
+  m.impl("group_norm_act", TORCH_BOX(&group_norm_act));
+}
+
+}  // namespace dx

@@ -1,0 +1,42 @@
+#include "simd.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace dx {
+namespace {
+
+Isa processor_isa() {
+#if defined(DX_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa chosen_isa() {
+  const Isa isa = processor_isa();
+  const char* wanted = std::getenv("DIFFUSION_EXT_CPU_CAPABILITY");
+  if (wanted == nullptr) return isa;
+  for (const Isa lower : {Isa::baseline, Isa::avx2})
+    if (lower < isa && std::strcmp(wanted, name_of(lower)) == 0) return lower;
+  return isa;
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+Isa best_isa() {
+  static const Isa isa = chosen_isa();
+  return isa;
+}
+
+}  // namespace dx

@@ -1,0 +1,51 @@
+// The vector unit is chosen when the program runs. A kernel is written once, as a lambda marked
+// DX_KERNEL that calls only DX_INLINE functions; it is inlined into a function compiled for each
+// instruction set, where the compiler vectorises its loops, and the best one that the processor
+// has is called.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DX_X86 1
+#endif
+
+#if defined(__GNUC__)
+#define DX_KERNEL __attribute__((always_inline))
+#else
+#define DX_KERNEL
+#endif
+
+namespace dx {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The processor's best, or what DIFFUSION_EXT_CPU_CAPABILITY (baseline, avx2, avx512) lowers it to.
+Isa best_isa();
+const char* name_of(Isa isa);
+
+#if defined(DX_X86)
+#if defined(__clang__)
+#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"
+#else
+#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"
+#endif
+template <class Kernel>
+__attribute__((target(DX_AVX512))) void run_avx512(const Kernel& kernel) {
+  kernel();
+}
+template <class Kernel>
+__attribute__((target("avx2,fma,bmi2"))) void run_avx2(const Kernel& kernel) {
+  kernel();
+}
+#endif
+
+template <class Kernel>
+void on_best_isa(const Kernel& kernel) {
+#if defined(DX_X86)
+  const Isa isa = best_isa();
+  if (isa == Isa::avx512) return run_avx512(kernel);
+  if (isa == Isa::avx2) return run_avx2(kernel);
+#endif
+  kernel();
+}
+
+}  // namespace dx

@@ -1,0 +1,69 @@
+// The Python module diffusion_ext._C. Importing it registers the ops (registration.cpp and the
+// kernels' own files). Here, without torch's headers, is what Python asks of the library itself.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/simd.h"
+#include "math/normal.h"
+#include "math/philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+#if defined(__clang__)
+  facts["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  facts["compiler"] = "gcc " __VERSION__;
+#endif
+  facts["c++ standard"] = std::to_string(__cplusplus);
+  facts["stable ABI"] = "torch 2.10 and later";
+  return facts;
+}
+
+using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
+
+// [n, 4] counters and [n, 2] keys to [n, 4] words.
+Words philox4x32(const Words& counters, const Words& keys) {
+  if (counters.ndim() != 2 || counters.shape(1) != 4)
+    throw py::value_error("counters: wanted shape [n, 4]");
+  if (keys.ndim() != 2 || keys.shape(1) != 2 || keys.shape(0) != counters.shape(0))
+    throw py::value_error("keys: wanted shape [n, 2]");
+  Words out({counters.shape(0), py::ssize_t{4}});
+  const auto c = counters.unchecked<2>(), k = keys.unchecked<2>();
+  auto r = out.mutable_unchecked<2>();
+  for (py::ssize_t i = 0; i < counters.shape(0); ++i) {
+    const dx::Words4 w = dx::philox4x32({c(i, 0), c(i, 1), c(i, 2), c(i, 3)}, k(i, 0), k(i, 1));
+    r(i, 0) = w.r0, r(i, 1) = w.r1, r(i, 2) = w.r2, r(i, 3) = w.r3;
+  }
+  return out;
+}
+
+// [n, 2] random words to [n, 2] normals.
+py::array_t<float> box_muller(const Words& words) {
+  if (words.ndim() != 2 || words.shape(1) != 2) throw py::value_error("words: wanted shape [n, 2]");
+  py::array_t<float> out({words.shape(0), py::ssize_t{2}});
+  const auto w = words.unchecked<2>();
+  auto z = out.mutable_unchecked<2>();
+  for (py::ssize_t i = 0; i < words.shape(0); ++i)
+    dx::box_muller(w(i, 0), w(i, 1), z(i, 0), z(i, 1));
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of diffusion_ext: its CPU kernels and facts about them.";
+  m.def("build_facts", &build_facts, "How this library was compiled.");
+  m.def(
+      "cpu_capability", [] { return dx::name_of(dx::best_isa()); },
+      "The instruction set that the CPU kernels use: baseline, avx2 or avx512.");
+  m.def("philox4x32", &philox4x32, py::arg("counters"), py::arg("keys"),
+        "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
+  m.def("box_muller", &box_muller, py::arg("words"),
+        "Two normals from two words: uint32 [n, 2] to float32 [n, 2].");
+}

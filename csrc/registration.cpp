@@ -1,0 +1,27 @@
+// The schema of every op. The kernels register themselves: csrc/cpu for "CPU", csrc/cuda for
+// "CUDA".
+#include "common.h"
+
+STABLE_TORCH_LIBRARY(diffusion_ext, m) {
+  m.def(
+      "sampler_step(Tensor x, Tensor model_output, Tensor coefficients, Tensor timesteps, "
+      "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance, "
+      "bool return_x0) -> (Tensor, Tensor)");
+  m.def(
+      "sampler_step_(Tensor(a!) x, Tensor model_output, Tensor coefficients, Tensor timesteps, "
+      "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance) "
+      "-> ()");
+  m.def(
+      "perturb(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, Tensor? seeds, "
+      "bool velocity) -> (Tensor, Tensor)");
+  m.def("philox_normal_(Tensor(a!) out, Tensor seeds, int step, int stream) -> ()");
+  m.def(
+      "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, int act, "
+      "Tensor? scale, Tensor? shift, Tensor? post_scale, Tensor? post_shift, Tensor? pre_shift) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int num_groups, "
+      "Tensor? weight, Tensor? bias, int act, Tensor? scale, Tensor? shift, Tensor? post_scale, "
+      "Tensor? post_shift, Tensor? pre_shift) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "Tensor dscale, Tensor dshift, Tensor dpost_scale, Tensor dpost_shift, Tensor dpre_shift)");
+}

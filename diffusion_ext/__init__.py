@@ -1,0 +1,36 @@
+"""diffusion_ext: fused C++/CUDA kernels, samplers and a UNet for PyTorch diffusion models."""
+
+from . import nn
+from .information import info
+from .ops import (
+    ddim_step,
+    ddpm_step,
+    group_norm_act,
+    perturb,
+    philox_normal,
+    sampler_step,
+    use_backend,
+)
+from .samplers import StepTable, ddim, ddpm
+from .sampling import SampleResult, sample
+from .schedules import NoiseSchedule
+from .version import __version__
+
+__all__ = [
+    "NoiseSchedule",
+    "SampleResult",
+    "StepTable",
+    "__version__",
+    "ddim",
+    "ddim_step",
+    "ddpm",
+    "ddpm_step",
+    "group_norm_act",
+    "info",
+    "nn",
+    "perturb",
+    "philox_normal",
+    "sample",
+    "sampler_step",
+    "use_backend",
+]

@@ -1,0 +1,59 @@
+"""GroupNorm with its activation, as a module with torch.nn.GroupNorm's parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops import group_norm_act
+
+
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm followed by an activation, in one kernel; a drop-in for the pair of modules.
+
+    Parameters and state-dict keys are those of torch.nn.GroupNorm: `weight`, `bias` [C].
+
+    Args:
+        num_groups: G, which divides num_channels. num_channels: C.
+        act: "identity", "relu", "silu", "gelu" or "gelu_tanh".
+        eps, affine, device, dtype: as for torch.nn.GroupNorm.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        act: str = "silu",
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self.act = act
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        post_scale: Tensor | None = None,
+        post_shift: Tensor | None = None,
+        pre_shift: Tensor | None = None,
+    ) -> Tensor:
+        """x [N, C, *spatial] and modulations [N, C], as for `diffusion_ext.group_norm_act`."""
+        return group_norm_act(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.act,
+            scale,
+            shift,
+            post_scale,
+            post_shift,
+            pre_shift,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"

@@ -1,0 +1,103 @@
+"""Which implementation serves a call: the compiled kernels ("native") or the torch reference."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pathlib
+import warnings
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("native", "reference")
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _load_cpu() -> str | None:
+    """Import `_C`, which registers the ops and their CPU kernels; the reason where that fails."""
+    try:
+        importlib.import_module("diffusion_ext._C")
+    except ImportError as error:
+        if any(PACKAGE.glob("_C*.so")) or any(PACKAGE.glob("_C*.pyd")):
+            return f"the built library does not load: {error}"
+        return "the C++ library was not built"
+    return None
+
+
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels where torch has CUDA; the reason where they are not loaded."""
+    if "cpu" in missing:
+        return missing["cpu"]
+    libraries = [*PACKAGE.glob("_cuda*.so"), *PACKAGE.glob("_cuda*.pyd")]
+    if not libraries:
+        return "the CUDA library was not built"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"the built library does not load: {error}"
+    return None
+
+
+# Device type -> why its kernels are missing. A device without an entry is served natively.
+missing: dict[str, str] = {}
+for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
+    if (_reason := _load()) is not None:
+        missing[_device] = _reason
+
+native_devices = tuple(device for device in ("cpu", "cuda") if device not in missing)
+
+
+def _backend_from_environment() -> str:
+    name = os.environ.get("DIFFUSION_EXT_BACKEND", "native")
+    if name not in BACKENDS:
+        warnings.warn(
+            f"DIFFUSION_EXT_BACKEND: wanted one of {BACKENDS}, got {name!r}; using 'native'",
+            stacklevel=2,
+        )
+        return "native"
+    return name
+
+
+_current = _backend_from_environment()
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Choose what serves the ops inside the `with` block, for the whole process.
+
+    Args:
+        name: "native" (the default: compiled kernels, and the reference wherever no kernel serves
+            a call: float64, another device, a library that is missing) or "reference" (pure torch
+            always). DIFFUSION_EXT_BACKEND sets the choice that a process starts with.
+
+    Raises: ValueError for another name.
+    """
+    global _current
+    if name not in BACKENDS:
+        raise ValueError(f"name: wanted one of {BACKENDS}, got {name!r}")
+    before, _current = _current, name
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current_backend() -> str:
+    """The name chosen by `use_backend` or DIFFUSION_EXT_BACKEND."""
+    return _current
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a kernel serves a call on x."""
+    return _current == "native" and x.dtype in NATIVE_DTYPES and x.device.type in native_devices
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call on these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

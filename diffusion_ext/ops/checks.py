@@ -1,0 +1,82 @@
+"""Argument checks: an error names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(name: str, x) -> None:
+    """x is a dense tensor of a floating dtype the ops know."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: wanted float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: wanted a dense (strided) tensor, got layout {x.layout}")
+
+
+def check_sample(name: str, x) -> None:
+    """x is a floating tensor [B, *]."""
+    check_floating(name, x)
+    if x.dim() < 1:
+        raise ValueError(f"{name}: wanted shape [B, *], got a scalar tensor")
+
+
+def check_like(name: str, tensor, x_name: str, x: Tensor) -> None:
+    """tensor has x's shape, dtype and device."""
+    check_floating(name, tensor)
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"{name}: wanted {x_name}'s shape {list(x.shape)}, got {list(tensor.shape)}"
+        )
+    check_same_kind(name, tensor, x_name, x)
+
+
+def check_same_kind(name: str, tensor: Tensor, x_name: str, x: Tensor) -> None:
+    """tensor has x's dtype and device."""
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: wanted {x_name}'s dtype {x.dtype}, got {tensor.dtype}")
+    check_device(name, tensor, x.device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: wanted a tensor on {device}, got one on {tensor.device}")
+
+
+def check_indices(name: str, tensor, batch: int, device: torch.device) -> None:
+    """tensor is int64 [B] on device (seeds, timesteps)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: wanted an int64 tensor [B], got {type(tensor).__name__}")
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name}: wanted dtype torch.int64, got {tensor.dtype}")
+    if tensor.shape != (batch,):
+        raise ValueError(f"{name}: wanted shape [{batch}] (the batch), got {list(tensor.shape)}")
+    check_device(name, tensor, device)
+
+
+def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Every value of an int64 tensor on the host lies in [low, high].
+
+    Values in device memory are not read (that would stall the stream): there the kernel traps.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or torch.compiler.is_compiling():
+        return
+    least, most = (int(v) for v in tensor.aminmax())
+    if least < low or most > high:
+        raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
+
+
+def as_seeds(seeds, batch: int, device: torch.device) -> Tensor:
+    """Seeds [B] int64 on device, from an int (sample b gets seed + b) or a tensor."""
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, Tensor)):
+        raise TypeError(f"seeds: wanted an int or an int64 tensor [B], got {type(seeds).__name__}")
+    if isinstance(seeds, int):
+        if not -(2**63) <= seeds <= 2**63 - 1:
+            raise ValueError(f"seeds: wanted an int of 64 bits, got {seeds}")
+        return torch.full((batch,), seeds, device=device) + torch.arange(batch, device=device)
+    check_indices("seeds", seeds, batch, seeds.device)
+    return seeds.to(device)

@@ -1,0 +1,133 @@
+"""group_norm_act: GroupNorm, its modulations and the activation in one op, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import missing, needs_grad, serves
+from .checks import check_device, check_floating
+
+# The kernels take an activation as its index here (csrc/math/activation.h has the same order).
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    post_scale: Tensor | None = None,
+    post_shift: Tensor | None = None,
+    pre_shift: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm (Wu & He 2018), modulation and activation in one read and one write of x.
+
+        y = act((1 + scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift
+
+    Args:
+        x: [N, C, *spatial], 3-D to 5-D. Contiguous and channels_last are read as they lie; any
+            other strides are copied first.
+        num_groups: G, which divides C. weight, bias: [C] or None. eps: added to the variance.
+        act: "identity", "relu", "silu", "gelu" (erf) or "gelu_tanh".
+        scale, shift, post_scale, post_shift, pre_shift: [N, C] or None, in any floating dtype:
+            adaptive normalisation before the activation, FiLM after it (Perez et al. 2018), and a
+            bias per sample (a time embedding) before the statistics.
+
+    Statistics are float32 around a shift, so a mean far from zero costs no accuracy. For the
+    backward only x, the mean and 1/std are kept. The gradient is not differentiable again.
+
+    Returns: y, x's shape, dtype and memory format. Raises: TypeError, ValueError.
+    """
+    modulation = (scale, shift, post_scale, post_shift, pre_shift)
+    _check(x, num_groups, weight, bias, eps, act, modulation)
+    if not serves(x):
+        return reference.group_norm_act(x, num_groups, weight, bias, eps, act, *modulation)
+    if needs_grad(x, weight, bias, *modulation):
+        return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
+    act_index = ACTIVATIONS.index(act)
+    args = (x, num_groups, weight, bias, eps, act_index, *modulation)
+    return torch.ops.diffusion_ext.group_norm_act(*args)[0]
+
+
+class _GroupNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num_groups, weight, bias, eps, act, *modulation):
+        act_index = ACTIVATIONS.index(act)
+        args = (x, num_groups, weight, bias, eps, act_index, *modulation)
+        y, mean, rstd = torch.ops.diffusion_ext.group_norm_act(*args)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, *modulation)
+        ctx.num_groups, ctx.act_index = num_groups, act_index
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, rstd, weight, bias, *modulation = ctx.saved_tensors
+        gradients = torch.ops.diffusion_ext.group_norm_act_backward(
+            dy, x, mean, rstd, ctx.num_groups, weight, bias, ctx.act_index, *modulation
+        )
+        dx, dweight, dbias, *dmodulation = (
+            gradient if wanted else None
+            for gradient, wanted in zip(
+                gradients,
+                [i for k, i in enumerate(ctx.needs_input_grad) if k not in (1, 4, 5)],
+                strict=True,
+            )
+        )
+        return dx, None, dweight, dbias, None, None, *dmodulation
+
+
+def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
+    check_floating("x", x)
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(f"x: wanted 3 to 5 dimensions [N, C, *spatial], got {list(x.shape)}")
+    batch, channels = x.shape[:2]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(f"num_groups: wanted an int, got {type(num_groups).__name__}")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups: wanted a divisor of the {channels} channels, got {num_groups}"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps: wanted a number above 0, got {eps}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: wanted one of {ACTIVATIONS}, got {act!r}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check_parameter(name, tensor, (channels,), "[C]", x)
+    names = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
+    for name, tensor in zip(names, modulation, strict=True):
+        if tensor is not None:
+            _check_parameter(name, tensor, (batch, channels), "[N, C]", x)
+
+
+def _check_parameter(name: str, tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
+    check_floating(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: wanted shape {meaning} = {list(shape)}, got {list(tensor.shape)}"
+        )
+    check_device(name, tensor, x.device)
+
+
+if "cpu" not in missing:
+
+    @torch.library.register_fake("diffusion_ext::group_norm_act")
+    def _(x, num_groups, weight, bias, eps, act, scale, shift, post_scale, post_shift, pre_shift):
+        stats = (x.shape[0], num_groups)
+        mean = x.new_empty(stats, dtype=torch.float64)
+        return torch.empty_like(x), mean, x.new_empty(stats, dtype=torch.float32)
+
+    @torch.library.register_fake("diffusion_ext::group_norm_act_backward")
+    def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
+        def like(parameter):
+            if parameter is None:
+                return x.new_empty(0)
+            return x.new_empty(parameter.shape, dtype=parameter.dtype)
+
+        return torch.empty_like(x), *(like(p) for p in (weight, bias, *modulation))

@@ -1,0 +1,67 @@
+"""perturb: forward noising in one pass, x0 to (x_t, training target)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedules import NoiseSchedule
+from . import reference
+from .backend import missing, needs_grad, serves
+from .checks import check_in_range, check_indices, check_like, check_sample
+from .noise import resolve_noise
+
+TARGETS = ("noise", "v")
+NOISINGS = {"standard": "sigma", "course": "variance"}
+
+
+def perturb(
+    x0: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    noise: Tensor | torch.Generator | None = None,
+    seeds: int | Tensor | None = None,
+    target: str = "noise",
+    noising: str = "standard",
+) -> tuple[Tensor, Tensor]:
+    """Noise clean samples to timestep t: x_t = √ᾱ_t x0 + √(1-ᾱ_t) ε (Ho et al. 2020, eq. 4).
+
+    Args:
+        x0: [B, *], clean samples; any floating dtype, memory format and strides.
+        t: int64 [B], from 0 to T.
+        schedule: the noise schedule.
+        noise: ε [B, *] in x0's dtype, or a torch.Generator to draw it from.
+        seeds: int64 [B] or an int (sample b gets seeds + b): ε is made in the kernel, stream 2.
+            With neither noise nor seeds, the seeds come from torch's default generator.
+        target: what a model learns: "noise" (ε) or "v" (√ᾱ ε - √(1-ᾱ) x0, Salimans & Ho 2022).
+        noising: "standard", or "course", whose notebook forgot the root: (1-ᾱ_t) ε.
+
+    Returns: (x_t, target), each [B, *], x0's dtype and memory format.
+    Raises: TypeError, ValueError for bad arguments; t on the host is checked to lie in 0..T.
+    """
+    check_sample("x0", x0)
+    check_indices("t", t, x0.shape[0], x0.device)
+    check_in_range("t", t, 0, schedule.timesteps)
+    if target not in TARGETS:
+        raise ValueError(f"target: wanted one of {TARGETS}, got {target!r}")
+    if noising not in NOISINGS:
+        raise ValueError(f"noising: wanted one of {tuple(NOISINGS)}, got {noising!r}")
+    noise, seeds = resolve_noise(x0, noise, seeds)
+    if noise is not None:
+        check_like("noise", noise, "x0", x0)
+    native = serves(x0) and not needs_grad(x0, noise)
+    table_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    signal = schedule.tensor("signal", x0.device, table_dtype)
+    sigma = schedule.tensor(NOISINGS[noising], x0.device, table_dtype)
+    op = torch.ops.diffusion_ext.perturb if native else reference.perturb
+    x_t, learned = op(x0, t, signal, sigma, noise, seeds, target == "v")
+    # The kernel writes no second copy of a noise that the caller holds.
+    return x_t, noise if target == "noise" and noise is not None else learned
+
+
+if "cpu" not in missing:
+
+    @torch.library.register_fake("diffusion_ext::perturb")
+    def _(x0, t, signal, sigma, noise, seeds, velocity):
+        written = velocity or noise is None
+        return torch.empty_like(x0), torch.empty_like(x0) if written else x0.new_empty(0)

@@ -1,0 +1,188 @@
+"""Pure-torch definitions of every op: any device, any floating dtype, differentiable.
+
+They are the specification that the kernels are tested against, and the fallback where no kernel
+serves. Half precision is computed in float32 and rounded once at the end, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "identity": lambda a: a,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+}
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype its arithmetic runs in: float32 for the half types."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """values [B] (or []) shaped to broadcast over x [B,*]."""
+    return values.reshape(values.shape + (1,) * (x.dim() - 1)) if values.dim() else values
+
+
+# --- philox_normal ------------------------------------------------------------------------------
+
+
+def philox4x32(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): 4 counter words and 2 key words to 4 random words.
+
+    Every word is an int64 tensor of values in [0, 2^32); the tensors broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(_PHILOX_M[0], c0)
+        hi1, lo1 = _mul_hi_lo(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def _mul_hi_lo(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of m·x, by 16-bit halves so that int64 does not overflow."""
+    low = m * (x & 0xFFFF)
+    mid = m * (x >> 16) + (low >> 16)
+    return mid >> 16, ((mid & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_normal(
+    seeds: Tensor, shape: tuple[int, ...], step: int | Tensor, stream: int, dtype: torch.dtype
+) -> Tensor:
+    """Normals by counter: element e of a sample depends on its seed, step, stream and e alone.
+
+    Args: seeds: [B] int64. shape: (B, *). step: an int, or int64 [B] for one per sample.
+    """
+    count = math.prod(shape[1:])
+    block = torch.arange((count + 3) // 4, device=seeds.device)
+    step = torch.as_tensor(step, device=seeds.device)
+    step = (step.reshape(-1, 1) if step.dim() else step) & _MASK32  # [B, 1] or []
+    seeds = seeds.reshape(-1, 1)
+    words = philox4x32(
+        [block & _MASK32, block >> 32, step, torch.full_like(step, stream & _MASK32)],
+        [seeds & _MASK32, (seeds >> 32) & _MASK32],
+    )  # 4 x [B, blocks]
+    # Box-Muller: words (0, 1) give elements 0 and 1 of the block, words (2, 3) elements 2 and 3.
+    z = []
+    for r0, r1 in (words[:2], words[2:]):
+        u = (r0.double() + 0.5) * 2.0**-32
+        radius, angle = torch.sqrt(-2 * torch.log(u)), (2 * math.pi * 2.0**-32) * r1.double()
+        z += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(z, dim=-1).flatten(1)[:, :count].reshape(shape).to(dtype)
+
+
+# --- sampler_step and perturb -------------------------------------------------------------------
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    timesteps: Tensor,
+    row: Tensor,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    history: Tensor | None = None,
+    clip: float | None = None,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(x', x0) [B,*] of one sampler step; `diffusion_ext.samplers` states the formula."""
+    dtype, x, m = x.dtype, _wide(x), _wide(model_output)
+    if m.shape[0] != x.shape[0]:
+        uncond, cond = m.chunk(2)
+        m = uncond + guidance * (cond - uncond)
+    c = coefficients.to(x.dtype)[row]  # [7] or [B, 7]
+    kx, km, ax, am, a0, ah, az = (_per_sample(column, x) for column in c.unbind(-1))
+    x0 = kx * x + km * m
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    out = ax * x + am * m + a0 * x0
+    if history is not None:
+        out = out + ah * _wide(history)
+    if seeds is not None:
+        noise = philox_normal(seeds, x.shape, timesteps[row], stream=1, dtype=x.dtype)
+    if noise is not None:
+        out = out + az * _wide(noise)
+    return out.to(dtype), x0.to(dtype)
+
+
+def perturb(
+    x0: Tensor,
+    t: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    velocity: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x_t = signal[t]·x0 + sigma[t]·noise; the target: noise, or v = signal[t]·noise - sigma[t]·x0.
+
+    Shapes: x0, noise, x_t and the target [B,*]; t and seeds [B] int64; signal, sigma [T+1].
+    """
+    dtype, x0 = x0.dtype, _wide(x0)
+    a, s = (_per_sample(table.to(x0.dtype)[t], x0) for table in (signal, sigma))
+    if noise is None:
+        noise = philox_normal(seeds, x0.shape, t, stream=2, dtype=x0.dtype)
+    noise = _wide(noise)
+    target = a * noise - s * x0 if velocity else noise
+    return (a * x0 + s * noise).to(dtype), target.to(dtype)
+
+
+# --- group_norm_act -----------------------------------------------------------------------------
+
+
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    post_scale: Tensor | None = None,
+    post_shift: Tensor | None = None,
+    pre_shift: Tensor | None = None,
+) -> Tensor:
+    """act((1+scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift, x [N,C,*spatial]."""
+    dtype, x = x.dtype, _wide(x)
+
+    def per_channel(p: Tensor) -> Tensor:  # [C] or [N,C] to [1 or N, C, 1...]
+        p = p.to(x.dtype)
+        return p.reshape((-1, p.shape[-1]) + (1,) * (x.dim() - 2))
+
+    u = x if pre_shift is None else x + per_channel(pre_shift)
+    group = u.reshape(u.shape[0], num_groups, u[0].numel() // num_groups if u.shape[0] else 1)
+    # Centred twice: the rounding of a large mean is itself removed, so 10000 +/- 0.1 comes out.
+    group = group - group.mean(-1, keepdim=True)
+    group = group - group.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(group.square().mean(-1, keepdim=True) + eps)
+    a = (group * rstd).reshape(u.shape)
+    if weight is not None:
+        a = a * per_channel(weight)
+    if bias is not None:
+        a = a + per_channel(bias)
+    if scale is not None:
+        a = a * (1 + per_channel(scale))
+    if shift is not None:
+        a = a + per_channel(shift)
+    y = ACTIVATIONS[act](a)
+    if post_scale is not None:
+        y = y * per_channel(post_scale)
+    if post_shift is not None:
+        y = y + per_channel(post_shift)
+    return y.to(dtype, memory_format=torch.preserve_format)

@@ -1,0 +1,228 @@
+"""The sampling loop: a model, a table of steps, and one fused kernel call per step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .ops import backend, philox_normal, reference
+from .ops.checks import FLOATING, as_seeds, check_like
+from .samplers import COLUMNS, StepTable
+
+__all__ = ["SampleResult", "sample"]
+
+AZ = COLUMNS.index("az")
+ENGINES = ("eager",)
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What `sample` returns.
+
+    Attributes:
+        images: [B, C, H, W], the samples at timestep 0, on the model's device.
+        frames: [F, B, C, H, W] on the CPU, the samples kept on the way (F = 0 without save_rate).
+        frame_timesteps: int64 [F], the timestep whose step produced each frame.
+    """
+
+    images: Tensor
+    frames: Tensor
+    frame_timesteps: np.ndarray
+
+
+def sample(
+    model: Callable,
+    shape,
+    table: StepTable,
+    context: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    seeds: int | Tensor = 0,
+    x_T: Tensor | None = None,
+    noise: Callable[[int, int], Tensor] | None = None,
+    save_rate: int | None = None,
+    engine: str = "eager",
+    progress: bool = True,
+    callback: Callable[[int, int, Tensor], None] | None = None,
+    device=None,
+    dtype: torch.dtype | None = None,
+) -> SampleResult:
+    """Draw samples: run the model and the table's steps from noise to images, without gradients.
+
+    The sample is updated in place and the loop itself allocates nothing. A sample depends on its
+    own seed alone, whatever the batch it is drawn in.
+
+    Args:
+        model: model(x [B,C,H,W], t [B] = timestep/T, c [B,n] or None) -> [B,C,H,W]. A module is put
+            in evaluation mode for the run.
+        shape: (B, C, H, W).
+        table: the sampler, from `ddpm` or `ddim`.
+        context: [B, n] floats, or int64 labels [B], which become one-hot of model.n_cfeat.
+        guidance_scale: w of classifier-free guidance, m = m_0 + w·(m_c - m_0) (Ho & Salimans 2022),
+            m_0 with an all-zero context; both run as one doubled batch. 1 is no guidance.
+        seeds: an int (sample b gets seeds + b) or int64 [B].
+        x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
+        noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
+            for steps that add none.
+        save_rate: keep a frame after the steps at t = T, t < 8 and multiples of save_rate; None
+            keeps none.
+        engine: "eager".
+        progress: show a progress bar.
+        callback: callback(step_index, timestep, x) after each step; x is the live sample.
+        device, dtype: of the samples; by default those of the model's parameters, else the CPU and
+            float32.
+
+    Returns: SampleResult. Raises: TypeError, ValueError.
+    """
+    shape = _check_shape(shape)
+    if engine not in ENGINES:
+        raise ValueError(f"engine: wanted one of {ENGINES}, got {engine!r}")
+    if save_rate is not None and save_rate < 1:
+        raise ValueError(f"save_rate: wanted at least 1 or None, got {save_rate}")
+    device, dtype = _placement(model, device, dtype)
+    seeds = as_seeds(seeds, shape[0], device)
+    context = _as_context(model, context, shape[0], device, dtype)
+    if guidance_scale != 1 and context is None:
+        raise ValueError(f"guidance_scale: {guidance_scale} wants a context, got context=None")
+
+    guided = guidance_scale != 1
+    halves = 2 if guided else 1
+    inputs = torch.empty((halves * shape[0], *shape[1:]), dtype=dtype, device=device)
+    x = inputs[-shape[0] :]  # [B,C,H,W], updated in place; under guidance the first half copies it
+    x.copy_(_initial(x_T, shape, seeds, dtype, device))
+    if guided:
+        context = torch.cat([torch.zeros_like(context), context])
+    step = _Stepper(table, x, seeds, noise, guidance_scale)
+    frames, frame_timesteps = [], []
+
+    bar = tqdm(table.timesteps.tolist(), desc="sampling", unit="step", disable=not progress)
+    with torch.no_grad(), _evaluation(model):
+        times = torch.empty(len(inputs), dtype=dtype, device=device)
+        for i, timestep in enumerate(bar):
+            if guided:
+                inputs[: shape[0]].copy_(x)
+            output = model(inputs, times.fill_(timestep / table.train_timesteps), context)
+            step(i, _check_output(output, inputs))
+            if save_rate is not None and _keeps(timestep, save_rate, table.train_timesteps):
+                frames.append(x.to("cpu", copy=True))
+                frame_timesteps.append(timestep)
+            if callback is not None:
+                callback(i, timestep, x)
+    kept = torch.stack(frames) if frames else torch.empty((0, *shape), dtype=dtype)
+    return SampleResult(x.clone() if guided else x, kept, np.array(frame_timesteps, dtype=np.int64))
+
+
+class _Stepper:
+    """Applies row i of a table to x [B,*] in place; what can be checked and made once is."""
+
+    def __init__(self, table: StepTable, x: Tensor, seeds: Tensor, noise, guidance: float):
+        self.table, self.x, self.seeds, self.noise, self.guidance = table, x, seeds, noise, guidance
+        self.coefficients, self.timesteps = table.tensors(x.device, x.dtype)
+        self.rows = torch.arange(len(table), device=x.device).unbind()
+        self.native = backend.serves(x)
+
+    def __call__(self, i: int, output: Tensor) -> None:
+        noise = seeds = None
+        if self.table.weights[i, AZ] != 0:
+            noise, seeds = self._noise(i)
+        args = (self.coefficients, self.timesteps, self.rows[i], noise, seeds)
+        args += (None, self.table.clip, self.guidance)
+        if self.native:
+            torch.ops.diffusion_ext.sampler_step_(self.x, output, *args)
+        else:
+            self.x.copy_(reference.sampler_step(self.x, output, *args)[0])
+
+    def _noise(self, i: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.noise is None:
+            return None, self.seeds
+        noise = self.noise(i, int(self.table.timesteps[i]))
+        check_like("noise", noise, "x", self.x)
+        return noise, None
+
+
+def _keeps(timestep: int, save_rate: int, last: int) -> bool:
+    return timestep % save_rate == 0 or timestep == last or timestep < 8
+
+
+def _check_shape(shape) -> tuple[int, ...]:
+    shape = tuple(shape)
+    if len(shape) < 2 or any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"shape: wanted (B, C, H, W) of sizes >= 0, got {shape}")
+    return shape
+
+
+def _placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    if device is None:
+        device = "cpu" if parameter is None else parameter.device
+    if dtype is None:
+        dtype = torch.float32 if parameter is None else parameter.dtype
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+    return torch.device(device), dtype
+
+
+def _as_context(model, context, batch: int, device, dtype) -> Tensor | None:
+    """context as floats [B, n]: labels become one-hot."""
+    if context is None:
+        return None
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context: wanted a tensor or None, got {type(context).__name__}")
+    if context.shape[:1] != (batch,):
+        raise ValueError(f"context: wanted {batch} rows (the batch), got {list(context.shape)}")
+    if context.dtype == torch.int64 and context.dim() == 1:
+        classes = getattr(model, "n_cfeat", None)
+        if classes is None:
+            raise TypeError("context: int labels want a model with .n_cfeat, the number of classes")
+        if batch and not 0 <= int(context.min()) <= int(context.max()) < classes:
+            raise ValueError(
+                f"context: wanted labels from 0 to {classes - 1}, "
+                f"got {int(context.min())} to {int(context.max())}"
+            )
+        context = F.one_hot(context, classes)
+    elif not context.is_floating_point():
+        raise TypeError(
+            f"context: wanted floats [B, n] or int64 labels [B], "
+            f"got {context.dtype} {list(context.shape)}"
+        )
+    return context.to(device, dtype)
+
+
+def _initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:
+    """x_T [B,C,H,W]: the caller's, or normals of stream 0."""
+    if x_T is None:
+        return philox_normal(seeds, shape, step=0, stream=0, dtype=dtype)
+    if not isinstance(x_T, Tensor):
+        raise TypeError(f"x_T: wanted a tensor or None, got {type(x_T).__name__}")
+    if x_T.shape != shape:
+        raise ValueError(f"x_T: wanted shape {list(shape)}, got {list(x_T.shape)}")
+    return x_T.to(device, dtype)
+
+
+def _check_output(output, inputs: Tensor) -> Tensor:
+    """The model's output in the sample's dtype; autocast models give half precision."""
+    if not isinstance(output, Tensor) or output.shape != inputs.shape:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"model: wanted an output of shape {list(inputs.shape)}, got {got}")
+    return output if output.dtype == inputs.dtype else output.to(inputs.dtype)
+
+
+@contextlib.contextmanager
+def _evaluation(model):
+    """A module in evaluation mode, as it was afterwards."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
