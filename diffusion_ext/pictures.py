@@ -14,7 +14,8 @@ GAP = 6
 MARGIN = 16
 FONT_SIZE = 16
 BACKGROUND, INK = "white", "#333333"
-FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 2000
+GIF_COLOURS = 64
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2500
 
 
 def sample_grid(
@@ -81,7 +82,7 @@ def save_denoising_animation(
     if not len(frames):
         raise ValueError("frames: wanted at least one, got none")
     grids = [
-        sample_grid(frame, columns, column_labels, title=f"t = {timestep}")
+        _with_few_colours(sample_grid(frame, columns, column_labels, title=f"t = {timestep}"))
         for frame, timestep in zip(frames, timesteps, strict=True)
     ]
     durations = [FRAME_MILLISECONDS] * (len(grids) - 1) + [LAST_FRAME_MILLISECONDS]
@@ -107,6 +108,11 @@ def save_loss_curve(path: str | Path, losses: Sequence[float]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def _with_few_colours(picture: Image.Image) -> Image.Image:
+    """Without the dithering that Pillow would add, which looks grainy and compresses badly."""
+    return picture.quantize(GIF_COLOURS, dither=Image.Dither.NONE)
 
 
 def _check_labels(name: str, labels: Sequence[str], wanted: int) -> None:

@@ -65,7 +65,7 @@ def test_animation_has_every_frame_and_waits_on_the_last(tmp_path):
             shades.append(frame.getpixel((pictures.MARGIN + 9, frame.height - 30))[0])
             durations.append(animation.info["duration"])
         assert shades == [0, 128, 255]
-        assert durations == [80, 80, 2000]
+        assert durations == [100, 100, 2500]
         assert animation.info["loop"] == 0
 
 
