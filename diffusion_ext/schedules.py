@@ -118,7 +118,7 @@ class NoiseSchedule:
         Raises: TypeError for what is not numbers; ValueError for another shape or range.
         """
         if isinstance(betas, torch.Tensor):
-            betas = betas.detach().cpu().double()
+            betas = betas.detach().cpu().double().numpy()
         try:
             betas = np.array(betas, dtype=np.float64)
         except (TypeError, ValueError) as error:

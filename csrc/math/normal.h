@@ -8,12 +8,15 @@
 
 namespace dx {
 
-// ln(u) for u in (0, 1], by u = m 2^e with m in [sqrt(1/2), sqrt(2)).
-DX_INLINE float log_unit(float u) {
+// ln(u), u = (r + 1/2) 2^-32, by u = (1 + f) 2^e with 1 + f in [sqrt(1/2), sqrt(2)).
+DX_INLINE float log_uniform(uint32_t r) {
   const uint32_t sqrt_half = 0x3F3504F3u;
+  const float u = fma(float(r), 0x1p-32f, 0x1p-33f);
   const uint32_t offset = bits_of(u) - sqrt_half;
   const float e = float(int32_t(offset) >> 23);
-  const float f = float_of((offset & 0x007FFFFFu) + sqrt_half) - 1.0f;
+  // Near u = 1, where float32 has no digits left for u, 1 - u is read off the word.
+  const float one_minus_u = fma(float(~r), 0x1p-32f, 0x1p-33f);
+  const float f = e == 0.0f ? -one_minus_u : float_of((offset & 0x007FFFFFu) + sqrt_half) - 1.0f;
   // ln(1 + f) = f - f^2/2 + f^3 p(f)
   float p = -7.859928346e-02f;
   p = fma(p, f, 1.288129767e-01f);
@@ -51,11 +54,10 @@ DX_INLINE void sincos_turn(uint32_t r, float& sine, float& cosine) {
 }
 
 DX_INLINE void box_muller(uint32_t r0, uint32_t r1, float& z0, float& z1) {
-  const float u = fma(float(r0), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
 #if defined(__GNUC__) && !defined(__CUDA_ARCH__)
-  const float radius = __builtin_sqrtf(-2.0f * log_unit(u));
+  const float radius = __builtin_sqrtf(-2.0f * log_uniform(r0));
 #else
-  const float radius = sqrtf(-2.0f * log_unit(u));
+  const float radius = sqrtf(-2.0f * log_uniform(r0));
 #endif
   float sine, cosine;
   sincos_turn(r1, sine, cosine);

@@ -112,14 +112,14 @@ def ddpm_step(
     """
     table = _ddpm_table(schedule)
     check_sample("x", x)
-    if isinstance(t, int):
-        _check_timestep("t", t, 1, schedule.timesteps)
-        row = torch.tensor(schedule.timesteps - t, device=x.device)
-        needs_noise = t > 1
-    else:
+    if isinstance(t, Tensor):
         check_indices("t", t.reshape(-1), t.numel(), x.device)
         check_in_range("t", t, 1, schedule.timesteps)
         row, needs_noise = schedule.timesteps - t, True
+    else:
+        _check_timestep("t", t, 1, schedule.timesteps)
+        row = torch.tensor(schedule.timesteps - t, device=x.device)
+        needs_noise = t > 1
     return _step(x, model_output, table, row, noise, seeds, needs_noise)
 
 
@@ -160,7 +160,7 @@ def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
 
 
 def _check_timestep(name: str, t, low: int, high: int) -> None:
-    if isinstance(t, bool) or not isinstance(t, int):
+    if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
         raise TypeError(f"{name}: wanted an int, got {type(t).__name__}")
     if not low <= t <= high:
         raise ValueError(f"{name}: wanted from {low} to {high}, got {t}")

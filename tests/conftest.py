@@ -1,0 +1,25 @@
+"""Settings for the whole suite."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("suite")
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def loops():
+    """The float64 oracles of the sampling loops."""
+    with np.load(FIXTURES / "sampling_loops.npz") as file:
+        return {name: file[name] for name in file.files}

@@ -1,0 +1,49 @@
+"""What the op tests share: dtypes with their tolerances, and tensors in every kind of strides."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Of the largest magnitude of the float64 reference. float32: rounding of a handful of operations;
+# half types: half a unit in the last place of the one rounding at the end, and a little.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = tuple(TOLERANCE)
+
+# 1 element, odd, a multiple of a block, longer than a tile; 2-D to 5-D.
+SHAPES = [(3, 1), (2, 257), (1, 5, 64), (2, 3, 7, 5), (3, 4, 8, 8), (2, 3, 33, 37), (2, 6, 3, 4, 5)]
+
+LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
+
+
+def lay(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """x's values (for "expanded": those of sample 0 throughout) in another layout."""
+    if layout == "channels_last":  # of any rank from 3: channels vary fastest
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided":
+        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype=None, factor=1.0) -> None:
+    """actual agrees with the float64 reference to the tolerance of its dtype."""
+    dtype = dtype or actual.dtype
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    limit = factor * TOLERANCE[dtype] * max(expected.abs().max().item(), 0.1)
+    assert math.isfinite(error), "not finite"
+    assert error <= limit, f"error {error:.2e} above {limit:.2e}"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )

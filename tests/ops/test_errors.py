@@ -1,0 +1,111 @@
+"""Bad input raises ValueError or TypeError that names the argument, before any kernel runs."""
+
+import pytest
+import torch
+
+import diffusion_ext as dx
+
+SCHEDULE = dx.NoiseSchedule.linear(10)
+X = torch.zeros(2, 4, 3, 3)
+TENSORS = dx.ddpm(SCHEDULE).tensors("cpu")
+ROW = torch.tensor(0)
+T = torch.tensor([1, 10])
+
+
+def step(x=X, m=X, coefficients=TENSORS[0], timesteps=TENSORS[1], row=ROW, **options):
+    return lambda: dx.sampler_step(x, m, coefficients, timesteps, row, **options)
+
+
+def norm(x=X, groups=2, **options):
+    return lambda: dx.group_norm_act(x, groups, **options)
+
+
+def perturb(x=X, t=T, **options):
+    return lambda: dx.perturb(x, t, SCHEDULE, **options)
+
+
+def philox(seeds=0, shape=(2, 3), **options):
+    return lambda: dx.philox_normal(seeds, shape, **options)
+
+
+BAD = [
+    (step(x=[1.0]), TypeError, "x: wanted a tensor, got list"),
+    (step(x=X.int()), TypeError, "x: wanted float16, .* got torch.int32"),
+    (step(x=torch.tensor(1.0)), ValueError, r"x: wanted shape \[B, \*\]"),
+    (step(x=X.to_sparse()), TypeError, r"x: wanted a dense"),
+    (step(m=X[:1]), ValueError, r"model_output: wanted x's shape \[2, 4, 3, 3\], or \[2B"),
+    (
+        step(m=X.half()),
+        TypeError,
+        "model_output: wanted x's dtype torch.float32, got torch.float16",
+    ),
+    (step(coefficients=TENSORS[0][:, :6]), ValueError, r"coefficients: wanted shape \[n, 7\]"),
+    (step(coefficients=TENSORS[0].half()), TypeError, "coefficients: wanted dtype torch.float32"),
+    (step(timesteps=TENSORS[1][:3]), ValueError, r"timesteps: wanted shape \[10\]"),
+    (step(row=torch.tensor(10)), ValueError, "row: wanted values from 0 to 9, got 10 to 10"),
+    (step(row=torch.tensor([0, -1])), ValueError, "row: wanted values from 0 to 9, got -1"),
+    (step(row=torch.tensor([0, 0, 0])), ValueError, r"row: wanted shape \[\] or \[2\], got \[3\]"),
+    (step(row=torch.tensor(0.0)), TypeError, "row: wanted dtype torch.int64"),
+    (step(noise=X, seeds=torch.tensor([1, 2])), ValueError, "noise, seeds: wanted one of them"),
+    (step(noise=X[:1]), ValueError, "noise: wanted x's shape"),
+    (step(noise=X.double()), TypeError, "noise: wanted x's dtype"),
+    (step(history=X[..., :2]), ValueError, "history: wanted x's shape"),
+    (step(seeds=torch.tensor([1])), ValueError, r"seeds: wanted shape \[2\]"),
+    (step(m=X.to("meta")), ValueError, "model_output: wanted a tensor on cpu, got one on meta"),
+    (norm(x=torch.zeros(2, 4)), ValueError, "x: wanted 3 to 5 dimensions"),
+    (norm(x="x"), TypeError, "x: wanted a tensor, got str"),
+    (norm(groups=3), ValueError, "num_groups: wanted a divisor of the 4 channels, got 3"),
+    (norm(groups=0), ValueError, "num_groups: wanted a divisor"),
+    (norm(groups=2.0), TypeError, "num_groups: wanted an int, got float"),
+    (norm(eps=0), ValueError, "eps: wanted a number above 0"),
+    (norm(act="swish"), ValueError, "act: wanted one of .* got 'swish'"),
+    (norm(weight=torch.zeros(3)), ValueError, r"weight: wanted shape \[C\] = \[4\], got \[3\]"),
+    (norm(bias=torch.zeros(4).int()), TypeError, "bias: wanted float16"),
+    (norm(scale=torch.zeros(4)), ValueError, r"scale: wanted shape \[N, C\] = \[2, 4\]"),
+    (norm(pre_shift=torch.zeros(1, 4)), ValueError, "pre_shift: wanted shape"),
+    (norm(weight=torch.zeros(4, device="meta")), ValueError, "weight: wanted a tensor on cpu"),
+    (perturb(t=torch.tensor([1, 11])), ValueError, "t: wanted values from 0 to 10, got 1 to 11"),
+    (perturb(t=torch.tensor([-1, 1])), ValueError, "t: wanted values from 0 to 10"),
+    (perturb(t=torch.tensor([1])), ValueError, r"t: wanted shape \[2\]"),
+    (perturb(t=[1, 2]), TypeError, "t: wanted an int64 tensor"),
+    (perturb(t=T.float()), TypeError, "t: wanted dtype torch.int64"),
+    (perturb(target="x0"), ValueError, "target: wanted one of"),
+    (perturb(noising="odd"), ValueError, "noising: wanted one of"),
+    (perturb(noise=X, seeds=1), ValueError, "noise, seeds: wanted one of them, got both"),
+    (perturb(noise=X[:, :1]), ValueError, "noise: wanted x0's shape"),
+    (perturb(seeds="7"), TypeError, "seeds: wanted an int"),
+    (perturb(seeds=2**63), ValueError, "seeds: wanted an int of 64 bits"),
+    (philox(shape=()), ValueError, r"shape: wanted \(B, \*\)"),
+    (philox(shape=(2, -1)), ValueError, r"shape: wanted \(B, \*\)"),
+    (philox(seeds=torch.tensor([1])), ValueError, r"seeds: wanted shape \[2\]"),
+    (philox(dtype=torch.int64), TypeError, "dtype: wanted float16"),
+    (philox(step=-1), ValueError, "step: wanted from 0"),
+    (philox(stream=2**32), ValueError, "stream: wanted from 0"),
+    (lambda: dx.ddpm_step(X, X, 0, SCHEDULE), ValueError, "t: wanted from 1 to 10, got 0"),
+    (lambda: dx.ddpm_step(X, X, 1.0, SCHEDULE), TypeError, "t: wanted an int"),
+    (lambda: dx.ddpm_step(X, X, T + 5, SCHEDULE), ValueError, "t: wanted values from 1 to 10"),
+    (lambda: dx.ddim_step(X, X, 5, 5, SCHEDULE), ValueError, "t_prev: wanted from 0 to 4, got 5"),
+    (lambda: dx.ddim_step(X, X, 5, 4, SCHEDULE, eta=2), ValueError, "eta: wanted a number"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_message(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_kernels_check_for_themselves():
+    """Called past the wrappers, an op refuses what would read out of bounds; the process lives."""
+    ops, seeds = torch.ops.diffusion_ext, torch.tensor([1, 2])
+    tables = [SCHEDULE.tensor(name, X.device) for name in ("signal", "sigma")]
+    with pytest.raises(RuntimeError, match="t: wanted from 0 to 10, got 11"):
+        ops.perturb(X, torch.tensor([1, 11]), *tables, None, seeds, False)
+    with pytest.raises(RuntimeError, match="row: wanted from 0 to 9, got 10"):
+        ops.sampler_step_(X, X, *TENSORS, torch.tensor(10), None, None, None, None, 1.0)
+    with pytest.raises(RuntimeError, match="seeds: wanted shape"):
+        ops.philox_normal_(X, seeds[:1], 0, 0)
+    with pytest.raises(RuntimeError, match="num_groups: wanted a divisor"):
+        ops.group_norm_act(X, 3, None, None, 1e-5, 2, None, None, None, None, None)
+    with pytest.raises(RuntimeError, match="scale: wanted shape"):
+        ops.group_norm_act(X, 2, None, None, 1e-5, 2, X[0, :, 0], None, None, None, None)

@@ -1,0 +1,188 @@
+"""group_norm_act: forward and backward against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import DTYPES, LAYOUTS, assert_close, lay
+from hypothesis import given
+from hypothesis import strategies as st
+
+import diffusion_ext as dx
+from diffusion_ext.ops import reference
+from diffusion_ext.ops.group_norm_act import ACTIVATIONS
+
+# (shape, groups): powers of two, odd sizes, groups of 1 and C, a few pixels, more channels than a
+# block, more than one chunk, 3-D and 5-D.
+CASES = [
+    ((2, 8, 4, 4), 2),
+    ((3, 6, 7, 5), 3),
+    ((2, 6, 3, 3), 1),
+    ((2, 5, 3, 2), 5),
+    ((2, 9, 7), 3),
+    ((2, 640, 2, 2), 32),
+    ((2, 1100, 1, 3), 11),
+    ((1, 40, 9, 9), 8),
+    ((2, 4, 3, 5, 2), 2),
+    ((1, 3, 160, 160), 1),
+]
+MODULATIONS = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
+
+
+def inputs_for(shape, layout, dtype, parameters):
+    x = lay((2 * torch.randn(shape) + 3).to(dtype), layout)
+    sizes = {"weight": shape[1:2], "bias": shape[1:2]}
+    inputs = {name: torch.randn(sizes.get(name, shape[:2])).to(dtype) for name in parameters}
+    return {"x": x, **inputs}
+
+
+def run(inputs, groups, act, dy):
+    """y and the gradient of every input."""
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    y = dx.group_norm_act(num_groups=groups, act=act, **leaves)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), {k: v.grad for k, v in leaves.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_agrees_with_reference(dtype, shape, groups, layout):
+    sets = [(), ("weight", "bias"), ("pre_shift",), ("weight", "bias", *MODULATIONS)]
+    for i, (act, parameters) in enumerate(itertools.product(ACTIVATIONS, sets)):
+        if (i + len(shape) + groups) % 3:  # a third of the product, another one for each case
+            continue
+        inputs = inputs_for(shape, layout, dtype, parameters)
+        dy = torch.randn(shape).to(dtype)
+        y, gradients = run(inputs, groups, act, lay(dy, layout))
+        wide = {k: v.double() for k, v in inputs.items()}
+        expected, expected_gradients = run(wide, groups, act, lay(dy, layout).double())
+        assert_close(y, expected, dtype)
+        assert y.stride() == torch.empty_like(inputs["x"]).stride()
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected_gradients[name], dtype, factor=4)
+
+
+def test_default_is_torch_group_norm_and_silu():
+    x, weight, bias = torch.randn(2, 8, 5, 5), torch.randn(8), torch.randn(8)
+    expected = F.silu(F.group_norm(x.double(), 4, weight.double(), bias.double()))
+    assert_close(dx.group_norm_act(x, 4, weight, bias), expected, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pre_shift", [False, True])
+@pytest.mark.parametrize(
+    ("mean", "std", "dtype"),
+    [(1e4, 0.1, torch.float32), (-3e4, 30.0, torch.float16), (1e4, 100.0, torch.bfloat16)],
+)
+def test_large_mean_costs_no_accuracy(layout, pre_shift, mean, std, dtype):
+    x = lay((mean + std * torch.randn(2, 8, 20, 20)).to(dtype), layout)
+    options = {"pre_shift": torch.randn(2, 8).to(dtype)} if pre_shift else {}
+    wide = {k: v.double() for k, v in options.items()}
+    expected = reference.group_norm_act(x.double(), 2, act="identity", **wide)
+    # The factor is for the rounding of x + pre_shift, which float32 has at 1e4: 5e-4 of 0.1.
+    factor = 1500 if pre_shift and dtype == torch.float32 else 1
+    assert_close(dx.group_norm_act(x, 2, act="identity", **options), expected, dtype, factor)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_outlier_at_the_start(layout):
+    """The shift of the statistics is a mean of several elements: one outlier does not spoil it."""
+    x = 0.1 * torch.randn(1, 2, 64, 64)
+    x[0, :, 0, 0] = 1e4
+    expected = reference.group_norm_act(x.double(), 1, act="identity")
+    assert_close(dx.group_norm_act(lay(x, layout), 1, act="identity"), expected, torch.float32, 4)
+
+
+def test_constant_input_and_infinities():
+    assert torch.equal(dx.group_norm_act(torch.full((1, 4, 3, 3), 7.0), 2), torch.zeros(1, 4, 3, 3))
+    x = torch.randn(2, 4, 3, 3)
+    x[0, 0, 0, 0] = torch.inf
+    y = dx.group_norm_act(x, 2)
+    assert y[0, :2].isnan().all()
+    assert y[0, 2:].isfinite().all()
+    assert y[1].isfinite().all()
+
+
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 7),
+    spatial=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    channels_last=st.booleans(),
+    act=st.sampled_from(ACTIVATIONS),
+)
+def test_any_shape(batch, groups, size, spatial, channels_last, act):
+    shape = (batch, groups * size, *spatial)
+    x = lay(torch.randn(shape), "channels_last" if channels_last else "contiguous")
+    options = {name: torch.randn(shape[:2]) for name in MODULATIONS}
+    wide = {k: v.double() for k, v in options.items()}
+    y = dx.group_norm_act(x, groups, act=act, **options)
+    # The mean of few elements plus a shift rounds to float32 before a division by sqrt(eps).
+    expected = reference.group_norm_act(x.double(), groups, act=act, **wide)
+    assert_close(y, expected, torch.float32, factor=200)
+
+
+def test_parameters_of_another_dtype_and_strides():
+    x = torch.randn(2, 6, 4, 4).bfloat16()
+    scale, shift = torch.randn(2, 12, dtype=torch.float32).chunk(2, dim=1)
+    weight = torch.randn(6, dtype=torch.float64)
+    expected = reference.group_norm_act(
+        x.double(), 3, weight, scale=scale.double(), shift=shift.double()
+    )
+    assert_close(dx.group_norm_act(x, 3, weight, scale=scale, shift=shift), expected, x.dtype)
+    leaves = [t.detach().requires_grad_() for t in (weight, scale, shift)]
+    y = dx.group_norm_act(x, 3, leaves[0], scale=leaves[1], shift=leaves[2])
+    y.sum().backward()
+    assert [t.grad.dtype for t in leaves] == [torch.float64, torch.float32, torch.float32]
+
+
+def test_gradcheck_of_the_reference():
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    shapes = {"weight": (4,), "bias": (4,), **dict.fromkeys(MODULATIONS, (2, 4))}
+    extra = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
+    for act in ACTIVATIONS:
+        assert torch.autograd.gradcheck(
+            lambda x, *extra, act=act: dx.group_norm_act(
+                x, 2, act=act, **dict(zip(shapes, extra, strict=True))
+            ),
+            (x, *extra),
+        )
+
+
+def test_only_x_mean_and_rstd_are_saved():
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    weight = torch.randn(8, requires_grad=True)
+    y = dx.group_norm_act(x, 2, weight)
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    assert {t.data_ptr() for t in saved} >= {x.data_ptr(), weight.data_ptr()}
+    others = [t for t in saved if t.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
+    assert [tuple(t.shape) for t in others] == [(2, 2), (2, 2)]
+
+
+def test_the_number_of_threads_changes_no_bits():
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for layout in ("contiguous", "channels_last"):
+                torch.manual_seed(0)
+                inputs = inputs_for((1, 8, 160, 160), layout, torch.float32, ("weight",))
+                y, gradients = run(inputs, 2, "silu", torch.randn(1, 8, 160, 160))
+                results.append([y, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[2::2]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for other in results[3::2]:
+        assert all(torch.equal(a, b) for a, b in zip(results[1], other, strict=True))
+
+
+def test_module_has_the_parameters_of_group_norm():
+    ours = dx.nn.GroupNormAct(4, 8, act="relu")
+    theirs = torch.nn.GroupNorm(4, 8)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 8, 5, 5)
+    assert_close(ours(x), F.relu(theirs(x)), torch.float32)

@@ -1,0 +1,101 @@
+"""The ops under torch.library.opcheck, torch.compile(fullgraph=True) and the choice of backend."""
+
+import pytest
+import torch
+from harness import assert_close
+
+import diffusion_ext as dx
+
+SCHEDULE = dx.NoiseSchedule.linear(100)
+OPS = torch.ops.diffusion_ext
+
+
+def samples(memory_format=torch.contiguous_format):
+    return torch.randn(2, 4, 6, 6).to(memory_format=memory_format)
+
+
+def op_calls(memory_format):
+    """(op, arguments) that cover every schema."""
+    x, m, seeds = samples(memory_format), samples(memory_format), torch.tensor([1, 2])
+    step = (*dx.ddpm(SCHEDULE).tensors("cpu"), torch.tensor(3))
+    t, tables = torch.tensor([5, 9]), [SCHEDULE.tensor(n, x.device) for n in ("signal", "sigma")]
+    c, nc = torch.randn(4), torch.randn(2, 4)
+    modulation = (nc, nc, nc, None, nc)
+    _, mean, rstd = OPS.group_norm_act(x, 2, c, None, 1e-5, 2, *modulation)
+    return [
+        (OPS.sampler_step, (x, m, *step, None, seeds, None, 1.0, 1.0, True)),
+        (OPS.sampler_step, (x, torch.cat([m, m]), *step, m, None, m, None, 2.0, False)),
+        (OPS.sampler_step_, (x.clone(), m, *step, None, seeds, None, None, 1.0)),
+        (OPS.perturb, (x, t, *tables, None, seeds, False)),
+        (OPS.perturb, (x, t, *tables, m, None, False)),
+        (OPS.perturb, (x, t, *tables, m, None, True)),
+        (OPS.philox_normal_, (torch.empty_like(x), seeds, 3, 1)),
+        (OPS.group_norm_act, (x, 2, c, None, 1e-5, 2, *modulation)),
+        (OPS.group_norm_act_backward, (m, x, mean, rstd, 2, c, None, 2, *modulation)),
+    ]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(memory_format):
+    for op, args in op_calls(memory_format):
+        torch.library.opcheck(op.default, args)
+
+
+def compiled_calls():
+    x, m, seeds = samples(), samples(), torch.tensor([1, 2])
+    tensors = dx.ddpm(SCHEDULE).tensors("cpu")
+    row, t = torch.tensor(3), torch.tensor([5, 9])
+    SCHEDULE.tensor("signal", x.device), SCHEDULE.tensor("sigma", x.device)
+    return {
+        "sampler_step": (lambda: dx.sampler_step(x * 2, m, *tensors, row, seeds=seeds) + 1),
+        "perturb": (lambda: dx.perturb(x * 2, t, SCHEDULE, seeds=seeds, target="v")[0] + 1),
+        "philox_normal": (lambda: dx.philox_normal(seeds, (2, 5)) + 1),
+        "group_norm_act": (lambda: dx.group_norm_act(x * 2, 2, scale=x[:, :, 0, 0]) + 1),
+    }
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", list(compiled_calls()))
+def test_compiles_to_one_graph(name):
+    call = compiled_calls()[name]
+    assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), call())
+
+
+@pytest.mark.compiles
+def test_compiled_training_of_group_norm_act():
+    """One graph through forward and backward, the same gradients; inductor's own code around it."""
+    module = dx.nn.GroupNormAct(2, 4, act="gelu")
+    x = samples().requires_grad_()
+
+    def gradients(f):
+        x.grad = module.weight.grad = None
+        (f(x) ** 2).sum().backward()
+        return x.grad.clone(), module.weight.grad.clone()
+
+    expected = gradients(module)
+    for ours, theirs in zip(
+        gradients(torch.compile(module, fullgraph=True)), expected, strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_use_backend_chooses_and_restores():
+    x = samples()
+    native = dx.group_norm_act(x, 2)
+    with dx.use_backend("reference"):
+        assert dx.ops.current_backend() == "reference"
+        with dx.use_backend("native"):
+            assert torch.equal(dx.group_norm_act(x, 2), native)
+        reference = dx.group_norm_act(x, 2)
+    assert dx.ops.current_backend() == "native"
+    assert not torch.equal(reference, native)  # other arithmetic: proof that it was not the kernel
+    assert_close(reference, native)
+    with pytest.raises(ValueError, match="name: wanted one of"):
+        dx.use_backend("cuda").__enter__()
+
+
+def test_float64_is_served_by_the_reference():
+    x = samples().double()
+    assert dx.group_norm_act(x, 2).dtype == torch.float64
+    assert dx.philox_normal(0, (2, 3), dtype=torch.float64).dtype == torch.float64
