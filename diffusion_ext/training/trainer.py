@@ -173,7 +173,7 @@ class Trainer:
             for index in order.split(self.config.batch_size):
                 total += self._train_step(index, random) * len(index)
                 if bar.update(len(index)):  # the loss is read, which waits, only when it is shown
-                    bar.set_postfix(loss=f"{total.item() / bar.n:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{total.item() / bar.n:.4f}")
         return total.item() / len(self.images)
 
     def _train_step(self, index: Tensor, random: np.random.Generator) -> Tensor:
