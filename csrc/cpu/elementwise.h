@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "../common.h"
-#include "../math/normal.h"
-#include "../math/philox.h"
 #include "blocks.h"
+#include "normals.h"
 #include "simd.h"
 
 namespace dx {
@@ -20,7 +19,7 @@ constexpr int64_t kGrain = 8 * kTile;   // the least work worth waking another t
 
 // Calls body(sample, begin, end, scratch) for every tile of every sample, on all threads: [begin,
 // end) counts elements in memory order. A channels_last tile is whole rows of C. scratch holds
-// end - begin floats.
+// a tile's noise.
 template <class Body>
 void for_each_tile(const Batch& batch, const Body& body) {
   if (batch.samples == 0 || batch.per_sample() == 0) return;
@@ -29,11 +28,11 @@ void for_each_tile(const Batch& batch, const Body& body) {
   const int64_t tiles = (batch.per_sample() + tile - 1) / tile;
   const int64_t grain = std::max<int64_t>(kGrain / std::min(tile, batch.per_sample()), 1);
   torch::stable::parallel_for(0, batch.samples * tiles, grain, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(batch.layout == Layout::channels_last ? tile : 0);
+    const std::unique_ptr<float[]> scratch(new float[tile + kTile]);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % tiles * tile;
       const int64_t end = std::min(begin + tile, batch.per_sample());
-      on_best_isa([&]() DX_KERNEL { body(i / tiles, begin, end, scratch.data()); });
+      on_best_isa([&]() DX_KERNEL { body(i / tiles, begin, end, scratch.get()); });
     }
   });
 }
@@ -46,60 +45,22 @@ DX_INLINE void for_each_block(int64_t begin, int64_t end, const Body& body) {
   if (i < end) body(i, end - i);
 }
 
-// The noise of one sample: its seed, and the step and stream words of the counter.
-struct NormalKey {
-  uint64_t seed;
-  uint32_t step, stream;
-};
-
-// The 64 normals of elements [element, element + 64); element is a multiple of 64.
-DX_INLINE void normal_block(const NormalKey& key, int64_t element, float* __restrict z) {
-  const uint64_t block = uint64_t(element) / 4;
-  const uint32_t low = uint32_t(block), high = uint32_t(block >> 32);
-  for (uint32_t i = 0; i < kBlock / 4; ++i) {  // low is a multiple of 16: low + i does not carry
-    const Words4 w =
-        philox4x32({low + i, high, key.step, key.stream}, uint32_t(key.seed), key.seed >> 32);
-    box_muller(w.r0, w.r1, z[4 * i], z[4 * i + 1]);
-    box_muller(w.r2, w.r3, z[4 * i + 2], z[4 * i + 3]);
+// The noise of a tile, in memory order, made in scratch. Elements are counted in logical (C, H, W)
+// order: a channels_last tile, rows [begin/C, end/C) of every channel, gathers a run of each.
+inline const float* tile_normals(const NormalKey& key, const Batch& batch, int64_t begin,
+                                 int64_t end, float* scratch) {
+  if (batch.layout == Layout::contiguous) {
+    fill_normals(key, begin, end - begin, scratch);
+    return scratch;
   }
-}
-
-// The normals of a channels_last tile: rows [begin/C, end/C), every channel, in memory order.
-DX_INLINE void normal_rows(const NormalKey& key, const Batch& batch, int64_t begin, int64_t end,
-                           float* __restrict out) {
-  const int64_t channels = batch.channels;
-  const int64_t first = begin / channels, last = end / channels;
-  float z[kBlock];
+  const int64_t channels = batch.channels, first = begin / channels;
+  const int64_t rows = end / channels - first;
+  float* run = scratch + (end - begin);
   for (int64_t c = 0; c < channels; ++c) {
-    const int64_t from = c * batch.spatial + first, to = c * batch.spatial + last;
-    for (int64_t element = from / kBlock * kBlock; element < to; element += kBlock) {
-      normal_block(key, element, z);
-      const int64_t low = std::max(from, element), high = std::min<int64_t>(to, element + kBlock);
-      for (int64_t e = low; e < high; ++e) out[(e - from) * channels + c] = z[e - element];
-    }
+    fill_normals(key, c * batch.spatial + first, rows, run);
+    for (int64_t r = 0; r < rows; ++r) scratch[r * channels + c] = run[r];
   }
+  return scratch;
 }
-
-// Gives a tile's noise block by block, made on the way where the layout allows it.
-class TileNoise {
- public:
-  DX_INLINE TileNoise(const NormalKey& key, const Batch& batch, int64_t begin, int64_t end,
-                      float* scratch)
-      : key_(key), begin_(begin), rows_(nullptr) {
-    if (batch.layout == Layout::channels_last) {
-      normal_rows(key, batch, begin, end, scratch);
-      rows_ = scratch;
-    }
-  }
-  DX_INLINE void operator()(int64_t i, int64_t count, float* __restrict z) const {
-    if (rows_ == nullptr) return normal_block(key_, i, z);
-    for (int64_t k = 0; k < count; ++k) z[k] = rows_[i - begin_ + k];
-  }
-
- private:
-  NormalKey key_;
-  int64_t begin_;
-  const float* rows_;
-};
 
 }  // namespace dx

@@ -15,12 +15,8 @@ void philox_normal_(Tensor out, const Tensor& seeds_, int64_t step, int64_t stre
     T* to = output.data<T>();
     for_each_tile(batch, [=](int64_t b, int64_t begin, int64_t end, float* scratch) DX_KERNEL {
       const NormalKey key{uint64_t(seed[b]), uint32_t(step), uint32_t(stream)};
-      const TileNoise noise(key, batch, begin, end, scratch);
-      for_each_block(begin, end, [&](int64_t i, int64_t count) DX_KERNEL {
-        float z[kBlock];
-        noise(i, count, z);
-        store(z, to + b * batch.per_sample() + i, count);
-      });
+      const float* z = tile_normals(key, batch, begin, end, scratch);
+      store(z, to + b * batch.per_sample() + begin, end - begin);
     });
   });
   output.finish();

@@ -28,12 +28,14 @@ const char* name_of(Isa isa);
 #else
 #define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"
 #endif
+#define DX_AVX2 "avx2,fma,bmi2"
+
 template <class Kernel>
 __attribute__((target(DX_AVX512))) void run_avx512(const Kernel& kernel) {
   kernel();
 }
 template <class Kernel>
-__attribute__((target("avx2,fma,bmi2"))) void run_avx2(const Kernel& kernel) {
+__attribute__((target(DX_AVX2))) void run_avx2(const Kernel& kernel) {
   kernel();
 }
 #endif
