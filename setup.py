@@ -18,7 +18,6 @@ import sys
 from setuptools import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
-RECORD = ROOT / "diffusion_ext" / "_build.json"
 CXX_FLAGS = shlex.split((ROOT / "csrc" / "flags.txt").read_text())
 
 
@@ -26,9 +25,11 @@ def say(message: str) -> None:
     print(f"diffusion_ext: {message}", file=sys.stderr, flush=True)
 
 
-def write_record(facts: dict) -> None:
-    """What `diffusion-ext info` reports of this build; a package file, so that wheels carry it."""
-    RECORD.write_text(json.dumps(facts, indent=1) + "\n")
+def write_record(facts: dict, root: str | pathlib.Path = ROOT) -> None:
+    """What `diffusion-ext info` reports of this build: a file of the package, carried by wheels."""
+    record = pathlib.Path(root) / "diffusion_ext" / "_build.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -64,8 +65,12 @@ def build_command():
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
+        def run(self):
+            self.facts = {"flags": " ".join(CXX_FLAGS)}
+            super().run()
+            write_record(self.facts, ROOT if self.inplace else self.build_lib)
+
         def build_extensions(self):
-            facts = {"flags": " ".join(CXX_FLAGS)}
             try:
                 super().build_extensions()
             except Exception as error:
@@ -73,9 +78,8 @@ def build_command():
                     raise
                 self.extensions.clear()
                 reason = " ".join(str(error).split()) or type(error).__name__
-                facts = {"not built": reason[:300]}
+                self.facts = {"not built": reason[:300]}
                 say(f"THE C++ LIBRARY WAS NOT BUILT; installing pure Python. {reason}")
-            write_record(facts)
 
         def copy_extensions_to_source(self):
             if self.extensions:

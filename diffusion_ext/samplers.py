@@ -113,7 +113,8 @@ def ddim(
         steps: n, from 1 to T; the last step always lands on index 0, the clean image.
         eta: from 0 (deterministic) to 1 (DDPM's posterior variance).
         spacing: how the n timesteps are chosen, see `spaced_timesteps`.
-        clip: clip the data prediction to [-clip, clip]; None leaves it.
+        clip: clip the data prediction to [-clip, clip], and take ε as what it leaves of x,
+            (x - √ᾱ_t x0)/√(1-ᾱ_t); None leaves both as the model has them.
         prediction: what the model predicts: "epsilon", "v" or "x0".
 
     Returns: StepTable of n rows. Raises: ValueError for an argument out of range, and where
@@ -188,8 +189,8 @@ def _table(schedule, t, *, x, x0, eps, z, clip, prediction) -> StepTable:
     kx, km, ex, em = _predictions(signal, sigma, prediction)
     if clip is None:  # x0 is linear in x and m: fold it, so that the kernel reads two weights
         ax, am, a0 = x + x0 * kx + eps * ex, x0 * km + eps * em, np.zeros(len(t))
-    else:
-        ax, am, a0 = x + eps * ex, eps * em, x0
+    else:  # ε is what the clipped x0 leaves of x, so that the two still make up x
+        ax, am, a0 = x + eps / sigma, np.zeros(len(t)), x0 - eps * signal / sigma
     columns = {"kx": kx, "km": km, "ax": ax, "am": am, "a0": a0, "ah": np.zeros(len(t)), "az": z}
     weights = np.stack([columns[name] for name in COLUMNS], axis=1)
     return StepTable(t, weights, clip, schedule.timesteps)

@@ -73,7 +73,7 @@ def sample(
         save_rate: keep a frame after the steps at t = T, t < 8 and multiples of save_rate; None
             keeps none.
         engine: "eager".
-        progress: show a progress bar.
+        progress: show a progress bar, on a terminal.
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
         device, dtype: of the samples; by default those of the model's parameters, else the CPU and
             float32.
@@ -101,7 +101,8 @@ def sample(
     step = _Stepper(table, x, seeds, noise, guidance_scale)
     frames, frame_timesteps = [], []
 
-    bar = tqdm(table.timesteps.tolist(), desc="sampling", unit="step", disable=not progress)
+    hidden = None if progress else True  # None: tqdm hides itself where there is no terminal
+    bar = tqdm(table.timesteps.tolist(), desc="sampling", unit="step", disable=hidden)
     with torch.no_grad(), _evaluation(model):
         times = torch.empty(len(inputs), dtype=dtype, device=device)
         for i, timestep in enumerate(bar):

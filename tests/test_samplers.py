@@ -60,7 +60,8 @@ def test_ddim_is_eq_12_for_every_prediction(prediction, clip, eta):
         x = ab**0.5 * x0 + (1 - ab) ** 0.5 * eps
         sigma = eta * ((1 - ab_prev) / (1 - ab)) ** 0.5 * (1 - ab / ab_prev) ** 0.5
         seen = x0 if clip is None else x0.clamp(-clip, clip)
-        expected = ab_prev**0.5 * seen + (1 - ab_prev - sigma**2) ** 0.5 * eps + sigma * z
+        left = (x - ab**0.5 * seen) / (1 - ab) ** 0.5
+        expected = ab_prev**0.5 * seen + (1 - ab_prev - sigma**2) ** 0.5 * left + sigma * z
         out = step_of(table, i, x, as_prediction(prediction, x0, eps, t), z)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 

@@ -1,5 +1,7 @@
 """The sampling loop: the oracles, seeds, guidance, frames, and what it promises of memory."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -193,11 +195,13 @@ def test_the_model_sees_t_over_T():
     assert seen[0].shape == (2,)
 
 
-def test_the_progress_bar_is_optional(capfd):
-    dx.sample(stand_in, (1, 3, 8, 8), dx.ddim(SCHEDULE, 3))
-    assert "3/3" in capfd.readouterr().err
-    sample()
-    assert capfd.readouterr().err == ""
+@pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
+def test_the_progress_bar_is_for_terminals(monkeypatch, terminal, progress):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", screen)
+    dx.sample(stand_in, (1, 3, 8, 8), dx.ddim(SCHEDULE, 3), progress=progress)
+    assert ("3/3" in screen.getvalue()) == (terminal and progress)
 
 
 def test_empty_batch():

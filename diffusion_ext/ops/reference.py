@@ -185,4 +185,7 @@ def group_norm_act(
         y = y * per_channel(post_scale)
     if post_shift is not None:
         y = y + per_channel(post_shift)
-    return y.to(dtype, memory_format=torch.preserve_format)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
+        y = y.contiguous(memory_format=channels_last)
+    return y.to(dtype)

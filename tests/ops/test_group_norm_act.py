@@ -124,6 +124,13 @@ def test_any_shape(batch, groups, size, spatial, channels_last, act):
     assert_close(y, expected, torch.float32, factor=200)
 
 
+def test_the_reference_keeps_the_memory_format():
+    for shape in ((2, 4, 5, 5), (2, 4, 3, 5, 5)):
+        x = lay(torch.randn(shape), "channels_last")
+        with dx.use_backend("reference"):
+            assert dx.group_norm_act(x, 2).stride() == x.stride()
+
+
 def test_parameters_of_another_dtype_and_strides():
     x = torch.randn(2, 6, 4, 4).bfloat16()
     scale, shift = torch.randn(2, 12, dtype=torch.float32).chunk(2, dim=1)
