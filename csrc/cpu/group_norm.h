@@ -1,9 +1,8 @@
 // What the forward and backward of group_norm_act share on the CPU: the problem, its parameters,
-// its division into slabs, chunks and blocks, and the arithmetic on a block.
+// its division into slabs, chunks and blocks, and its sums.
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "../common.h"
@@ -125,8 +124,6 @@ struct Slab {
   int64_t rows() const { return g.layout == Layout::contiguous ? width : g.spatial; }
   int64_t cols() const { return g.layout == Layout::contiguous ? g.spatial : width; }
   int64_t chunks() const { return pieces(blocks, blocks_per_chunk); }
-  // The floats that hold a block.
-  int64_t block_elements() const { return rows_per_block * cols_per_block; }
 
   DX_INLINE Block block(int64_t i) const {
     const int64_t across = pieces(cols(), cols_per_block);
@@ -168,21 +165,22 @@ void for_each_slab(const GroupNorm& g, const Body& body) {
 }
 
 // What normalises the channels of a slab, an array [width] each:
-//   xhat = (x - centre) rstd + residual,  a = gain xhat + offset,  y = act(a) post_scale +
-//   post_shift
+//   xhat = (x - centre) rstd + residual,  a = gain xhat + offset = (x - centre) slope + intercept,
+//   y = act(a) post_scale + post_shift
 // centre is the mean rounded to float32 and residual puts the rest back: a large mean costs
 // nothing.
 class Channels {
   std::vector<float> values_;
 
  public:
-  float *centre, *rstd, *residual, *gain, *offset, *post_scale, *post_shift;
+  float *centre, *rstd, *residual, *gain, *offset, *slope, *intercept, *post_scale, *post_shift;
 
   // mean [N,G] and rstd [N,G] are the groups' statistics.
   Channels(const Slab& slab, const double* mean, const float* group_rstd)
-      : values_(7 * slab.width) {
+      : values_(9 * slab.width) {
     float* next = values_.data();
-    for (auto** p : {&centre, &rstd, &residual, &gain, &offset, &post_scale, &post_shift})
+    for (auto** p :
+         {&centre, &rstd, &residual, &gain, &offset, &slope, &intercept, &post_scale, &post_shift})
       *p = next, next += slab.width;
     const GroupNorm& g = slab.g;
     for (int64_t k = 0; k < slab.width; ++k) {
@@ -195,6 +193,8 @@ class Channels {
       residual[k] = float(centre[k] - shifted_mean) * rstd[k];
       gain[k] = g.weight.at(n, c) * one_scale;
       offset[k] = g.bias.at(n, c) * one_scale + g.shift.at(n, c);
+      slope[k] = gain[k] * rstd[k];
+      intercept[k] = gain[k] * residual[k] + offset[k];
       post_scale[k] = g.post_scale.at(n, c);
       post_shift[k] = g.post_shift.at(n, c);
     }
@@ -250,19 +250,6 @@ ChannelSums<K> sum_chunks(const Slab& slab, const Add& add) {
 template <Layout layout>
 DX_INLINE int64_t channel_at(const Block& b, int64_t r, int64_t k) {
   return b.channel + (layout == Layout::contiguous ? r : k);
-}
-
-template <Act act>
-DX_INLINE void activate_all(float* __restrict a, int64_t count) {
-  float unused;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) a[i] = activate<act>(a[i], unused);
-}
-
-template <Act act>
-DX_INLINE void differentiate_all(float* __restrict a, float* __restrict slope, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) a[i] = activate<act>(a[i], slope[i]);
 }
 
 // Calls f with the activation as a constant.

@@ -114,30 +114,20 @@ void channels_last_statistics(const Slab& slab, const T* x, double eps, double* 
   }
 }
 
-// Normalises, modulates and activates a block. a holds the block in between.
+// Normalises, modulates and activates a block.
 template <Layout layout, Act act, class T>
-DX_INLINE void apply_block(const Block& b, const Channels& ch, const T* __restrict x,
-                           T* __restrict y, float* __restrict a) {
-  const float *centre = ch.centre, *rstd = ch.rstd, *residual = ch.residual, *gain = ch.gain,
-              *offset = ch.offset, *post_scale = ch.post_scale, *post_shift = ch.post_shift;
+DX_INLINE void apply_block(const Block& b, const Channels& ch, const T* x, T* y) {
+  const float *centre = ch.centre, *slope = ch.slope, *intercept = ch.intercept,
+              *scale = ch.post_scale, *shift = ch.post_shift;
   for (int64_t r = 0; r < b.rows; ++r) {
-    const T* __restrict row = x + b.element + r * b.pitch;
-    float* __restrict to = a + r * b.width;
+    const T* from = x + b.element + r * b.pitch;
+    T* to = y + b.element + r * b.pitch;
 #pragma omp simd
     for (int64_t k = 0; k < b.width; ++k) {
       const int64_t c = channel_at<layout>(b, r, k);
-      const float xhat = fma(to_float(row[k]) - centre[c], rstd[c], residual[c]);
-      to[k] = fma(gain[c], xhat, offset[c]);
-    }
-  }
-  activate_all<act>(a, b.size());
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const float* __restrict from = a + r * b.width;
-    T* __restrict row = y + b.element + r * b.pitch;
-#pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      const int64_t c = channel_at<layout>(b, r, k);
-      round_to(fma(from[k], post_scale[c], post_shift[c]), row[k]);
+      float derivative;
+      const float a = fma(to_float(from[k]) - centre[c], slope[c], intercept[c]);
+      round_to(fma(activate<act>(a, derivative), scale[c], shift[c]), to[k]);
     }
   }
 }
@@ -152,11 +142,10 @@ void run(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* 
       channels_last_statistics(slab, x, eps, mean + group, rstd + group);
     const Channels channels(slab, mean, rstd);
     slab.for_each_chunk([&](int64_t chunk) {
-      const std::unique_ptr<float[]> a(new float[slab.block_elements()]);
       on_best_isa([&]() DX_KERNEL {
         dispatch_act(g.act, [&](auto act) DX_KERNEL {
           slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-            apply_block<layout, decltype(act)::value>(b, channels, x, y, a.get());
+            apply_block<layout, decltype(act)::value>(b, channels, x, y);
           });
         });
       });

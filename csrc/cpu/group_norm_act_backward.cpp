@@ -11,92 +11,66 @@ namespace {
 enum { kDa, kDaXhat, kDy, kDyAct, kXhat, kSums };
 using Sums = ChannelSums<kSums>;
 
-// A block in float32, its rows packed: xhat, act(a), da and dy.
-class BlockValues {
- public:
-  explicit BlockValues(const Slab& slab)
-      // The padding keeps the four from lying a multiple of 4096 bytes apart, where a load waits
-      // for the store to the other's same offset.
-      : size_(slab.block_elements() + 80), values_(new float[4 * size_]) {}
-  float* xhat() { return values_.get(); }
-  float* act() { return values_.get() + size_; }
-  float* da() { return values_.get() + 2 * size_; }
-  float* dy() { return values_.get() + 3 * size_; }
-
- private:
-  int64_t size_;
-  std::unique_ptr<float[]> values_;
+// What both passes need of an element: xhat, act(a), dy and da.
+struct Element {
+  float xhat, act, dy, da;
 };
 
+template <Act activation, class T>
+DX_INLINE Element differentiate(const Channels& ch, int64_t c, T x, T dy) {
+  Element e;
+  float derivative;
+  e.xhat = fma(to_float(x) - ch.centre[c], ch.rstd[c], ch.residual[c]);
+  e.act = activate<activation>(fma(ch.gain[c], e.xhat, ch.offset[c]), derivative);
+  e.dy = to_float(dy);
+  e.da = e.dy * ch.post_scale[c] * derivative;
+  return e;
+}
+
+// Adds `count` neighbours, each to its own lane of the sums. Contiguous: all of channel c.
+// channels_last: channels c, c + 1, ...
 template <Layout layout, Act activation, class T>
-DX_INLINE void differentiate_block(const Block& b, const Channels& ch, const T* __restrict x,
-                                   const T* __restrict dy, BlockValues& v) {
-  const float *centre = ch.centre, *rstd = ch.rstd, *residual = ch.residual, *gain = ch.gain,
-              *offset = ch.offset, *post_scale = ch.post_scale;
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const T* __restrict row = x + b.element + r * b.pitch;
-    float* __restrict xhat = v.xhat() + r * b.width, * __restrict a = v.act() + r * b.width;
+DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, int64_t count,
+                       float* const* lanes) {
+  float *da = lanes[kDa], *da_xhat = lanes[kDaXhat], *dys = lanes[kDy], *dy_act = lanes[kDyAct],
+        *xhat = lanes[kXhat];
 #pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      const int64_t c = channel_at<layout>(b, r, k);
-      xhat[k] = fma(to_float(row[k]) - centre[c], rstd[c], residual[c]);
-      a[k] = fma(gain[c], xhat[k], offset[c]);
-    }
-  }
-  differentiate_all<activation>(v.act(), v.da(), b.size());
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const T* __restrict row = dy + b.element + r * b.pitch;
-    float* __restrict from = v.dy() + r * b.width, * __restrict da = v.da() + r * b.width;
-#pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      from[k] = to_float(row[k]);
-      da[k] *= from[k] * post_scale[channel_at<layout>(b, r, k)];
-    }
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t channel = layout == Layout::contiguous ? c : c + k;
+    const Element e = differentiate<activation>(ch, channel, x[k], dy[k]);
+    da[k] += e.da;
+    da_xhat[k] += e.da * e.xhat;
+    dys[k] += e.dy;
+    dy_act[k] += e.dy * e.act;
+    xhat[k] += e.xhat;
   }
 }
 
-// Adds the rows of a contiguous block, each to its channel.
-DX_INLINE void add_channels(const Block& b, BlockValues& v, Sums& sums) {
+// Adds a block to its channels' sums.
+template <Layout layout, Act activation, class T>
+DX_INLINE void add_block(const Block& b, const Channels& ch, const T* x, const T* dy, Sums& sums) {
+  constexpr int64_t width = 32;
   for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t at = r * b.width;
-    const float *a_xhat = v.xhat() + at, *a_act = v.act() + at, *a_da = v.da() + at,
-                *a_dy = v.dy() + at;
-    float da = 0, da_xhat = 0, dy = 0, dy_act = 0, xhat = 0;
-#pragma omp simd reduction(+ : da, da_xhat, dy, dy_act, xhat)
-    for (int64_t k = 0; k < b.width; ++k) {
-      da += a_da[k];
-      da_xhat += a_da[k] * a_xhat[k];
-      dy += a_dy[k];
-      dy_act += a_dy[k] * a_act[k];
-      xhat += a_xhat[k];
+    const T *x_row = x + b.element + r * b.pitch, *dy_row = dy + b.element + r * b.pitch;
+    float* lanes[kSums];
+    if constexpr (layout == Layout::channels_last) {
+      for (int k = 0; k < kSums; ++k) lanes[k] = sums.narrow(k);
+      add_row<layout, activation>(ch, 0, x_row, dy_row, b.width, lanes);
+      continue;
     }
-    const int64_t c = b.channel + r;
-    sums.total(kDa, c) += da;
-    sums.total(kDaXhat, c) += da_xhat;
-    sums.total(kDy, c) += dy;
-    sums.total(kDyAct, c) += dy_act;
-    sums.total(kXhat, c) += xhat;
-  }
-}
-
-// Adds the rows of a channels_last block, channel by channel.
-DX_INLINE void add_pixels(const Block& b, BlockValues& v, Sums& sums) {
-  float *da = sums.narrow(kDa), *da_xhat = sums.narrow(kDaXhat), *dy = sums.narrow(kDy),
-        *dy_act = sums.narrow(kDyAct), *xhat = sums.narrow(kXhat);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t at = r * b.width;
-    const float *a_xhat = v.xhat() + at, *a_act = v.act() + at, *a_da = v.da() + at,
-                *a_dy = v.dy() + at;
-#pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      da[k] += a_da[k];
-      da_xhat[k] += a_da[k] * a_xhat[k];
-      dy[k] += a_dy[k];
-      dy_act[k] += a_dy[k] * a_act[k];
-      xhat[k] += a_xhat[k];
+    float partial[kSums][width] = {};
+    for (int k = 0; k < kSums; ++k) lanes[k] = partial[k];
+    for (int64_t k = 0; k < b.width; k += width)
+      add_row<layout, activation>(ch, b.channel + r, x_row + k, dy_row + k,
+                                  std::min(width, b.width - k), lanes);
+    for (int k = 0; k < kSums; ++k) {
+      float total = 0;
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < width; ++i) total += partial[k][i];
+      sums.total(k, b.channel + r) += total;
     }
   }
-  sums.added(b.rows);
+  if constexpr (layout == Layout::channels_last) sums.added(b.rows);
 }
 
 // The gradients by channel of each sample, float32 [N, C]; those of weight and bias are still to be
@@ -112,10 +86,10 @@ struct Gradients {
 // Per channel of a slab: dx = slope da - xhat second - first. Made from the channels' sums, with
 // the gradients of the parameters.
 struct Correction {
-  std::vector<float> slope, first, second;
+  std::vector<float> first, second;
 
   Correction(const Slab& slab, const Channels& ch, Sums& sums, Gradients& out)
-      : slope(slab.width), first(slab.width), second(slab.width) {
+      : first(slab.width), second(slab.width) {
     const GroupNorm& g = slab.g;
     const int64_t size = g.group_channels();
     const double count = double(size * g.spatial);
@@ -128,7 +102,6 @@ struct Correction {
       for (int64_t k = group; k < group + size; ++k) {
         const int64_t n = slab.n, c = slab.first + k, at = n * g.channels + c;
         const double da = sums.total(kDa, k), da_xhat = sums.total(kDaXhat, k);
-        slope[k] = ch.rstd[k] * ch.gain[k];
         first[k] = float(ch.rstd[k] * s1 / count);
         second[k] = float(ch.rstd[k] * s2 / count);
         const float one_scale = 1.0f + g.scale.at(n, c);
@@ -148,17 +121,15 @@ struct Correction {
 
 template <Layout layout, Act activation, class T>
 DX_INLINE void write_block(const Block& b, const Channels& ch, const Correction& correction,
-                           const T* x, const T* dy, T* dx, BlockValues& v) {
-  differentiate_block<layout, activation>(b, ch, x, dy, v);
-  const float *slope = correction.slope.data(), *first = correction.first.data(),
-              *second = correction.second.data();
+                           const T* x, const T* dy, T* dx) {
+  const float *first = correction.first.data(), *second = correction.second.data();
   for (int64_t r = 0; r < b.rows; ++r) {
-    const float* __restrict xhat = v.xhat() + r * b.width, * __restrict da = v.da() + r * b.width;
-    T* __restrict row = dx + b.element + r * b.pitch;
+    const int64_t at = b.element + r * b.pitch;
 #pragma omp simd
     for (int64_t k = 0; k < b.width; ++k) {
       const int64_t c = channel_at<layout>(b, r, k);
-      round_to(fma(slope[c], da[k], fma(-xhat[k], second[c], -first[c])), row[k]);
+      const Element e = differentiate<activation>(ch, c, x[at + k], dy[at + k]);
+      round_to(fma(ch.slope[c], e.da, fma(-e.xhat, second[c], -first[c])), dx[at + k]);
     }
   }
 }
@@ -166,14 +137,9 @@ DX_INLINE void write_block(const Block& b, const Channels& ch, const Correction&
 template <Layout layout, class T>
 Sums channel_sums(const Slab& slab, const Channels& channels, const T* x, const T* dy) {
   return sum_chunks<kSums>(slab, [&](int64_t chunk, Sums& sums) DX_KERNEL {
-    BlockValues v(slab);
     dispatch_act(slab.g.act, [&](auto act) DX_KERNEL {
       slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-        differentiate_block<layout, decltype(act)::value>(b, channels, x, dy, v);
-        if constexpr (layout == Layout::contiguous)
-          add_channels(b, v, sums);
-        else
-          add_pixels(b, v, sums);
+        add_block<layout, decltype(act)::value>(b, channels, x, dy, sums);
       });
     });
   });
@@ -187,11 +153,10 @@ void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const 
     Sums sums = channel_sums<layout>(slab, channels, x, dy);
     const Correction correction(slab, channels, sums, gradients);
     slab.for_each_chunk([&](int64_t chunk) {
-      BlockValues v(slab);
       on_best_isa([&]() DX_KERNEL {
         dispatch_act(g.act, [&](auto act) DX_KERNEL {
           slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-            write_block<layout, decltype(act)::value>(b, channels, correction, x, dy, dx, v);
+            write_block<layout, decltype(act)::value>(b, channels, correction, x, dy, dx);
           });
         });
       });
