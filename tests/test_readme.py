@@ -1,0 +1,37 @@
+"""The documents' Python runs as it stands."""
+
+import pathlib
+import re
+
+import diffusion_ext as dx
+from diffusion_ext import samplers
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def blocks(document):
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_readme_runs_from_top_to_bottom(capsys):
+    names = {}
+    for block in blocks("README.md"):
+        exec(block, names)
+    assert "torch.Size([4, 3, 16, 16])" in capsys.readouterr().out
+    assert names["x_t"].shape == names["target"].shape == (4, 3, 16, 16)
+
+
+def test_the_sampler_of_contributing_is_ddim():
+    (block,) = blocks("CONTRIBUTING.md")
+    names = dict(vars(samplers))
+    exec(block, names)
+    schedule = dx.NoiseSchedule.linear(100)
+    ours, theirs = names["my_sampler"](schedule, 7), dx.ddim(schedule, 7)
+    assert abs(ours.weights - theirs.weights).max() < 1e-15
+
+
+def test_every_link_leads_somewhere():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text())
+        assert all((ROOT / link).exists() for link in links)
+    assert len(re.findall(r"\]\(csrc/", (ROOT / "README.md").read_text())) >= 8
