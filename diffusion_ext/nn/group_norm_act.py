@@ -31,28 +31,14 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.act = act
 
-    def forward(
-        self,
-        x: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        post_scale: Tensor | None = None,
-        post_shift: Tensor | None = None,
-        pre_shift: Tensor | None = None,
-    ) -> Tensor:
-        """x [N, C, *spatial] and modulations [N, C], as for `diffusion_ext.group_norm_act`."""
+    def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:
+        """x [N, C, *spatial] normalised, modulated and activated, in x's dtype and memory format.
+
+        Modulations, [N, C] each, by keyword: scale, shift, post_scale, post_shift, pre_shift, as for
+        `diffusion_ext.group_norm_act`, which raises the errors.
+        """
         return group_norm_act(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            self.act,
-            scale,
-            shift,
-            post_scale,
-            post_shift,
-            pre_shift,
+            x, self.num_groups, self.weight, self.bias, self.eps, self.act, **modulation
         )
 
     def extra_repr(self) -> str:
