@@ -34,7 +34,7 @@ class GroupNormAct(nn.GroupNorm):
     def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:
         """x [N, C, *spatial] normalised, modulated and activated, in x's dtype and memory format.
 
-        Modulations, [N, C] each, by keyword: scale, shift, post_scale, post_shift, pre_shift, as for
+        Modulations [N, C] by keyword: scale, shift, post_scale, post_shift and pre_shift, as for
         `diffusion_ext.group_norm_act`, which raises the errors.
         """
         return group_norm_act(
