@@ -47,15 +47,20 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: wanted a tensor on {device}, got one on {tensor.device}")
 
 
-def check_indices(name: str, tensor, batch: int, device: torch.device) -> None:
-    """tensor is int64 [B] on device (seeds, timesteps)."""
+def check_int64(name: str, tensor, device: torch.device) -> None:
+    """tensor is an int64 tensor on device."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: wanted an int64 tensor [B], got {type(tensor).__name__}")
+        raise TypeError(f"{name}: wanted an int64 tensor, got {type(tensor).__name__}")
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name}: wanted dtype torch.int64, got {tensor.dtype}")
-    if tensor.shape != (batch,):
-        raise ValueError(f"{name}: wanted shape [{batch}] (the batch), got {list(tensor.shape)}")
     check_device(name, tensor, device)
+
+
+def check_indices(name: str, tensor, count: int, device: torch.device) -> None:
+    """tensor is int64 [count] on device (seeds, timesteps)."""
+    check_int64(name, tensor, device)
+    if tensor.shape != (count,):
+        raise ValueError(f"{name}: wanted shape [{count}], got {list(tensor.shape)}")
 
 
 def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
@@ -65,7 +70,12 @@ def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """
     if tensor.device.type != "cpu" or tensor.numel() == 0 or torch.compiler.is_compiling():
         return
-    least, most = (int(v) for v in tensor.aminmax())
+    if tensor.numel() <= 64:  # a list is cheaper than a reduction
+        values = tensor.tolist()
+        values = values if isinstance(values, list) else [values]
+        least, most = min(values), max(values)
+    else:
+        least, most = (int(v) for v in tensor.aminmax())
     if least < low or most > high:
         raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
 

@@ -16,6 +16,7 @@ from .checks import (
     check_device,
     check_in_range,
     check_indices,
+    check_int64,
     check_like,
     check_same_kind,
     check_sample,
@@ -79,8 +80,8 @@ def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
         raise TypeError(f"coefficients: wanted dtype {wanted}, got {coefficients.dtype}")
     check_device("coefficients", coefficients, x.device)
     check_indices("timesteps", timesteps, coefficients.shape[0], x.device)
-    check_indices("row", row.reshape(1) if row.dim() == 0 else row, row.numel(), x.device)
-    if row.dim() and row.shape[0] != batch:
+    check_int64("row", row, x.device)
+    if row.dim() and row.shape != (batch,):
         raise ValueError(f"row: wanted shape [] or [{batch}], got {list(row.shape)}")
     check_in_range("row", row, 0, coefficients.shape[0] - 1)
     if noise is not None and seeds is not None:
@@ -113,7 +114,7 @@ def ddpm_step(
     table = _ddpm_table(schedule)
     check_sample("x", x)
     if isinstance(t, Tensor):
-        check_indices("t", t.reshape(-1), t.numel(), x.device)
+        check_int64("t", t, x.device)
         check_in_range("t", t, 1, schedule.timesteps)
         row, needs_noise = schedule.timesteps - t, True
     else:
