@@ -1,12 +1,9 @@
-"""Builds diffusion_ext's C++ (and, with a toolkit, CUDA) libraries; pyproject.toml has the rest.
+"""Builds diffusion_ext's C++ library; pyproject.toml has the rest.
 
 Environment:
     DIFFUSION_EXT_NATIVE   1: fail where the C++ library cannot be built; 0: do not build it.
                            By default a failure leaves a pure-Python install that says why.
-    DIFFUSION_EXT_CUDA     1 or 0: build the CUDA library or not; by default, where nvcc is found.
-    TORCH_CUDA_ARCH_LIST   architectures; by default the visible GPU's, else a portable list.
     MAX_JOBS               parallel compilations; by default the cores, at most one per 2 GB free.
-    CUDA_HOME              the toolkit.
 """
 
 import json

@@ -13,13 +13,13 @@ dtype (in half precision the noise of the last steps would vanish).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .schedules import NoiseSchedule
+from .checks import check_clip, check_number, check_schedule
+from .schedules import NoiseSchedule, is_lasting
 
 __all__ = ["COLUMNS", "PREDICTIONS", "SPACINGS", "StepTable", "ddim", "ddpm", "spaced_timesteps"]
 
@@ -45,6 +45,12 @@ class StepTable:
     train_timesteps: int
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "weights"):
+            frozen = getattr(self, name).copy()
+            frozen.setflags(write=False)
+            object.__setattr__(self, name, frozen)
+
     def __len__(self) -> int:
         return len(self.timesteps)
 
@@ -59,11 +65,13 @@ class StepTable:
         The coefficients are float32, or float64 where the samples' dtype is.
         """
         key = (torch.device(device), dtype == torch.float64)
-        if key not in self._tensors:
-            values = self.weights if dtype == torch.float64 else self.coefficients
-            timesteps = torch.tensor(self.timesteps, device=device)
-            self._tensors[key] = torch.tensor(values, device=device), timesteps
-        return self._tensors[key]
+        if key in self._tensors:
+            return self._tensors[key]
+        values = self.weights if dtype == torch.float64 else self.coefficients
+        tensors = torch.tensor(values, device=device), torch.tensor(self.timesteps, device=device)
+        if is_lasting(tensors[0]):
+            self._tensors[key] = tensors
+        return tensors
 
 
 def ddpm(schedule: NoiseSchedule, clip: float | None = None, prediction: str = "epsilon"):
@@ -80,6 +88,7 @@ def ddpm(schedule: NoiseSchedule, clip: float | None = None, prediction: str = "
     Returns: StepTable of T rows. Raises: ValueError for bad clip or prediction, and where
     alpha_bar is 0 and the model predicts epsilon.
     """
+    check_schedule(schedule)
     t = np.arange(schedule.timesteps, 0, -1)
     beta, alpha_bar = schedule.beta[t], schedule.alpha_bar[t]
     alpha = 1 - beta
@@ -120,6 +129,7 @@ def ddim(
     Returns: StepTable of n rows. Raises: ValueError for an argument out of range, and where
     alpha_bar is 0 and the model predicts epsilon.
     """
+    check_schedule(schedule)
     t = spaced_timesteps(schedule.timesteps, steps, spacing)
     return ddim_between(schedule, t, np.append(t[1:], 0), eta, clip, prediction)
 
@@ -133,6 +143,7 @@ def ddim_between(
     prediction: str = "epsilon",
 ) -> StepTable:
     """The rows of DDIM steps from each t to its t_prev (int64 [n] both, 0 <= t_prev < t <= T)."""
+    check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: wanted a number from 0 to 1, got {eta}")
     alpha_bar, alpha_bar_prev = schedule.alpha_bar[t], schedule.alpha_bar[t_prev]
@@ -178,8 +189,7 @@ def _table(schedule, t, *, x, x0, eps, z, clip, prediction) -> StepTable:
     """Rows from the weights (float64 [n] each) of x, x0, ε and z in x'."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: wanted one of {PREDICTIONS}, got {prediction!r}")
-    if clip is not None and not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip: wanted a number above 0 or None, got {clip}")
+    check_clip(clip)
     signal, sigma = schedule.signal[t], schedule.sigma[t]
     if prediction == "epsilon" and (signal == 0).any():
         raise ValueError(
@@ -187,6 +197,8 @@ def _table(schedule, t, *, x, x0, eps, z, clip, prediction) -> StepTable:
             "is 0 (zero terminal SNR); wanted a model that predicts 'v' or 'x0'"
         )
     kx, km, ex, em = _predictions(signal, sigma, prediction)
+    # Where x0 is beyond float32 it is not to be had; finite weights keep 0·x0 from being NaN.
+    kx, km = np.clip(kx, -1e30, 1e30), np.clip(km, -1e30, 1e30)
     if clip is None:  # x0 is linear in x and m: fold it, so that the kernel reads two weights
         ax, am, a0 = x + x0 * kx + eps * ex, x0 * km + eps * em, np.zeros(len(t))
     else:  # ε is what the clipped x0 leaves of x, so that the two still make up x

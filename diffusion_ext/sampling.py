@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .checks import FLOATING, as_seeds, check_like, check_number, check_sizes
 from .ops import backend, philox_normal, reference
-from .ops.checks import FLOATING, as_seeds, check_like
 from .samplers import COLUMNS, StepTable
 
 __all__ = ["SampleResult", "sample"]
@@ -45,7 +45,7 @@ def sample(
     guidance_scale: float = 1.0,
     seeds: int | Tensor = 0,
     x_T: Tensor | None = None,
-    noise: Callable[[int, int], Tensor] | None = None,
+    noise: Callable[[int, int], Tensor] | torch.Generator | None = None,
     save_rate: int | None = None,
     engine: str = "eager",
     progress: bool = True,
@@ -55,12 +55,13 @@ def sample(
 ) -> SampleResult:
     """Draw samples: run the model and the table's steps from noise to images, without gradients.
 
-    The sample is updated in place and the loop itself allocates nothing. A sample depends on its
-    own seed alone, whatever the batch it is drawn in.
+    The sample is updated in place; with the kernels, the loop itself allocates nothing where the
+    model's output lies in memory as its input does (channels_last if x_T is, or the model's
+    weights are). A sample depends on its own seed alone, whatever the batch it is drawn in.
 
     Args:
-        model: model(x [B,C,H,W], t [B] = timestep/T, c [B,n] or None) -> [B,C,H,W]. A module is put
-            in evaluation mode for the run.
+        model: model(x [B,C,H,W], t [B] = timestep/T, c [B,n] or None) -> [B,C,H,W]. x and t are the
+            loop's own buffers: clone what you keep. A module is put in evaluation mode for the run.
         shape: (B, C, H, W).
         table: the sampler, from `ddpm` or `ddim`.
         context: [B, n] floats, or int64 labels [B], which become one-hot of model.n_cfeat.
@@ -69,7 +70,7 @@ def sample(
         seeds: an int (sample b gets seeds + b) or int64 [B].
         x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
         noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
-            for steps that add none.
+            for steps that add none. Or a torch.Generator, which then draws x_T too.
         save_rate: keep a frame after the steps at t = T, t < 8 and multiples of save_rate; None
             keeps none.
         engine: "eager".
@@ -80,12 +81,12 @@ def sample(
 
     Returns: SampleResult. Raises: TypeError, ValueError.
     """
-    shape = _check_shape(shape)
-    if engine not in ENGINES:
-        raise ValueError(f"engine: wanted one of {ENGINES}, got {engine!r}")
-    if save_rate is not None and save_rate < 1:
-        raise ValueError(f"save_rate: wanted at least 1 or None, got {save_rate}")
+    shape = check_sizes(shape, "(B, C, H, W)")
+    _check_options(table, engine, save_rate, guidance_scale, noise)
     device, dtype = _placement(model, device, dtype)
+    if isinstance(noise, torch.Generator):
+        noise = _draws(noise, shape, dtype, device)
+        x_T = noise() if x_T is None else x_T
     seeds = as_seeds(seeds, shape[0], device)
     context = _as_context(model, context, shape[0], device, dtype)
     if guidance_scale != 1 and context is None:
@@ -93,9 +94,16 @@ def sample(
 
     guided = guidance_scale != 1
     halves = 2 if guided else 1
-    inputs = torch.empty((halves * shape[0], *shape[1:]), dtype=dtype, device=device)
-    x = inputs[-shape[0] :]  # [B,C,H,W], updated in place; under guidance the first half copies it
-    x.copy_(_initial(x_T, shape, seeds, dtype, device))
+    inputs = torch.empty(
+        (halves * shape[0], *shape[1:]),
+        dtype=dtype,
+        device=device,
+        memory_format=_memory_format(model, x_T, shape),
+    )
+    # [B,C,H,W], updated in place; under guidance the first half of the inputs copies it.
+    x = inputs[len(inputs) - shape[0] :]
+    with torch.no_grad():
+        x.copy_(_initial(x_T, shape, seeds, dtype, device))
     if guided:
         context = torch.cat([torch.zeros_like(context), context])
     step = _Stepper(table, x, seeds, noise, guidance_scale)
@@ -151,11 +159,40 @@ def _keeps(timestep: int, save_rate: int, last: int) -> bool:
     return timestep % save_rate == 0 or timestep == last or timestep < 8
 
 
-def _check_shape(shape) -> tuple[int, ...]:
-    shape = tuple(shape)
-    if len(shape) < 2 or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"shape: wanted (B, C, H, W) of sizes >= 0, got {shape}")
-    return shape
+def _check_options(table, engine, save_rate, guidance_scale, noise) -> None:
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: wanted one of {ENGINES}, got {engine!r}")
+    if save_rate is not None and (not isinstance(save_rate, int) or save_rate < 1):
+        raise ValueError(f"save_rate: wanted an int of at least 1 or None, got {save_rate!r}")
+    check_number("guidance_scale", guidance_scale)
+    if noise is not None and not callable(noise) and not isinstance(noise, torch.Generator):
+        raise TypeError(
+            f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"
+        )
+
+
+def _draws(generator: torch.Generator, shape, dtype, device) -> Callable[..., Tensor]:
+    def draw(*_) -> Tensor:
+        noise = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+        return noise.to(device)
+
+    return draw
+
+
+def _memory_format(model, x_T, shape) -> torch.memory_format:
+    """channels_last for images where x_T is, or a convolution's weights are."""
+    tensors = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    tensors += [x_T] if isinstance(x_T, Tensor) else []
+
+    def is_channels_last(t: Tensor) -> bool:
+        turned = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        return turned and not t.is_contiguous()
+
+    if len(shape) == 4 and any(is_channels_last(t) for t in tensors):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
@@ -187,7 +224,7 @@ def _as_context(model, context, batch: int, device, dtype) -> Tensor | None:
                 f"got {int(context.min())} to {int(context.max())}"
             )
         context = F.one_hot(context, classes)
-    elif not context.is_floating_point():
+    elif not context.is_floating_point() or context.dim() < 2:
         raise TypeError(
             f"context: wanted floats [B, n] or int64 labels [B], "
             f"got {context.dtype} {list(context.shape)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,30 +19,31 @@ class NoiseSchedule:
     Attributes:
         beta: float64 [T+1], the variance added at each step (Ho et al. 2020, eq. 2).
         alpha_bar: float64 [T+1], the fraction of signal variance left; `alpha_bar[0]` is 1.
+        signal: float64 [T+1], √ᾱ, the factor of x_0 in x_t.
+        sigma: float64 [T+1], √(1-ᾱ), the standard deviation of the noise in x_t.
     """
 
     beta: np.ndarray
     alpha_bar: np.ndarray
+    signal: np.ndarray = field(init=False, repr=False)
+    sigma: np.ndarray = field(init=False, repr=False)
     _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for table in (self.beta, self.alpha_bar):
+        tables = {
+            "beta": self.beta.copy(),
+            "alpha_bar": self.alpha_bar.copy(),
+            "signal": np.sqrt(self.alpha_bar),
+            "sigma": np.sqrt(1.0 - self.alpha_bar),
+        }
+        for name, table in tables.items():
             table.setflags(write=False)
+            object.__setattr__(self, name, table)
 
     @property
     def timesteps(self) -> int:
         """T, the number of noising steps; timesteps run from 1 to T, and 0 is clean data."""
         return len(self.alpha_bar) - 1
-
-    @cached_property
-    def signal(self) -> np.ndarray:
-        """float64 [T+1]: √ᾱ, the factor of x_0 in x_t."""
-        return np.sqrt(self.alpha_bar)
-
-    @cached_property
-    def sigma(self) -> np.ndarray:
-        """float64 [T+1]: √(1-ᾱ), the standard deviation of the noise in x_t."""
-        return np.sqrt(1.0 - self.alpha_bar)
 
     def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
         """A table of this schedule ("signal", "sigma" or "variance" = σ²) on `device`, kept there.
@@ -51,10 +51,13 @@ class NoiseSchedule:
         Returns: [T+1] of `dtype`.
         """
         key = (name, device, dtype)
-        if key not in self._tables:
-            values = self.sigma**2 if name == "variance" else getattr(self, name)
-            self._tables[key] = torch.tensor(values, dtype=dtype, device=device)
-        return self._tables[key]
+        if key in self._tables:
+            return self._tables[key]
+        values = self.sigma**2 if name == "variance" else getattr(self, name)
+        table = torch.from_numpy(values.copy()).to(device, dtype)
+        if is_lasting(table):
+            self._tables[key] = table
+        return table
 
     @classmethod
     def linear(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):
@@ -80,7 +83,8 @@ class NoiseSchedule:
         Raises: ValueError, as `linear`.
         """
         _check_range(timesteps, beta_start, beta_end)
-        beta = (beta_end - beta_start) * torch.linspace(0, 1, timesteps + 1) + beta_start
+        steps = torch.linspace(0, 1, timesteps + 1, dtype=torch.float32, device="cpu")
+        beta = (beta_end - beta_start) * steps + beta_start
         alpha_bar = torch.cumsum((1 - beta).log(), dim=0).exp()
         alpha_bar[0] = 1
         return cls(beta.double().numpy(), alpha_bar.double().numpy())
@@ -129,6 +133,8 @@ class NoiseSchedule:
             raise ValueError(
                 f"betas: wanted values in (0, 1], got from {betas.min()} to {betas.max()}"
             )
+        if (betas[:-1] == 1).any():
+            raise ValueError("betas: wanted 1 at most as the last, for nothing is left after it")
         beta = np.concatenate(([0.0], betas))
         return cls(beta, np.cumprod(1 - beta))
 
@@ -148,6 +154,13 @@ class NoiseSchedule:
         alpha_bar = signal**2
         beta = np.concatenate(([0.0], 1 - alpha_bar[1:] / alpha_bar[:-1]))
         return type(self)(beta, alpha_bar)
+
+
+def is_lasting(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be kept for later calls: not one of inference mode or of a tracer."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(tensor) is torch.Tensor and not tensor.is_inference()
 
 
 def _check_timesteps(timesteps: int) -> None:

@@ -124,10 +124,11 @@ def test_labels_are_one_hot():
 def test_modes_are_restored_and_gradients_off():
     model = Labelled()
     model.child = nn.BatchNorm2d(3).eval()
-    result = sample(model)
+    x_T = torch.zeros(2, 3, 8, 8).requires_grad_()
+    result = sample(model, context=torch.tensor([0, 1]), x_T=x_T)
     assert model.training
     assert not model.child.training
-    assert not any(model.modes)
+    assert model.modes == [False] * 5
     assert not result.images.requires_grad
 
 
@@ -135,11 +136,14 @@ def test_the_sample_is_updated_in_place():
     seen = set()
     result = sample(callback=lambda i, t, x: seen.add(x.data_ptr()))
     assert seen == {result.images.data_ptr()}
+    guided = sample(Labelled(), context=torch.tensor([0, 1]), guidance_scale=2.0).images
+    assert guided.untyped_storage().nbytes() == guided.nbytes  # not a view of the doubled batch
 
 
-def test_the_loop_allocates_nothing_per_step():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_loop_allocates_nothing_per_step(memory_format):
     """A network that allocates nothing: the profiler sees no allocation inside the loop."""
-    output = torch.zeros(4, 3, 8, 8)
+    output = torch.zeros(4, 3, 8, 8).to(memory_format=memory_format)
     steps = []
 
     def model(x, t, c):
@@ -151,7 +155,7 @@ def test_the_loop_allocates_nothing_per_step():
 
     def allocated(table, model=model):
         with torch.profiler.profile(profile_memory=True) as profile:
-            sample(model, (4, 3, 8, 8), table)
+            sample(model, (4, 3, 8, 8), table, x_T=output)
         return sum(e.self_cpu_memory_usage > 0 for e in profile.events())
 
     short = dx.ddim(SCHEDULE, 10, eta=1.0)
@@ -206,6 +210,50 @@ def test_the_progress_bar_is_for_terminals(monkeypatch, terminal, progress):
 
 def test_empty_batch():
     assert sample(shape=(0, 3, 8, 8)).images.shape == (0, 3, 8, 8)
+    context = torch.ones(0, dtype=torch.int64)
+    guided = sample(Labelled(), shape=(0, 3, 8, 8), context=context, guidance_scale=2.0)
+    assert guided.images.shape == (0, 3, 8, 8)
+
+
+def test_the_memory_format_is_the_networks():
+    network = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
+    formats = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t, c):
+            formats.append(x.is_contiguous(memory_format=torch.channels_last))
+            return self.network(x)
+
+    turned = sample(Model())
+    assert all(formats)
+    network.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(turned.images, sample(Model()).images)
+    assert not formats[-1]
+
+
+def test_a_generator_draws_all_the_noise():
+    table = dx.ddim(SCHEDULE, 3, eta=1.0)
+    by_generator = sample(table=table, noise=torch.Generator().manual_seed(5)).images
+    generator = torch.Generator().manual_seed(5)
+    x_T, *z = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(3))
+    by_hand = sample(table=table, x_T=x_T, noise=lambda i, t: z[i]).images
+    assert torch.equal(by_generator, by_hand)
+
+
+def test_an_inference_mode_run_leaves_no_trace():
+    """Tables first needed in inference mode do not spoil later gradients."""
+    schedule = dx.NoiseSchedule.linear(30)
+    x = torch.randn(2, 3)
+    with torch.inference_mode():
+        dx.ddpm_step(x, x, 5, schedule)
+        dx.perturb(x, torch.tensor([1, 2]), schedule, seeds=0)
+    leaf = torch.randn(2, 3, requires_grad=True)
+    dx.ddpm_step(leaf, x, 5, schedule).sum().backward()
+    assert leaf.grad.abs().min() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -213,7 +261,7 @@ def test_empty_batch():
     [
         ({"shape": (-1, 3)}, ValueError, r"shape: wanted \(B, C, H, W\)"),
         ({"engine": "warp"}, ValueError, "engine: wanted one of"),
-        ({"save_rate": 0}, ValueError, "save_rate: wanted at least 1"),
+        ({"save_rate": 0}, ValueError, "save_rate: wanted an int of at least 1"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale: 2.0 wants a context"),
         ({"context": torch.zeros(3, 3)}, ValueError, r"context: wanted 2 rows"),
         ({"context": [1, 2]}, TypeError, "context: wanted a tensor"),
@@ -223,6 +271,13 @@ def test_empty_batch():
         ({"seeds": torch.tensor([1])}, ValueError, r"seeds: wanted shape \[2\]"),
         ({"seeds": torch.ones(2)}, TypeError, "seeds: wanted dtype torch.int64"),
         ({"x_T": torch.zeros(1, 3, 8, 8)}, ValueError, r"x_T: wanted shape \[2, 3, 8, 8\]"),
+        ({"save_rate": 2.5}, ValueError, "save_rate: wanted an int of at least 1"),
+        ({"shape": 4}, TypeError, r"shape: wanted \(B, C, H, W\), got 4"),
+        ({"shape": (1.5, 3)}, TypeError, r"shape: wanted \(B, C, H, W\) of ints"),
+        ({"table": "ddpm"}, TypeError, "table: wanted a StepTable"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: wanted a finite"),
+        ({"context": torch.ones(2)}, TypeError, "context: wanted floats"),
+        ({"noise": torch.ones(2)}, TypeError, "noise: wanted a callable"),
         ({"dtype": torch.int32}, TypeError, "dtype: wanted float16"),
     ],
 )

@@ -29,7 +29,11 @@ def test_course_is_the_notebook_in_float32():
     beta = (0.02 - 1e-4) * torch.linspace(0, 1, 501) + 1e-4
     alpha_bar = torch.cumsum((1 - beta).log(), dim=0).exp()
     alpha_bar[0] = 1
-    schedule = Schedule.course()
+    torch.set_default_dtype(torch.float64)  # the table does not follow torch's defaults
+    try:
+        schedule = Schedule.course()
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.tensor(schedule.alpha_bar).float(), alpha_bar)
     np.testing.assert_allclose(schedule.alpha_bar, Schedule.linear().alpha_bar, rtol=1e-4)
 
@@ -83,6 +87,9 @@ def test_tables_are_read_only_and_cached():
     schedule = Schedule.linear(10)
     with pytest.raises(ValueError, match="read-only"):
         schedule.alpha_bar[0] = 2
+    weights = dx.ddim(schedule, 2).weights
+    with pytest.raises(ValueError, match="read-only"):
+        weights[0] = 2
     device = torch.device("cpu")
     assert schedule.tensor("signal", device) is schedule.tensor("signal", device)
     assert schedule.tensor("sigma", device, torch.float64).dtype == torch.float64
@@ -99,6 +106,7 @@ def test_tables_are_read_only_and_cached():
         (lambda: Schedule.from_betas([]), ValueError, r"betas: wanted shape \[T\]"),
         (lambda: Schedule.from_betas([[0.1]]), ValueError, r"betas: .* got shape \[1, 1\]"),
         (lambda: Schedule.from_betas([0.1, 1.5]), ValueError, r"betas: wanted values in \(0, 1\]"),
+        (lambda: Schedule.from_betas([0.1, 1, 0.1]), ValueError, "betas: wanted 1 at most as"),
         (lambda: Schedule.from_betas([0.1, float("nan")]), ValueError, "betas: wanted values"),
         (lambda: Schedule.from_betas("abc"), TypeError, "betas: wanted numbers"),
         (lambda: Schedule.linear(1).zero_terminal_snr(), ValueError, "zero_terminal_snr"),

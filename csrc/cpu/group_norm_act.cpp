@@ -1,6 +1,7 @@
 // group_norm_act, forward: statistics of a strip, then its normalisation and activation while the
 // strip is still in cache.
 #include <cmath>
+#include <limits>
 
 #include "group_norm.h"
 
@@ -34,14 +35,12 @@ DX_INLINE void add_run(const T* __restrict x, int64_t count, float shift, Moment
   }
 }
 
-// The mean of a group's first elements, a shift for its moments. One element would do but for an
-// outlier: the error grows with (shift - mean)^2 / variance, which n elements of M bound by M/n.
-template <class T>
-DX_INLINE float mean_of(const T* x, int64_t rows, int64_t width, int64_t pitch) {
-  double sum = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < width; ++k) sum += to_float(x[r * pitch + k]);
-  return float(sum / double(rows * width));
+// Moments around row_shift, of elements to which pre_shift is still to be added, as moments around
+// shift: row_shift is shift - pre_shift rounded to float32, and this puts the rest back.
+DX_INLINE Moments recentre(const Moments& m, int64_t count, float row_shift, float pre_shift,
+                           float shift) {
+  const double e = double(row_shift) + pre_shift - shift;
+  return {m.first + double(count) * e, m.second + (2 * m.first + double(count) * e) * e};
 }
 
 void finish(const Moments& m, float shift, int64_t count, double eps, double& mean, float& rstd) {
@@ -49,7 +48,22 @@ void finish(const Moments& m, float shift, int64_t count, double eps, double& me
   const double variance = std::max(m.second / double(count) - delta * delta, 0.0);
   mean = shift + delta;
   rstd = float(1.0 / std::sqrt(variance + eps));
-  if (std::isnan(m.second)) rstd = float(m.second);  // max() above would hide it
+  // Neither a NaN, which max() hides, nor squares beyond float32 pass for a variance.
+  if (!std::isfinite(m.second)) rstd = std::numeric_limits<float>::quiet_NaN();
+}
+
+// The mean of some of a group's elements, a shift for its moments. One element would do but for an
+// outlier: the error grows with (shift - mean)^2 / variance, which n elements of M bound by M/n.
+// x_at(r, k) is element k of row r.
+template <class ElementAt>
+float first_mean(int64_t rows, int64_t width, const ElementAt& x_at) {
+  constexpr int64_t enough = 512;
+  width = std::min(width, enough);
+  rows = std::min(rows, std::max<int64_t>(enough / width, 1));
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < width; ++k) sum += x_at(r, k);
+  return float(sum / double(rows * width));
 }
 
 // The group of a contiguous slab: whole blocks as runs, or row by row where each has its pre_shift.
@@ -58,16 +72,21 @@ void contiguous_statistics(const Slab& slab, const T* x, double eps, double* mea
   const GroupNorm& g = slab.g;
   const Block head = slab.block(0);
   const auto pre_shift = [&](int64_t k) { return g.pre_shift.at(slab.n, slab.first + k); };
-  const float shift =
-      mean_of(x + head.element, 1, std::min<int64_t>(head.width, 512), 0) + pre_shift(0);
+  const float shift = first_mean(head.rows, head.width, [&](int64_t r, int64_t k) {
+    return to_float(x[head.element + r * head.pitch + k]) + pre_shift(r);
+  });
   std::vector<Moments> partial(slab.chunks());
   slab.for_each_chunk([&](int64_t chunk) {
     Moments m;
     on_best_isa([&]() DX_KERNEL {
       slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
         if (!g.pre_shift.given()) return add_run(x + b.element, b.size(), shift, m);
-        for (int64_t r = 0; r < b.rows; ++r)
-          add_run(x + b.element + r * b.pitch, b.width, shift - pre_shift(b.channel + r), m);
+        for (int64_t r = 0; r < b.rows; ++r) {
+          const float pre = pre_shift(b.channel + r), row_shift = shift - pre;
+          Moments row;
+          add_run(x + b.element + r * b.pitch, b.width, row_shift, row);
+          m += recentre(row, b.width, row_shift, pre, shift);
+        }
       });
     });
     partial[chunk] = m;
@@ -83,13 +102,14 @@ void channels_last_statistics(const Slab& slab, const T* x, double eps, double* 
   const GroupNorm& g = slab.g;
   const int64_t size = g.group_channels();
   const T* pixels = x + slab.n * g.spatial * g.channels;
+  const auto pre_shift = [&](int64_t c) { return g.pre_shift.at(slab.n, c); };
   std::vector<float> group_shift(g.groups), shift(g.channels);
   for (int64_t c = 0; c < g.channels; ++c) {
-    const float pre_shift = g.pre_shift.at(slab.n, c);
     if (c % size == 0)
-      group_shift[c / size] =
-          mean_of(pixels + c, std::min<int64_t>(g.spatial, 16), size, g.channels) + pre_shift;
-    shift[c] = group_shift[c / size] - pre_shift;
+      group_shift[c / size] = first_mean(g.spatial, size, [&](int64_t r, int64_t k) {
+        return to_float(pixels[r * g.channels + c + k]) + pre_shift(c + k);
+      });
+    shift[c] = group_shift[c / size] - pre_shift(c);
   }
   auto sums = sum_chunks<2>(slab, [&](int64_t chunk, ChannelSums<2>& s) DX_KERNEL {
     float* __restrict first = s.narrow(0), * __restrict second = s.narrow(1);
@@ -109,7 +129,8 @@ void channels_last_statistics(const Slab& slab, const T* x, double eps, double* 
   for (int64_t group = 0; group < g.groups; ++group) {
     Moments m;
     for (int64_t c = group * size; c < (group + 1) * size; ++c)
-      m += {sums.total(0, c), sums.total(1, c)};
+      m += recentre({sums.total(0, c), sums.total(1, c)}, g.spatial, shift[c], pre_shift(c),
+                    group_shift[group]);
     finish(m, group_shift[group], size * g.spatial, eps, mean[group], rstd[group]);
   }
 }

@@ -86,14 +86,15 @@ std::pair<Tensor, MaybeTensor> halves(const Tensor& model_output, const Tensor& 
 }
 
 // Writes x' to out (a tensor of x's shape, or x itself) and the data prediction to x0 if given.
-void apply(const Tensor& x_, const Tensor& model_output, const Tensor& coefficients,
+void apply(const Tensor& x_, const Tensor& model_output, const Tensor& coefficients_,
            const Tensor& timesteps_, const Tensor& row_, const MaybeTensor& noise_,
            const MaybeTensor& seeds_, const MaybeTensor& history_, std::optional<double> clip,
            double guidance, Output& out, Output* x0) {
   STD_TORCH_CHECK(x_.dim() >= 1, "x: wanted shape [B, *]");
+  const Tensor coefficients = torch::stable::contiguous(coefficients_);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == 2 &&
-                      coefficients.size(1) == kStepColumns && coefficients.is_contiguous(),
-                  "coefficients: wanted contiguous float32 [n, 7]");
+                      coefficients.size(1) == kStepColumns,
+                  "coefficients: wanted float32 [n, 7]");
   STD_TORCH_CHECK(!noise_ || !seeds_, "noise, seeds: wanted one of them");
   if (noise_) check_like("noise", *noise_, x_);
   if (history_) check_like("history", *history_, x_);

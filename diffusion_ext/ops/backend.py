@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,8 +95,13 @@ def current_backend() -> str:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether a kernel serves a call on x."""
-    return _current == "native" and x.dtype in NATIVE_DTYPES and x.device.type in native_devices
+    """Whether a kernel serves a call on x. Forward-mode derivatives are the reference's."""
+    return (
+        _current == "native"
+        and x.dtype in NATIVE_DTYPES
+        and x.device.type in native_devices
+        and forward_ad._current_level < 0
+    )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_device, check_floating, check_number
 from . import reference
 from .backend import missing, needs_grad, serves
-from .checks import check_device, check_floating
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -40,7 +40,8 @@ def group_norm_act(
             bias per sample (a time embedding) before the statistics.
 
     Statistics are float32 around a shift, so a mean far from zero costs no accuracy. For the
-    backward only x, the mean and 1/std are kept. The gradient is not differentiable again.
+    backward only x, the mean and 1/std are kept. With create_graph=True the gradient is the
+    reference's, which can be differentiated again.
 
     Returns: y, x's shape, dtype and memory format. Raises: TypeError, ValueError.
     """
@@ -62,24 +63,37 @@ class _GroupNormAct(torch.autograd.Function):
         args = (x, num_groups, weight, bias, eps, act_index, *modulation)
         y, mean, rstd = torch.ops.diffusion_ext.group_norm_act(*args)
         ctx.save_for_backward(x, mean, rstd, weight, bias, *modulation)
-        ctx.num_groups, ctx.act_index = num_groups, act_index
+        ctx.num_groups, ctx.eps, ctx.act = num_groups, eps, act
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, mean, rstd, weight, bias, *modulation = ctx.saved_tensors
-        gradients = torch.ops.diffusion_ext.group_norm_act_backward(
-            dy, x, mean, rstd, ctx.num_groups, weight, bias, ctx.act_index, *modulation
-        )
-        dx, dweight, dbias, *dmodulation = (
-            gradient if wanted else None
-            for gradient, wanted in zip(
-                gradients,
-                [i for k, i in enumerate(ctx.needs_input_grad) if k not in (1, 4, 5)],
-                strict=True,
+        x, mean, rstd, *parameters = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        if torch.is_grad_enabled():  # create_graph=True: a gradient with a gradient
+            gradients = _reference_gradients(ctx, dy, [x, *parameters], wanted)
+        else:
+            weight, bias, *modulation = parameters
+            act_index = ACTIVATIONS.index(ctx.act)
+            gradients = torch.ops.diffusion_ext.group_norm_act_backward(
+                dy, x, mean, rstd, ctx.num_groups, weight, bias, act_index, *modulation
             )
-        )
+        gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        dx, dweight, dbias, *dmodulation = gradients
         return dx, None, dweight, dbias, None, None, *dmodulation
+
+
+# The places of the tensors among the arguments of _GroupNormAct.forward.
+_DIFFERENTIABLE = (0, 2, 3, 6, 7, 8, 9, 10)
+
+
+def _reference_gradients(ctx, dy, inputs, wanted):
+    """The wanted gradients of x, weight, bias and the modulations, as a graph of torch's."""
+    x, weight, bias, *modulation = inputs
+    y = reference.group_norm_act(x, ctx.num_groups, weight, bias, ctx.eps, ctx.act, *modulation)
+    leaves = [t for t, w in zip(inputs, wanted, strict=True) if w]
+    gradients = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+    return [next(gradients) if w else None for w in wanted]
 
 
 def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
@@ -93,6 +107,7 @@ def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
         raise ValueError(
             f"num_groups: wanted a divisor of the {channels} channels, got {num_groups}"
         )
+    check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps: wanted a number above 0, got {eps}")
     if act not in ACTIVATIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import as_seeds
+from ..checks import as_seeds
 
 
 def resolve_noise(x: Tensor, noise, seeds) -> tuple[Tensor | None, Tensor | None]:
@@ -22,5 +22,5 @@ def resolve_noise(x: Tensor, noise, seeds) -> tuple[Tensor | None, Tensor | None
     if noise is not None:
         return noise, None
     if seeds is None:
-        seeds = torch.empty(x.shape[0], dtype=torch.int64, device=x.device).random_()
+        seeds = torch.randint(2**63 - 1, (x.shape[0],), device=x.device)
     return None, as_seeds(seeds, x.shape[0], x.device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_in_range, check_indices, check_like, check_sample, check_schedule
 from ..schedules import NoiseSchedule
 from . import reference
 from .backend import missing, needs_grad, serves
-from .checks import check_in_range, check_indices, check_like, check_sample
 from .noise import resolve_noise
 
 TARGETS = ("noise", "v")
@@ -36,10 +36,12 @@ def perturb(
         target: what a model learns: "noise" (ε) or "v" (√ᾱ ε - √(1-ᾱ) x0, Salimans & Ho 2022).
         noising: "standard", or "course", whose notebook forgot the root: (1-ᾱ_t) ε.
 
-    Returns: (x_t, target), each [B, *], x0's dtype and memory format.
+    Returns: (x_t, target), each [B, *], x0's dtype and memory format; the caller's own noise, where
+    that is the target, is returned as it came.
     Raises: TypeError, ValueError for bad arguments; t on the host is checked to lie in 0..T.
     """
     check_sample("x0", x0)
+    check_schedule(schedule)
     check_indices("t", t, x0.shape[0], x0.device)
     check_in_range("t", t, 0, schedule.timesteps)
     if target not in TARGETS:

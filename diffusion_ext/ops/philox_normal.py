@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import FLOATING, as_seeds, check_sizes
 from . import reference
 from .backend import missing, serves
-from .checks import FLOATING, as_seeds
 
 
 def philox_normal(
@@ -33,12 +34,12 @@ def philox_normal(
 
     Returns: [B, *] of `dtype`, contiguous. Raises: TypeError, ValueError for bad arguments.
     """
-    shape = tuple(shape)
-    if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"shape: wanted (B, *) of sizes >= 0, got {shape}")
+    shape = check_sizes(shape, "(B, *)")
     if dtype not in FLOATING:
         raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
     for name, word in (("step", step), ("stream", stream)):
+        if isinstance(word, bool) or not isinstance(word, (int, np.integer)):
+            raise TypeError(f"{name}: wanted an int, got {type(word).__name__}")
         if not 0 <= word < 2**32:
             raise ValueError(f"{name}: wanted from 0 to 2^32 - 1, got {word}")
     if device is None:
@@ -47,7 +48,7 @@ def philox_normal(
     out = torch.empty(shape, dtype=dtype, device=seeds.device)
     if not serves(out):
         return reference.philox_normal(seeds, shape, step, stream, dtype)
-    torch.ops.diffusion_ext.philox_normal_(out, seeds, step, stream)
+    torch.ops.diffusion_ext.philox_normal_(out, seeds, int(step), int(stream))
     return out
 
 

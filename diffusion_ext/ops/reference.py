@@ -116,7 +116,7 @@ def sampler_step(
     if seeds is not None:
         noise = philox_normal(seeds, x.shape, timesteps[row], stream=1, dtype=x.dtype)
     if noise is not None:
-        out = out + az * _wide(noise)
+        out = out + torch.where(az == 0, 0, az * _wide(noise))  # where it is 0, z does not matter
     return out.to(dtype), x0.to(dtype)
 
 

@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from .. import samplers
-from ..schedules import NoiseSchedule
-from . import reference
-from .backend import missing, needs_grad, serves
-from .checks import (
+from ..checks import (
+    check_clip,
     check_device,
+    check_floating,
     check_in_range,
     check_indices,
     check_int64,
     check_like,
+    check_number,
     check_same_kind,
     check_sample,
+    check_schedule,
 )
+from ..schedules import NoiseSchedule
+from . import reference
+from .backend import missing, needs_grad, serves
 from .noise import resolve_noise
 
 
@@ -55,6 +59,8 @@ def sampler_step(
     Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
     """
     _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
+    check_clip(clip)
+    check_number("guidance", guidance)
     args = (coefficients, timesteps, row, noise, seeds, history, clip, guidance)
     if serves(x) and not needs_grad(x, model_output, noise, history, coefficients):
         out, x0 = torch.ops.diffusion_ext.sampler_step(x, model_output, *args, return_x0)
@@ -73,6 +79,7 @@ def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
             f"got {list(model_output.shape)}"
         )
     check_same_kind("model_output", model_output, "x", x)
+    check_floating("coefficients", coefficients)
     if coefficients.dim() != 2 or coefficients.shape[1] != len(samplers.COLUMNS):
         raise ValueError(f"coefficients: wanted shape [n, 7], got {list(coefficients.shape)}")
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -111,8 +118,9 @@ def ddpm_step(
 
     Returns: the sample at t-1, [B, *]. Raises: TypeError, ValueError.
     """
-    table = _ddpm_table(schedule)
     check_sample("x", x)
+    check_schedule(schedule)
+    table = _ddpm_table(schedule)
     if isinstance(t, Tensor):
         check_int64("t", t, x.device)
         check_in_range("t", t, 1, schedule.timesteps)
@@ -144,6 +152,7 @@ def ddim_step(
     Returns: the sample at t_prev, [B, *]. Raises: TypeError, ValueError.
     """
     check_sample("x", x)
+    check_schedule(schedule)
     _check_timestep("t", t, 1, schedule.timesteps)
     _check_timestep("t_prev", t_prev, 0, t - 1)
     table = _ddim_table(schedule, t, t_prev, eta)

@@ -74,6 +74,15 @@ def test_gradients():
     dx.perturb(x32, TIMES, SCHEDULE, seeds=0)[0].sum().backward()
     signal = SCHEDULE.tensor("signal", x32.device)[TIMES].reshape(3, 1, 1)
     assert_close(x32.grad, signal.expand(3, 2, 3), torch.float32)
+    noise32 = torch.randn(3, 2, 3, requires_grad=True)  # alone: x0 needs no gradient
+    dx.perturb(x32.detach(), TIMES, SCHEDULE, noise=noise32)[0].sum().backward()
+    sigma = SCHEDULE.tensor("sigma", x32.device)[TIMES].reshape(3, 1, 1)
+    assert_close(noise32.grad, sigma.expand(3, 2, 3), torch.float32)
+    ones = torch.ones(3, 2, 3)
+    forward = torch.func.jvp(
+        lambda x: dx.perturb(x, TIMES, SCHEDULE, seeds=0)[0], (x32.detach(),), (ones,)
+    )
+    assert_close(forward[1], signal.expand(3, 2, 3), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])

@@ -85,7 +85,23 @@ def test_each_row_reads_its_own_timestep():
         assert same_bits(whole[one], alone)
 
 
-def test_zero_noise_weight_ignores_the_noise():
+def test_an_x0_beyond_float32_does_not_spoil_the_step():
+    """alpha_bar = 1e-90: the step's own weights are finite, and so is the step."""
+    table = dx.ddpm(dx.NoiseSchedule.from_betas([0.999] * 30))
+    x = torch.randn(1, 4)
+    for backend in ("native", "reference"):
+        with dx.use_backend(backend):
+            out = dx.sampler_step(x, x, *table.tensors("cpu"), torch.tensor(0))
+        assert_close(out, table.weights[0, 2] * x + table.weights[0, 3] * x, torch.float32, 4)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_zero_noise_weight_ignores_the_noise(backend):
+    with dx.use_backend(backend):
+        _check_that_the_noise_is_ignored()
+
+
+def _check_that_the_noise_is_ignored():
     table = dx.ddim(SCHEDULE, 10)
     x, m = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     args = (x, m, *table.tensors("cpu"), torch.tensor(0))
@@ -119,6 +135,9 @@ def test_gradients_flow_through_the_step():
     args = table_for(None).tensors("cpu")
     dx.sampler_step(x32, m.detach().float(), *args, torch.tensor(3)).sum().backward()
     assert_close(x32.grad, torch.full_like(x32, table_for(None).weights[3, 2]), torch.float32)
+    m32 = m.detach().float().requires_grad_()  # alone: x needs no gradient
+    dx.sampler_step(x32.detach(), m32, *args, torch.tensor(3)).sum().backward()
+    assert_close(m32.grad, torch.full_like(m32, table_for(None).weights[3, 3]), torch.float32)
 
 
 # --- the steps that drop into a loop ---
@@ -161,6 +180,7 @@ def test_noise_from_a_generator_a_seed_or_torch():
     by_seed = dx.ddpm_step(x, eps, 50, SCHEDULE, seeds=4)
     assert same_bits(by_seed, dx.ddpm_step(x, eps, 50, SCHEDULE, seeds=torch.tensor([4, 5])))
     torch.manual_seed(1)
+    dx.ddpm_step(x, eps, 1, SCHEDULE)  # adds no noise: draws none
     first = dx.ddpm_step(x, eps, 50, SCHEDULE)
     second = dx.ddpm_step(x, eps, 50, SCHEDULE)
     torch.manual_seed(1)

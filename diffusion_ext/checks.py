@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from .schedules import NoiseSchedule
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,6 +68,40 @@ def check_indices(name: str, tensor, count: int, device: torch.device) -> None:
         raise ValueError(f"{name}: wanted shape [{count}], got {list(tensor.shape)}")
 
 
+def check_number(name: str, value) -> None:
+    """value is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name}: wanted a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: wanted a finite number, got {value}")
+
+
+def check_schedule(schedule) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
+
+
+def check_clip(clip) -> None:
+    """clip is None or a number above 0."""
+    if clip is None:
+        return
+    check_number("clip", clip)
+    if clip <= 0:
+        raise ValueError(f"clip: wanted a number above 0 or None, got {clip}")
+
+
+def check_sizes(shape, wanted: str) -> tuple[int, ...]:
+    """shape as a tuple of at least one int, each >= 0."""
+    if isinstance(shape, (int, str)):
+        raise TypeError(f"shape: wanted {wanted}, got {shape!r}")
+    shape = tuple(shape)
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in shape):
+        raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
+    if not shape or min(shape) < 0:
+        raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shape}")
+    return tuple(int(n) for n in shape)
+
+
 def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Every value of an int64 tensor on the host lies in [low, high].
 
@@ -82,9 +121,10 @@ def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
 
 def as_seeds(seeds, batch: int, device: torch.device) -> Tensor:
     """Seeds [B] int64 on device, from an int (sample b gets seed + b) or a tensor."""
-    if isinstance(seeds, bool) or not isinstance(seeds, (int, Tensor)):
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, np.integer, Tensor)):
         raise TypeError(f"seeds: wanted an int or an int64 tensor [B], got {type(seeds).__name__}")
-    if isinstance(seeds, int):
+    if not isinstance(seeds, Tensor):
+        seeds = int(seeds)
         if not -(2**63) <= seeds <= 2**63 - 1:
             raise ValueError(f"seeds: wanted an int of 64 bits, got {seeds}")
         return torch.full((batch,), seeds, device=device) + torch.arange(batch, device=device)
