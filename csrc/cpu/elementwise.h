@@ -13,13 +13,13 @@
 
 namespace dx {
 
-constexpr int kBlock = 64;              // elements, and 16 Philox counters: a vector of each word
+constexpr int kBlock = 64;              // elements
 constexpr int64_t kTile = 16 * kBlock;  // about the elements of a tile
 constexpr int64_t kGrain = 8 * kTile;   // the least work worth waking another thread for
 
 // Calls body(sample, begin, end, scratch) for every tile of every sample, on all threads: [begin,
-// end) counts elements in memory order. A channels_last tile is whole rows of C. scratch holds
-// a tile's noise.
+// end) counts elements in memory order. A channels_last tile is whole pixels. scratch holds the
+// noise of a tile and a run of one channel.
 template <class Body>
 void for_each_tile(const Batch& batch, const Body& body) {
   if (batch.samples == 0 || batch.per_sample() == 0) return;

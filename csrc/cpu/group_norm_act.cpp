@@ -1,5 +1,5 @@
-// group_norm_act, forward: statistics of a strip, then its normalisation and activation while the
-// strip is still in cache.
+// group_norm_act, forward: the statistics of a slab, then its normalisation and activation while
+// the slab may still be in cache.
 #include <cmath>
 #include <limits>
 

@@ -1,6 +1,7 @@
 // Sixteen Philox counters at a time, 64 normals. The compilers turn the generator's 32 x 32 -> 64
 // bit products into shuffles and twice the multiplications; the intrinsics below keep each word in
-// a 64-bit lane, where the product needs neither: 0.36 ns an element in place of 0.9 on AVX-512.
+// a 64-bit lane, where the product needs neither. A normal took 1.04 ns in place of 1.42 on a Zen 4
+// core with AVX-512, and 1.71 in place of 2.35 with AVX2.
 #include "normals.h"
 
 #include <algorithm>

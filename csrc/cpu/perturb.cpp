@@ -40,8 +40,9 @@ void run(const Perturbation& p, const T* x0, const T* noise, T* x_t, T* target) 
                  DX_KERNEL { load(noise + offset + i, z, count); });
     } else {
       const NormalKey key{uint64_t(p.seeds[b]), uint32_t(p.t[b]), kTrainingStream};
-      const float* tile = tile_normals(key, p.batch, begin, end, scratch) - begin;
-      blocks([&](int64_t i, int64_t count, float* z) DX_KERNEL { load(tile + i, z, count); });
+      const float* tile = tile_normals(key, p.batch, begin, end, scratch);
+      blocks([&](int64_t i, int64_t count, float* z)
+                 DX_KERNEL { load(tile + (i - begin), z, count); });
     }
   });
 }

@@ -64,9 +64,10 @@ void run(const Step& step, const Samples<T>& s) {
       });
     } else {
       const NormalKey key{uint64_t(step.seeds[b]), uint32_t(step.timesteps[row]), kSamplerStream};
-      const float* tile = tile_normals(key, step.batch, begin, end, scratch) - begin;
-      step_tile(step, s, c, offset, begin, end,
-                [&](int64_t i, int64_t count, float* z) DX_KERNEL { load(tile + i, z, count); });
+      const float* tile = tile_normals(key, step.batch, begin, end, scratch);
+      step_tile(step, s, c, offset, begin, end, [&](int64_t i, int64_t count, float* z) DX_KERNEL {
+        load(tile + (i - begin), z, count);
+      });
     }
   });
 }
