@@ -13,12 +13,15 @@ def blocks(document):
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_readme_runs_from_top_to_bottom(capsys):
+def test_readme_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("README.md"):
         exec(block, names)
     assert "torch.Size([4, 3, 16, 16])" in capsys.readouterr().out
     assert names["x_t"].shape == names["target"].shape == (4, 3, 16, 16)
+    assert (tmp_path / "runs" / "small" / "checkpoint.safetensors").exists()
+    assert names["digits"].images.shape == (10, 1, 8, 8)
 
 
 def test_the_sampler_of_contributing_is_ddim():
