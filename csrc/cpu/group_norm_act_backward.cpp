@@ -16,21 +16,31 @@ struct Element {
   float xhat, act, dy, da;
 };
 
+template <class T>
+DX_INLINE float normalise(const Channels& ch, int64_t c, T x) {
+  return fma(to_float(x) - ch.centre[c], ch.rstd[c], ch.residual[c]);
+}
+
 template <Act activation, class T>
 DX_INLINE Element differentiate(const Channels& ch, int64_t c, T x, T dy) {
   Element e;
   float derivative;
-  e.xhat = fma(to_float(x) - ch.centre[c], ch.rstd[c], ch.residual[c]);
+  e.xhat = normalise(ch, c, x);
   e.act = activate<activation>(fma(ch.gain[c], e.xhat, ch.offset[c]), derivative);
   e.dy = to_float(dy);
   e.da = e.dy * ch.post_scale[c] * derivative;
   return e;
 }
 
+// Whether the first pass leaves da in dx for the second, which then need not differentiate again:
+// it was a third of the time. Half precision would round it.
+template <class T>
+constexpr bool kKeepsDa = std::is_same_v<T, float>;
+
 // Adds `count` neighbours, each to its own lane of the sums. Contiguous: all of channel c.
 // channels_last: channels c, c + 1, ...
 template <Layout layout, Act activation, class T>
-DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, int64_t count,
+DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, T* dx, int64_t count,
                        float* const* lanes) {
   float *da = lanes[kDa], *da_xhat = lanes[kDaXhat], *dys = lanes[kDy], *dy_act = lanes[kDyAct],
         *xhat = lanes[kXhat];
@@ -38,6 +48,7 @@ DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, i
   for (int64_t k = 0; k < count; ++k) {
     const int64_t channel = layout == Layout::contiguous ? c : c + k;
     const Element e = differentiate<activation>(ch, channel, x[k], dy[k]);
+    if constexpr (kKeepsDa<T>) dx[k] = e.da;
     da[k] += e.da;
     da_xhat[k] += e.da * e.xhat;
     dys[k] += e.dy;
@@ -48,20 +59,21 @@ DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, i
 
 // Adds a block to its channels' sums.
 template <Layout layout, Act activation, class T>
-DX_INLINE void add_block(const Block& b, const Channels& ch, const T* x, const T* dy, Sums& sums) {
+DX_INLINE void add_block(const Block& b, const Channels& ch, const T* x, const T* dy, T* dx,
+                         Sums& sums) {
   constexpr int64_t width = 32;
   for (int64_t r = 0; r < b.rows; ++r) {
-    const T *x_row = x + b.element + r * b.pitch, *dy_row = dy + b.element + r * b.pitch;
+    const int64_t at = b.element + r * b.pitch;
     float* lanes[kSums];
     if constexpr (layout == Layout::channels_last) {
       for (int k = 0; k < kSums; ++k) lanes[k] = sums.narrow(k);
-      add_row<layout, activation>(ch, 0, x_row, dy_row, b.width, lanes);
+      add_row<layout, activation>(ch, 0, x + at, dy + at, dx + at, b.width, lanes);
       continue;
     }
     float partial[kSums][width] = {};
     for (int k = 0; k < kSums; ++k) lanes[k] = partial[k];
     for (int64_t k = 0; k < b.width; k += width)
-      add_row<layout, activation>(ch, b.channel + r, x_row + k, dy_row + k,
+      add_row<layout, activation>(ch, b.channel + r, x + at + k, dy + at + k, dx + at + k,
                                   std::min(width, b.width - k), lanes);
     for (int k = 0; k < kSums; ++k) {
       float total = 0;
@@ -128,18 +140,24 @@ DX_INLINE void write_block(const Block& b, const Channels& ch, const Correction&
 #pragma omp simd
     for (int64_t k = 0; k < b.width; ++k) {
       const int64_t c = channel_at<layout>(b, r, k);
-      const Element e = differentiate<activation>(ch, c, x[at + k], dy[at + k]);
+      Element e;
+      if constexpr (kKeepsDa<T>) {
+        e.xhat = normalise(ch, c, x[at + k]);
+        e.da = dx[at + k];
+      } else {
+        e = differentiate<activation>(ch, c, x[at + k], dy[at + k]);
+      }
       round_to(fma(ch.slope[c], e.da, fma(-e.xhat, second[c], -first[c])), dx[at + k]);
     }
   }
 }
 
 template <Layout layout, class T>
-Sums channel_sums(const Slab& slab, const Channels& channels, const T* x, const T* dy) {
+Sums channel_sums(const Slab& slab, const Channels& channels, const T* x, const T* dy, T* dx) {
   return sum_chunks<kSums>(slab, [&](int64_t chunk, Sums& sums) DX_KERNEL {
     dispatch_act(slab.g.act, [&](auto act) DX_KERNEL {
       slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-        add_block<layout, decltype(act)::value>(b, channels, x, dy, sums);
+        add_block<layout, decltype(act)::value>(b, channels, x, dy, dx, sums);
       });
     });
   });
@@ -150,7 +168,7 @@ void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const 
          Gradients& gradients) {
   for_each_slab(g, [&](const Slab& slab) {
     const Channels channels(slab, mean, rstd);
-    Sums sums = channel_sums<layout>(slab, channels, x, dy);
+    Sums sums = channel_sums<layout>(slab, channels, x, dy, dx);
     const Correction correction(slab, channels, sums, gradients);
     slab.for_each_chunk([&](int64_t chunk) {
       on_best_isa([&]() DX_KERNEL {
