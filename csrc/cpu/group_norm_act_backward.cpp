@@ -33,7 +33,7 @@ DX_INLINE Element differentiate(const Channels& ch, int64_t c, T x, T dy) {
 }
 
 // Whether the first pass leaves da in dx for the second, which then need not differentiate again:
-// it was a third of the time. Half precision would round it.
+// it was a quarter of the backward with SiLU. Half precision would round it.
 template <class T>
 constexpr bool kKeepsDa = std::is_same_v<T, float>;
 
@@ -190,7 +190,6 @@ Tensor gradient_of(const MaybeTensor& parameter, const Tensor& x,
   const Tensor out = torch::stable::new_empty(x, parameter->sizes(), parameter->scalar_type());
   const int64_t count = out.numel(), samples = count == 0 ? 0 : int64_t(values.size()) / count;
   const auto write = [&](auto* to) {
-#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       double sum = 0;
       for (int64_t n = 0; n < samples; ++n) sum += values[n * count + i];

@@ -155,6 +155,7 @@ def ddim_step(
     check_schedule(schedule)
     _check_timestep("t", t, 1, schedule.timesteps)
     _check_timestep("t_prev", t_prev, 0, t - 1)
+    check_number("eta", eta)
     table = _ddim_table(schedule, t, t_prev, eta)
     row = torch.zeros((), dtype=torch.int64, device=x.device)
     return _step(x, model_output, table, row, noise, seeds, eta > 0 and t_prev > 0)

@@ -96,6 +96,7 @@ BAD = [
     (lambda: dx.ddpm_step(X, X, 1.0, SCHEDULE), TypeError, "t: wanted an int"),
     (lambda: dx.ddpm_step(X, X, T + 5, SCHEDULE), ValueError, "t: wanted values from 1 to 10"),
     (lambda: dx.ddim_step(X, X, 5, 5, SCHEDULE), ValueError, "t_prev: wanted from 0 to 4, got 5"),
+    (lambda: dx.ddim_step(X, X, 5, 4, SCHEDULE, eta=[1]), TypeError, "eta: wanted a number"),
     (lambda: dx.ddim_step(X, X, 5, 4, SCHEDULE, eta=2), ValueError, "eta: wanted a number"),
 ]
 
