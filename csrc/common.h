@@ -14,6 +14,8 @@
 #include <optional>
 #include <tuple>
 
+#include "math/half.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -148,6 +150,15 @@ const T* data_of(const Tensor& t) {
 template <class T>
 const T* data_of(const MaybeTensor& t) {
   return t ? data_of<T>(*t) : nullptr;
+}
+
+// Calls body with a null pointer of the element type that stands for the dtype.
+template <class Body>
+void dispatch_floating(torch::headeronly::ScalarType dtype, const char* op, const Body& body) {
+  if (dtype == ScalarType::Float) return body(static_cast<float*>(nullptr));
+  if (dtype == ScalarType::Half) return body(static_cast<Half*>(nullptr));
+  if (dtype == ScalarType::BFloat16) return body(static_cast<BFloat16*>(nullptr));
+  STD_TORCH_CHECK(false, op, ": the kernels serve float32, float16 and bfloat16");
 }
 
 // int64 [count], contiguous (a copy where t is strided).

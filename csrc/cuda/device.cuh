@@ -1,0 +1,63 @@
+// The vocabulary that the kernels are written in. Compiled by nvcc it is CUDA; compiled for the
+// host it is csrc/emulation, which runs the same kernels with a fiber for every thread.
+//
+// Host:    OnDevice (device, stream and limits of a tensor), launch
+// Device:  thread(), threads(), block(), blocks(), block_y(), blocks_y(), lane(), warp(), warps()
+//          block_barrier(), cluster_rank(), cluster_size(), cluster_barrier()
+//          shuffle_xor(value, mask): all lanes of a warp take part
+//          shared<T>(): the block's one T; dynamic_shared<T>(): Launch::shared_bytes of them
+//          of_rank(pointer to shared memory, rank): the same place in another block of the cluster
+//          require(condition, message): ends the launch with an error
+//          Vec<T, n>, load(pointer), store(pointer, vec): one access of n elements
+#pragma once
+
+#include "../common.h"
+#include "../math/half.h"
+
+namespace dx {
+
+constexpr int kWarp = 32;
+
+struct Launch {
+  const char* name;
+  int64_t blocks;  // a multiple of cluster
+  int64_t blocks_y;
+  int threads;  // a multiple of kWarp
+  int cluster = 1;
+  int shared_bytes = 0;  // dynamic
+};
+
+// What a plan may ask of a device.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // dynamic shared memory that one block may have
+  int max_cluster;   // blocks; 1 where there are no clusters
+};
+
+// n elements, moved by one access where they are at most 16 bytes and so aligned.
+template <class T, int n>
+struct alignas(sizeof(T) * n <= 16 ? sizeof(T) * n : 16) Vec {
+  T at[n];
+};
+
+}  // namespace dx
+
+#if defined(__CUDACC__)
+#include "device_cuda.cuh"
+#else
+#include "../emulation/device.h"
+#endif
+
+namespace dx {
+
+template <int n, class T>
+DX_DEVICE Vec<T, n> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, n>*>(from);
+}
+
+template <class T, int n>
+DX_DEVICE void store(T* to, const Vec<T, n>& vec) {
+  *reinterpret_cast<Vec<T, n>*>(to) = vec;
+}
+
+}  // namespace dx

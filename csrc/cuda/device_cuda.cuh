@@ -1,0 +1,164 @@
+// The vocabulary of device.cuh in CUDA.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <cassert>
+#include <mutex>
+#include <utility>
+
+#define DX_GLOBAL __global__
+#define DX_DEVICE __device__ __forceinline__
+
+#define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CUDA, m)
+
+namespace dx {
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline const DeviceLimits& limits_of(int device) {
+  static std::mutex mutex;
+  static std::array<DeviceLimits, 64> known{};
+  const std::lock_guard<std::mutex> lock(mutex);
+  STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "device index ", device);
+  DeviceLimits& limits = known[device];
+  if (limits.multiprocessors == 0) {
+    constexpr int kStatic = 1024;  // what the kernels' own static shared memory leaves of a block's
+    const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStatic;
+    const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+    limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, clusters ? 8 : 1};
+  }
+  return limits;
+}
+
+// Makes a tensor's device the current one, for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t)
+      : guard_(t.get_device_index()), limits(limits_of(t.get_device_index())) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+  const DeviceLimits& limits;
+  cudaStream_t stream;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
+  if (how.shared_bytes > 48 * 1024)  // what a block may have without asking
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
+          how.name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(how.blocks), unsigned(how.blocks_y));
+  config.blockDim = dim3(unsigned(how.threads));
+  config.dynamicSmemBytes = size_t(how.shared_bytes);
+  config.stream = device.stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(how.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), how.name);
+  check(cudaGetLastError(), how.name);
+}
+
+DX_DEVICE int thread() { return int(threadIdx.x); }
+DX_DEVICE int threads() { return int(blockDim.x); }
+DX_DEVICE int lane() { return thread() % kWarp; }
+DX_DEVICE int warp() { return thread() / kWarp; }
+DX_DEVICE int warps() { return threads() / kWarp; }
+DX_DEVICE int64_t block() { return blockIdx.x; }
+DX_DEVICE int64_t blocks() { return gridDim.x; }
+DX_DEVICE int64_t block_y() { return blockIdx.y; }
+DX_DEVICE int64_t blocks_y() { return gridDim.y; }
+DX_DEVICE void block_barrier() { __syncthreads(); }
+
+template <class T>
+DX_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+template <class T>
+DX_DEVICE T& shared() {
+  __shared__ alignas(alignof(T) < 16 ? 16 : alignof(T)) unsigned char bytes[sizeof(T)];
+  return *reinterpret_cast<T*>(bytes);
+}
+
+template <class T>
+DX_DEVICE T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  return reinterpret_cast<T*>(dynamic_bytes);
+}
+
+// Clusters exist from sm_90 on; elsewhere every block is a cluster of its own.
+DX_DEVICE int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  unsigned size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+#else
+  return 1;
+#endif
+}
+
+DX_DEVICE int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+#else
+  return 0;
+#endif
+}
+
+DX_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+#else
+  block_barrier();
+#endif
+}
+
+template <class T>
+DX_DEVICE const T* of_rank(const T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t theirs;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(theirs)
+               : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
+  return reinterpret_cast<const T*>(theirs);
+#else
+  return mine;
+#endif
+}
+
+// A failed one is reported by the next call that waits for the device, as torch's own are.
+DX_DEVICE void require(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, "diffusion_ext", 0, "a kernel");
+}
+
+}  // namespace dx
