@@ -123,13 +123,17 @@ struct Batch {
     channels = layout == Layout::channels_last ? x.size(1) : 1;
     spatial = channels == 0 ? 0 : per_sample / channels;
   }
-  int64_t per_sample() const { return channels * spatial; }
+  DX_INLINE int64_t per_sample() const { return channels * spatial; }
 };
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+                  ": wanted x's device");
+}
 
 inline void check_same_kind(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": wanted x's dtype");
-  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
-                  ": wanted x's device");
+  check_same_device(name, t, x);
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -161,8 +165,9 @@ void dispatch_floating(torch::headeronly::ScalarType dtype, const char* op, cons
   STD_TORCH_CHECK(false, op, ": the kernels serve float32, float16 and bfloat16");
 }
 
-// int64 [count], contiguous (a copy where t is strided).
-inline Tensor index_vector(const char* name, const Tensor& t, int64_t count) {
+// int64 [count] on x's device, contiguous (a copy where t is strided).
+inline Tensor index_vector(const char* name, const Tensor& t, int64_t count, const Tensor& x) {
+  check_same_device(name, t, x);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, ": wanted dtype int64");
   STD_TORCH_CHECK(t.numel() == count && t.dim() <= 1, name, ": wanted shape [", count, "]");
   return torch::stable::contiguous(t);

@@ -12,7 +12,7 @@ struct Words4 {
 // The counter's four words, encrypted under the 64-bit key in ten rounds.
 DX_INLINE Words4 philox4x32(Words4 counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.r0, c1 = counter.r1, c2 = counter.r2, c3 = counter.r3;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #elif defined(__GNUC__)
 #pragma GCC unroll 10
