@@ -5,90 +5,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common.h"
-#include "../math/activation.h"
+#include "../ops/group_norm_act.h"
 #include "blocks.h"
 #include "simd.h"
 
 namespace dx {
-
-// A parameter [C] or [N, C], of any floating dtype and strides, as float32; where there is none, a
-// constant.
-class Parameter {
- public:
-  Parameter(const char* name, const MaybeTensor& t, int64_t samples, int64_t channels, float absent)
-      : values_{absent} {
-    if (!t) return;
-    const int64_t dims = t->dim(), rows = dims == 2 ? samples : 1;
-    STD_TORCH_CHECK(
-        (dims == 1 || dims == 2) && t->numel() == rows * channels && t->size(dims - 1) == channels,
-        name, ": wanted shape [", channels, "] or [", samples, ", ", channels, "]");
-    STD_TORCH_CHECK(t->is_cpu(), name, ": wanted x's device");
-    given_ = true;
-    channel_stride_ = 1;
-    sample_stride_ = dims == 2 ? channels : 0;
-    const int64_t row_stride = dims == 2 ? t->stride(0) : 0, stride = t->stride(dims - 1);
-    values_.resize(rows * channels);
-    const auto copy = [&](const auto* from) {
-      for (int64_t n = 0; n < rows; ++n)
-        for (int64_t c = 0; c < channels; ++c)
-          values_[n * channels + c] = float_of_any(from[n * row_stride + c * stride]);
-    };
-    if (t->scalar_type() == ScalarType::Double)
-      copy(data_of<double>(*t));
-    else
-      dispatch_floating(t->scalar_type(), name, [&](auto* tag) {
-        copy(data_of<std::remove_pointer_t<decltype(tag)>>(*t));
-      });
-  }
-
-  bool given() const { return given_; }
-  float at(int64_t n, int64_t c) const { return values_[n * sample_stride_ + c * channel_stride_]; }
-
- private:
-  static float float_of_any(double x) { return float(x); }
-  template <class T>
-  static float float_of_any(T x) {
-    return to_float(x);
-  }
-
-  std::vector<float> values_;
-  int64_t sample_stride_ = 0, channel_stride_ = 0;
-  bool given_ = false;
-};
-
-// y = act((1 + scale) (weight xhat + bias) + shift) post_scale + post_shift,
-// xhat = (x + pre_shift - mean) rstd
-struct GroupNorm {
-  int64_t samples, channels, spatial, groups;
-  Layout layout;
-  Act act;
-  Parameter weight, bias, scale, shift, post_scale, post_shift, pre_shift;
-
-  GroupNorm(const Tensor& x, Layout layout, int64_t groups, int64_t act, const MaybeTensor& weight,
-            const MaybeTensor& bias, const MaybeTensor& scale, const MaybeTensor& shift,
-            const MaybeTensor& post_scale, const MaybeTensor& post_shift,
-            const MaybeTensor& pre_shift)
-      : samples(x.size(0)),
-        channels(x.size(1)),
-        spatial(samples * channels == 0 ? 0 : x.numel() / (samples * channels)),
-        groups(groups),
-        layout(layout),
-        act(Act(act)),
-        weight("weight", weight, samples, channels, 1.0f),
-        bias("bias", bias, samples, channels, 0.0f),
-        scale("scale", scale, samples, channels, 0.0f),
-        shift("shift", shift, samples, channels, 0.0f),
-        post_scale("post_scale", post_scale, samples, channels, 1.0f),
-        post_shift("post_shift", post_shift, samples, channels, 0.0f),
-        pre_shift("pre_shift", pre_shift, samples, channels, 0.0f) {
-    STD_TORCH_CHECK(groups > 0 && channels % groups == 0,
-                    "num_groups: wanted a divisor of the channels");
-    STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
-  }
-
-  int64_t group_channels() const { return channels / groups; }
-};
 
 // A block: `rows` rows of `width` neighbours in memory, `pitch` elements apart, from `element` on.
 // Contiguous: a row is (part of) a channel; channels_last: a row is a pixel, all its channels.
@@ -164,11 +85,8 @@ void for_each_slab(const GroupNorm& g, const Body& body) {
   torch::stable::parallel_for(0, slabs, std::max<int64_t>(16384 / elements, 1), range);
 }
 
-// What normalises the channels of a slab, an array [width] each:
-//   xhat = (x - centre) rstd + residual,  a = gain xhat + offset = (x - centre) slope + intercept,
-//   y = act(a) post_scale + post_shift
-// centre is the mean rounded to float32 and residual puts the rest back: a large mean costs
-// nothing.
+// What normalises the channels of a slab (math/group_norm_act.h), an array [width] of each member
+// of Channel.
 class Channels {
   std::vector<float> values_;
 
@@ -184,19 +102,12 @@ class Channels {
       *p = next, next += slab.width;
     const GroupNorm& g = slab.g;
     for (int64_t k = 0; k < slab.width; ++k) {
-      const int64_t n = slab.n, c = slab.first + k;
-      const int64_t group = n * g.groups + c / g.group_channels();
-      const double shifted_mean = mean[group] - g.pre_shift.at(n, c);
-      const float one_scale = 1.0f + g.scale.at(n, c);
-      centre[k] = float(shifted_mean);
-      rstd[k] = group_rstd[group];
-      residual[k] = float(centre[k] - shifted_mean) * rstd[k];
-      gain[k] = g.weight.at(n, c) * one_scale;
-      offset[k] = g.bias.at(n, c) * one_scale + g.shift.at(n, c);
-      slope[k] = gain[k] * rstd[k];
-      intercept[k] = gain[k] * residual[k] + offset[k];
-      post_scale[k] = g.post_scale.at(n, c);
-      post_shift[k] = g.post_shift.at(n, c);
+      const int64_t c = slab.first + k, group = slab.n * g.groups + c / g.group_channels();
+      const Channel ch(g.parameters(slab.n, c), mean_of(mean[group]), group_rstd[group]);
+      centre[k] = ch.centre, rstd[k] = ch.rstd, residual[k] = ch.residual;
+      gain[k] = ch.gain, offset[k] = ch.offset;
+      slope[k] = ch.slope, intercept[k] = ch.intercept;
+      post_scale[k] = ch.post_scale, post_shift[k] = ch.post_shift;
     }
   }
   Channels(const Channels&) = delete;
@@ -250,18 +161,6 @@ ChannelSums<K> sum_chunks(const Slab& slab, const Add& add) {
 template <Layout layout>
 DX_INLINE int64_t channel_at(const Block& b, int64_t r, int64_t k) {
   return b.channel + (layout == Layout::contiguous ? r : k);
-}
-
-// Calls f with the activation as a constant.
-template <class F>
-DX_INLINE void dispatch_act(Act act, const F& f) {
-  switch (act) {
-    case Act::identity: return f(std::integral_constant<Act, Act::identity>());
-    case Act::relu: return f(std::integral_constant<Act, Act::relu>());
-    case Act::silu: return f(std::integral_constant<Act, Act::silu>());
-    case Act::gelu: return f(std::integral_constant<Act, Act::gelu>());
-    case Act::gelu_tanh: return f(std::integral_constant<Act, Act::gelu_tanh>());
-  }
 }
 
 }  // namespace dx

@@ -182,34 +182,23 @@ void fill_empty(const GroupNorm& g, double eps, double* mean, float* rstd) {
   std::fill_n(rstd, g.samples * g.groups, float(1.0 / std::sqrt(eps)));
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act(
-    const Tensor& x_, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
-    double eps, int64_t act, const MaybeTensor& scale, const MaybeTensor& shift,
-    const MaybeTensor& post_scale, const MaybeTensor& post_shift, const MaybeTensor& pre_shift) {
-  STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
-  Output y(new_like(x_));
-  const Tensor x = in_layout(x_, y.dense(), y.layout());
-  const GroupNorm g(x, y.layout(), num_groups, act, weight, bias, scale, shift, post_scale,
-                    post_shift, pre_shift);
-  const Tensor mean = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Double);
-  const Tensor rstd = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Float);
-  double* means = static_cast<double*>(mean.mutable_data_ptr());
-  float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
-  if (g.spatial == 0) fill_empty(g, eps, means, rstds);
-  dispatch_floating(x.scalar_type(), "group_norm_act", [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class T>
+  void forward(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) const {
+    if (g.spatial == 0) fill_empty(g, eps, mean, rstd);
     if (g.layout == Layout::contiguous)
-      run<Layout::contiguous>(g, eps, data_of<T>(x), y.data<T>(), means, rstds);
+      run<Layout::contiguous>(g, eps, x, y, mean, rstd);
     else
-      run<Layout::channels_last>(g, eps, data_of<T>(x), y.data<T>(), means, rstds);
-  });
-  return {y.finish(), mean, rstd};
-}
+      run<Layout::channels_last>(g, eps, x, y, mean, rstd);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
-  m.impl("group_norm_act", TORCH_BOX(&group_norm_act));
+  m.impl("group_norm_act", TORCH_BOX(&group_norm_act<Cpu>));
 }
 
 }  // namespace dx

@@ -1,14 +1,10 @@
-// group_norm_act, backward. With a the activation's input and da = dy post_scale act'(a), each
-// channel of each sample needs five sums over its elements; every gradient follows from them, and
-//   dx = rstd (gain da - S1/M - xhat S2/M),  S1 = sum gain da,  S2 = sum gain da xhat
-// over the M elements of a group.
+// group_norm_act, backward: the sums over each channel's elements, then dx and the gradients of the
+// parameters that follow from them.
 #include "group_norm.h"
 
 namespace dx {
 namespace {
 
-// The sums over the elements of a channel, by index in ChannelSums.
-enum { kDa, kDaXhat, kDy, kDyAct, kXhat, kSums };
 using Sums = ChannelSums<kSums>;
 
 // What both passes need of an element: xhat, act(a), dy and da.
@@ -85,14 +81,37 @@ DX_INLINE void add_block(const Block& b, const Channels& ch, const T* x, const T
   if constexpr (layout == Layout::channels_last) sums.added(b.rows);
 }
 
-// The gradients by channel of each sample, float32 [N, C]; those of weight and bias are still to be
-// summed over the samples.
-struct Gradients {
-  std::vector<float> weight, bias, scale, shift, post_scale, post_shift, pre_shift;
-  explicit Gradients(int64_t count) {
-    for (auto* v : {&weight, &bias, &scale, &shift, &post_scale, &post_shift, &pre_shift})
-      v->resize(count);
+// The gradients of a call's parameters by channel of each sample, float32 [N, C] each; those of
+// parameters [C] are still to be summed over the samples.
+class ParameterGradients {
+ public:
+  ParameterGradients(const GroupNorm& g, const Gradients& out)
+      : g_(g), out_(out), values_(g.samples * g.channels) {}
+
+  ChannelParameters& at(int64_t n, int64_t c) { return values_[n * g_.channels + c]; }
+
+  void finish() const {
+    using P = ChannelParameters;
+    int i = 0;
+    for (const auto member : {&P::weight, &P::bias, &P::scale, &P::shift, &P::post_scale,
+                              &P::post_shift, &P::pre_shift})
+      write(out_.of[i++], member);
   }
+
+ private:
+  void write(const Gradient& out, float ChannelParameters::* member) const {
+    if (!out.wanted()) return;
+    const int64_t rows = out.per_sample ? g_.samples : 1, count = rows * g_.channels;
+    for (int64_t i = 0; i < count; ++i) {
+      double sum = 0;
+      for (int64_t n = 0; n < g_.samples; n += rows) sum += values_[n * g_.channels + i].*member;
+      out.set(i, sum);
+    }
+  }
+
+  const GroupNorm& g_;
+  const Gradients& out_;
+  std::vector<ChannelParameters> values_;
 };
 
 // Per channel of a slab: dx = slope da - xhat second - first. Made from the channels' sums, with
@@ -100,7 +119,7 @@ struct Gradients {
 struct Correction {
   std::vector<float> first, second;
 
-  Correction(const Slab& slab, const Channels& ch, Sums& sums, Gradients& out)
+  Correction(const Slab& slab, const Channels& ch, Sums& sums, ParameterGradients& gradients)
       : first(slab.width), second(slab.width) {
     const GroupNorm& g = slab.g;
     const int64_t size = g.group_channels();
@@ -111,21 +130,15 @@ struct Correction {
         s1 += ch.gain[k] * sums.total(kDa, k);
         s2 += ch.gain[k] * sums.total(kDaXhat, k);
       }
+      const GroupMeans means{float(s1 / count), float(s2 / count)};
       for (int64_t k = group; k < group + size; ++k) {
-        const int64_t n = slab.n, c = slab.first + k, at = n * g.channels + c;
-        const double da = sums.total(kDa, k), da_xhat = sums.total(kDaXhat, k);
-        first[k] = float(ch.rstd[k] * s1 / count);
-        second[k] = float(ch.rstd[k] * s2 / count);
-        const float one_scale = 1.0f + g.scale.at(n, c);
-        out.weight[at] = float(one_scale * da_xhat);
-        out.bias[at] = float(one_scale * da);
-        out.scale[at] = float(g.weight.at(n, c) * da_xhat + g.bias.at(n, c) * da);
-        out.shift[at] = float(da);
-        out.post_scale[at] = float(sums.total(kDyAct, k));
-        out.post_shift[at] = float(sums.total(kDy, k));
-        out.pre_shift[at] =
-            float(ch.rstd[k] *
-                  (ch.gain[k] * da - (double(g.spatial) * s1 + sums.total(kXhat, k) * s2) / count));
+        first[k] = ch.rstd[k] * means.da;
+        second[k] = ch.rstd[k] * means.da_xhat;
+        double channel[kSums];
+        for (int i = 0; i < kSums; ++i) channel[i] = sums.total(i, k);
+        const int64_t c = slab.first + k;
+        gradients.at(slab.n, c) = parameter_gradients(g.parameters(slab.n, c), ch.rstd[k], means,
+                                                      double(g.spatial), channel);
       }
     }
   }
@@ -165,7 +178,7 @@ Sums channel_sums(const Slab& slab, const Channels& channels, const T* x, const 
 
 template <Layout layout, class T>
 void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd, T* dx,
-         Gradients& gradients) {
+         ParameterGradients& gradients) {
   for_each_slab(g, [&](const Slab& slab) {
     const Channels channels(slab, mean, rstd);
     Sums sums = channel_sums<layout>(slab, channels, x, dy, dx);
@@ -182,75 +195,25 @@ void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const 
   });
 }
 
-// Writes values [samples, channels] as the gradient of `parameter`, summing over the samples where
-// it is [C]. No parameter, no gradient: an empty tensor.
-Tensor gradient_of(const MaybeTensor& parameter, const Tensor& x,
-                   const std::vector<float>& values) {
-  if (!parameter) return torch::stable::new_empty(x, {0});
-  const Tensor out = torch::stable::new_empty(x, parameter->sizes(), parameter->scalar_type());
-  const int64_t count = out.numel(), samples = count == 0 ? 0 : int64_t(values.size()) / count;
-  const auto write = [&](auto* to) {
-    for (int64_t i = 0; i < count; ++i) {
-      double sum = 0;
-      for (int64_t n = 0; n < samples; ++n) sum += values[n * count + i];
-      if constexpr (std::is_same_v<decltype(to), double*>)
-        to[i] = sum;
-      else
-        round_to(float(sum), to[i]);
-    }
-  };
-  if (out.scalar_type() == ScalarType::Double)
-    write(static_cast<double*>(out.mutable_data_ptr()));
-  else
-    dispatch_floating(out.scalar_type(), "group_norm_act_backward", [&](auto* tag) {
-      write(static_cast<decltype(tag)>(out.mutable_data_ptr()));
-    });
-  return out;
-}
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
-    const Tensor& dy_, const Tensor& x_, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
-    const MaybeTensor& weight, const MaybeTensor& bias, int64_t act, const MaybeTensor& scale,
-    const MaybeTensor& shift, const MaybeTensor& post_scale, const MaybeTensor& post_shift,
-    const MaybeTensor& pre_shift) {
-  STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
-  check_like("dy", dy_, x_);
-  Output dx(new_like(x_));
-  const Tensor x = in_layout(x_, dx.dense(), dx.layout());
-  const Tensor dy = in_layout(dy_, dx.dense(), dx.layout());
-  const GroupNorm g(x, dx.layout(), num_groups, act, weight, bias, scale, shift, post_scale,
-                    post_shift, pre_shift);
-  STD_TORCH_CHECK(mean.numel() == g.samples * g.groups &&
-                      mean.scalar_type() == ScalarType::Double && rstd.numel() == mean.numel() &&
-                      rstd.scalar_type() == ScalarType::Float && mean.is_contiguous() &&
-                      rstd.is_contiguous(),
-                  "mean, rstd: wanted what group_norm_act returned");
-  Gradients gradients(g.samples * g.channels);
-  dispatch_floating(x.scalar_type(), "group_norm_act_backward", [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    const auto backward = [&](auto layout) {
-      run<decltype(layout)::value>(g, data_of<T>(dy), data_of<T>(x), data_of<double>(mean),
-                                   data_of<float>(rstd), dx.data<T>(), gradients);
-    };
+  template <class T>
+  void backward(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd,
+                T* dx, const Gradients& out) const {
+    ParameterGradients gradients(g, out);
     if (g.layout == Layout::contiguous)
-      backward(std::integral_constant<Layout, Layout::contiguous>());
+      run<Layout::contiguous>(g, dy, x, mean, rstd, dx, gradients);
     else
-      backward(std::integral_constant<Layout, Layout::channels_last>());
-  });
-  return {dx.finish(),
-          gradient_of(weight, x, gradients.weight),
-          gradient_of(bias, x, gradients.bias),
-          gradient_of(scale, x, gradients.scale),
-          gradient_of(shift, x, gradients.shift),
-          gradient_of(post_scale, x, gradients.post_scale),
-          gradient_of(post_shift, x, gradients.post_shift),
-          gradient_of(pre_shift, x, gradients.pre_shift)};
-}
+      run<Layout::channels_last>(g, dy, x, mean, rstd, dx, gradients);
+    gradients.finish();
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
-  m.impl("group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+  m.impl("group_norm_act_backward", TORCH_BOX(&group_norm_act_backward<Cpu>));
 }
 
 }  // namespace dx

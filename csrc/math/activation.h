@@ -2,6 +2,8 @@
 // The polynomials are minimax fits with errors below 1e-8.
 #pragma once
 
+#include <type_traits>
+
 #include "portable.h"
 
 namespace dx {
@@ -10,7 +12,12 @@ namespace dx {
 enum class Act : int64_t { identity, relu, silu, gelu, gelu_tanh };
 constexpr int64_t kActs = 5;
 
+// exp and 1/x for the activations, whose bits are no contract: on a GPU its special function unit
+// computes both, to a few units in the last place.
 DX_INLINE float exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);
+#else
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);  // keeps the result finite and normal
   // x = n ln 2 + r; adding and subtracting 1.5 * 2^23 rounds n to an integer.
   const float magic = 12582912.0f;
@@ -24,15 +31,24 @@ DX_INLINE float exp(float x) {
   p = fma(p, r, 5.000000095e-01f);
   const float scale = float_of((bits_of(shifted) << 23) + 0x3F800000u);  // 2^n
   return fma(r * r, p, r + 1.0f) * scale;
+#endif
 }
 
-DX_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+DX_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+DX_INLINE float sigmoid(float x) { return reciprocal(1.0f + exp(-x)); }
 
 // The normal distribution's integral to a, and density exp(-a^2/2) (without the 1/sqrt(2 pi)).
 DX_INLINE float normal_cdf(float a, float& density) {
   density = exp(-0.5f * a * a);
   const float x = fabsf(a) * 7.071067812e-01f;
-  const float t = 1.0f / fma(0.5f, x, 1.0f);
+  const float t = reciprocal(fma(0.5f, x, 1.0f));
   float g = 4.256108622e-02f;  // erfc(x) = exp(-x^2) t g(t), t = 1/(1 + x/2)
   g = fma(g, t, -2.305344905e-01f);
   g = fma(g, t, 4.818076244e-01f);
@@ -72,6 +88,18 @@ DX_INLINE float activate(float a, float& derivative) {
     const float s = sigmoid(1.595769122f * fma(0.044715f * a2, a, a));
     derivative = fma(a * s * (1.0f - s), fma(2.140644490e-01f, a2, 1.595769122f), s);
     return a * s;
+  }
+}
+
+// Calls f with the activation as a constant.
+template <class F>
+DX_INLINE void dispatch_act(Act act, const F& f) {
+  switch (act) {
+    case Act::identity: return f(std::integral_constant<Act, Act::identity>());
+    case Act::relu: return f(std::integral_constant<Act, Act::relu>());
+    case Act::silu: return f(std::integral_constant<Act, Act::silu>());
+    case Act::gelu: return f(std::integral_constant<Act, Act::gelu>());
+    case Act::gelu_tanh: return f(std::integral_constant<Act, Act::gelu_tanh>());
   }
 }
 
