@@ -84,13 +84,14 @@ inline Tensor new_like(const Tensor& t) {
   return out;
 }
 
-// A tensor that a kernel writes, and where it writes: itself, or a contiguous copy for strides that
-// no kernel knows, written back at the end.
+// A tensor that a kernel writes, and where it writes: itself, or a contiguous copy where it does
+// not lie in the layout that the kernel writes, written back at the end.
 class Output {
  public:
-  explicit Output(const Tensor& t)
+  explicit Output(const Tensor& t) : Output(t, layout_of(t)) {}
+  Output(const Tensor& t, Layout layout)
       : tensor_(t),
-        layout_(layout_of(t)),
+        layout_(layout),
         direct_(fits(t, layout_)),
         dense_(direct_ ? t : torch::stable::contiguous(t)) {}
 

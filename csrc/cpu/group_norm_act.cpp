@@ -184,6 +184,7 @@ void fill_empty(const GroupNorm& g, double eps, double* mean, float* rstd) {
 
 struct Cpu {
   explicit Cpu(const Tensor&) {}
+  static Layout layout(const Tensor& x, int64_t) { return layout_of(x); }
 
   template <class T>
   void forward(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) const {

@@ -197,6 +197,7 @@ void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const 
 
 struct Cpu {
   explicit Cpu(const Tensor&) {}
+  static Layout layout(const Tensor& x, int64_t) { return layout_of(x); }
 
   template <class T>
   void backward(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd,

@@ -13,6 +13,7 @@
 
 #include "../common.h"
 #include "../math/half.h"
+#include "limits.h"
 
 namespace dx {
 
@@ -25,13 +26,6 @@ struct Launch {
   int threads;  // a multiple of kWarp
   int cluster = 1;
   int shared_bytes = 0;  // dynamic
-};
-
-// What a plan may ask of a device.
-struct DeviceLimits {
-  int multiprocessors;
-  int shared_bytes;  // dynamic shared memory that one block may have
-  int max_cluster;   // blocks; 1 where there are no clusters
 };
 
 // n elements, moved by one access where they are at most 16 bytes and so aligned.

@@ -11,6 +11,8 @@
 #include <utility>
 
 #define DX_GLOBAL __global__
+// The most threads that a kernel is launched with; the 1 lets it have the registers that it needs.
+#define DX_BOUNDED(threads) __launch_bounds__(threads, 1)
 #define DX_DEVICE __device__ __forceinline__
 
 #define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CUDA, m)
@@ -34,7 +36,7 @@ inline const DeviceLimits& limits_of(int device) {
   STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "device index ", device);
   DeviceLimits& limits = known[device];
   if (limits.multiprocessors == 0) {
-    constexpr int kStatic = 1024;  // what the kernels' own static shared memory leaves of a block's
+    constexpr int kStatic = 4096;  // what the kernels' own static shared memory leaves of a block's
     const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStatic;
     const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
     limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, clusters ? 8 : 1};

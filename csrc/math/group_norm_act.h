@@ -38,7 +38,7 @@ DX_INLINE Mean difference(float a, float b) {
 struct Channel {
   float centre, rstd, residual, gain, offset, slope, intercept, post_scale, post_shift;
 
-  DX_INLINE Channel() = default;
+  Channel() = default;
   DX_INLINE Channel(const ChannelParameters& p, Mean mean, float rstd_) {
     const Mean shifted = difference(mean.high, p.pre_shift);
     const float one_scale = 1.0f + p.scale;

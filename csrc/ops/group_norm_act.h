@@ -65,6 +65,10 @@ struct GroupNorm {
   DX_INLINE int64_t group_channels() const { return channels / groups; }
   DX_INLINE int64_t elements() const { return samples * channels * spatial; }
 
+  DX_INLINE float gain(int64_t n, int64_t c) const {
+    return weight.at(n, c) * (1.0f + scale.at(n, c));
+  }
+
   DX_INLINE ChannelParameters parameters(int64_t n, int64_t c) const {
     return {weight.at(n, c),     bias.at(n, c),       scale.at(n, c),    shift.at(n, c),
             post_scale.at(n, c), post_shift.at(n, c), pre_shift.at(n, c)};
@@ -101,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(
     double eps, int64_t act, const MaybeTensor& scale, const MaybeTensor& shift,
     const MaybeTensor& post_scale, const MaybeTensor& post_shift, const MaybeTensor& pre_shift) {
   STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
-  Output y(new_like(x_));
+  Output y(new_like(x_), Kernel::layout(x_, num_groups));
   const Tensor x = in_layout(x_, y.dense(), y.layout());
   const GroupNorm g = group_norm_of(x, y.layout(), num_groups, act, weight, bias, scale, shift,
                                     post_scale, post_shift, pre_shift);
@@ -150,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group
     const MaybeTensor& pre_shift) {
   STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
   check_like("dy", dy_, x_);
-  Output dx(new_like(x_));
+  Output dx(new_like(x_), Kernel::layout(x_, num_groups));
   const Tensor x = in_layout(x_, dx.dense(), dx.layout());
   const Tensor dy = in_layout(dy_, dx.dense(), dx.layout());
   const GroupNorm g = group_norm_of(x, dx.layout(), num_groups, act, weight, bias, scale, shift,

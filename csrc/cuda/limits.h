@@ -1,0 +1,12 @@
+// What a plan may ask of a device. Plain host code.
+#pragma once
+
+namespace dx {
+
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // dynamic shared memory that one block may have
+  int max_cluster;   // blocks; 1 where there are no clusters
+};
+
+}  // namespace dx
