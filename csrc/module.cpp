@@ -2,10 +2,13 @@
 // kernels' own files). Here, without torch's headers, is what Python asks of the library itself.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu/simd.h"
+#include "cuda/group_norm_plan.h"
 #include "math/normal.h"
 #include "math/philox.h"
 
@@ -54,6 +57,35 @@ py::array_t<float> box_muller(const Words& words) {
   return out;
 }
 
+// How group_norm_act would run on a GPU: what a person tuning it looks at.
+py::dict group_norm_plan(const std::vector<int64_t>& shape, int64_t groups, int element_size,
+                         bool channels_last, bool backward, bool aligned, int multiprocessors,
+                         int shared_bytes, int max_cluster) {
+  if (shape.size() < 2) throw py::value_error("shape: wanted [N, C, *spatial]");
+  if (groups < 1 || shape[1] % groups != 0)
+    throw py::value_error("groups: wanted a divisor of the channels");
+  if (element_size != 2 && element_size != 4)
+    throw py::value_error("element_size: wanted 2 or 4 bytes");
+  int64_t spatial = 1;
+  for (size_t i = 2; i < shape.size(); ++i) spatial *= shape[i];
+  const dx::NormPlan p = dx::group_norm_plan(
+      {shape[0], shape[1], spatial, groups, channels_last, aligned, element_size, backward},
+      {multiprocessors, shared_bytes, max_cluster});
+  py::dict plan;
+  plan["kind"] = p.on_chip ? "on chip" : "split";
+  plan["vector"] = p.vector;
+  plan["threads"] = p.threads;
+  plan["parts"] = p.parts;
+  plan["bundle"] = p.bundle;
+  plan["lanes"] = p.lanes;
+  plan["run"] = p.run;
+  plan["pieces"] = p.pieces;
+  plan["kept"] = p.kept;
+  plan["blocks"] = shape[0] * p.slabs * p.parts;
+  plan["shared_bytes"] = p.shared_bytes;
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -66,4 +98,12 @@ PYBIND11_MODULE(_C, m) {
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),
         "Two normals from two words: uint32 [n, 2] to float32 [n, 2].");
+  m.def("group_norm_plan", &group_norm_plan, py::arg("shape"), py::arg("groups"),
+        py::arg("element_size"), py::kw_only(), py::arg("channels_last") = false,
+        py::arg("backward") = false, py::arg("aligned") = true, py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes") = 228352, py::arg("max_cluster") = 8,
+        "How group_norm_act of x `shape` [N, C, *spatial] runs on a GPU, by default an H100: kind\n"
+        "('on chip' or 'split'), vector (elements of an access), threads and blocks of the launch\n"
+        "that reads x, parts (blocks of a slab), bundle (groups of a slab), shared_bytes of a\n"
+        "block, and the walk of a thread; csrc/cuda/group_norm_plan.h explains each.");
 }

@@ -117,7 +117,7 @@ inline int bundle_of(const NormShape& s, int vector, int64_t bytes, int64_t sect
 
 // Whether a bundle's slabs begin and end on whole vectors.
 inline bool divides(const NormShape& s, int vector, int bundle) {
-  return bundle == s.groups || s.channels / s.groups * bundle % vector == 0;
+  return !s.channels_last || bundle == s.groups || s.channels / s.groups * bundle % vector == 0;
 }
 
 // The best on-chip plan for slabs of `bundle` groups: the least cluster that holds a slab and keeps
@@ -151,13 +151,16 @@ inline NormPlan split(const NormShape& s, const DeviceLimits& device, int vector
 }
 
 // The bytes that a plan moves over the bus, as if the whole GPU took part: a block alone draws
-// about twice a multiprocessor's share of the bandwidth, and a launch takes as long as about 3 MB.
+// about twice a multiprocessor's share of the bandwidth, a pixel narrower than a sector wastes the
+// rest of it, and a launch takes as long as about 3 MB.
 inline double cost(const NormShape& s, const DeviceLimits& device, const NormPlan& p) {
   const double bytes = double(s.samples * s.channels * s.spatial * s.element_size);
   const double blocks = double(std::max<int64_t>(s.samples * p.slabs * p.parts, 1));
   const double idle = std::max(1.0, device.multiprocessors / (2 * blocks));
+  const double pixel = double(s.channels / s.groups * p.bundle * s.element_size);
+  const double wasted = s.channels_last ? std::max(1.0, kSectorBytes / pixel) : 1.0;
   const double passes = p.on_chip ? (s.backward ? 3 : 2) : (s.backward ? 5 : 3);
-  return passes * bytes * idle + (p.on_chip ? 0 : 2 * 3e6);
+  return passes * bytes * idle * wasted + (p.on_chip ? 0 : 2 * 3e6);
 }
 
 }  // namespace plan
@@ -169,14 +172,12 @@ inline NormPlan group_norm_plan(const NormShape& s, const DeviceLimits& device) 
   if (vector > 1 && s.channels_last && !divides(s, vector, bundle_of(s, vector, 1, s.element_size)))
     vector = 1;
   NormPlan best = split(s, device, vector);
-  // The wide bundle wastes no sectors; where no cluster holds its slabs, a narrow one may fit.
+  // A wide bundle wastes no sectors; a narrow one makes smaller slabs, and more of them.
   for (const int64_t width : {kLineBytes, int64_t{1}}) {
     const int bundle = bundle_of(s, vector, width, width > 1 ? kSectorBytes : s.element_size);
     if (!divides(s, vector, bundle)) continue;
     const NormPlan p = on_chip(s, device, vector, bundle);
-    if (p.threads == 0) continue;
-    if (cost(s, device, p) <= cost(s, device, best)) best = p;
-    break;
+    if (p.threads != 0 && cost(s, device, p) < cost(s, device, best)) best = p;
   }
   return best;
 }
