@@ -217,11 +217,9 @@ inline NormPlan plan_of(const GroupNorm& g, const OnDevice& device,
                          device.limits);
 }
 
-// Beyond this many channels to a group the sums of a channels_last slab outgrow shared memory, and
-// the tensors are copied.
+// The tensors of channels_last groups that are too wide for any slab are copied.
 inline Layout norm_layout(const Tensor& x, int64_t groups) {
-  constexpr int64_t most = 2048;
-  const bool wide = groups > 0 && x.size(1) / groups > most;
+  const bool wide = groups > 0 && x.size(1) / groups > plan::kMostChannels;
   return wide ? Layout::contiguous : layout_of(x);
 }
 

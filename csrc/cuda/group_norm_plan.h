@@ -50,6 +50,7 @@ constexpr int kRun = 4;               // vectors that a thread loads before it u
 constexpr int kBusyThreads = 1024;    // of a multiprocessor, for it to hide its memory's latency
 constexpr int64_t kPartBytes = 4096;  // of a tensor: less is not worth a block of its own
 constexpr int64_t kSectorBytes = 32, kLineBytes = 128;
+constexpr int64_t kMostChannels = 2048;  // of a channels_last slab: their sums fit any device
 constexpr int kMomentsBytes = 16, kSums = 5;
 
 constexpr int64_t pieces_of(int64_t extent, int64_t step) { return (extent + step - 1) / step; }
@@ -139,8 +140,9 @@ inline NormPlan on_chip(const NormShape& s, const DeviceLimits& device, int vect
 
 // Enough parts for a grid that fills the GPU several times over, each worth its block.
 inline NormPlan split(const NormShape& s, const DeviceLimits& device, int vector) {
-  int bundle = bundle_of(s, vector, int64_t{256} * vector * s.element_size, s.element_size);
-  if (!divides(s, vector, bundle)) bundle = bundle_of(s, vector, 1, s.element_size);
+  int bundle = bundle_of(s, vector, int64_t{128} * vector * s.element_size, s.element_size);
+  if (!divides(s, vector, bundle) || s.channels / s.groups * bundle > kMostChannels)
+    bundle = bundle_of(s, vector, 1, s.element_size);
   const int64_t slabs = s.samples * pieces_of(s.groups, bundle);
   const int64_t bytes = slab_elements(s, bundle) * s.element_size;
   const int64_t wanted = std::max(
@@ -169,7 +171,9 @@ inline NormPlan group_norm_plan(const NormShape& s, const DeviceLimits& device) 
   using namespace plan;
   int vector = 16 / s.element_size;
   if (!s.aligned || (s.channels_last ? s.channels : s.spatial) % vector != 0) vector = 1;
-  if (vector > 1 && s.channels_last && !divides(s, vector, bundle_of(s, vector, 1, s.element_size)))
+  const int least = bundle_of(s, vector, 1, s.element_size);
+  if (!divides(s, vector, least) ||
+      (s.channels_last && s.channels / s.groups * least > kMostChannels))
     vector = 1;
   NormPlan best = split(s, device, vector);
   // A wide bundle wastes no sectors; a narrow one makes smaller slabs, and more of them.

@@ -20,7 +20,7 @@ def plan(shape, groups, element_size=2, device=H100, **options):
 @given(
     samples=st.integers(1, 9),
     groups=st.integers(1, 40),
-    group_channels=st.integers(1, 130),
+    group_channels=st.integers(1, 130) | st.integers(1, 2048),
     spatial=st.integers(1, 1 << 20),
     element_size=st.sampled_from([2, 4]),
     channels_last=st.booleans(),
