@@ -284,8 +284,10 @@ DX_GLOBAL DX_BOUNDED(kParameterThreads) void gradient_parameters(
     }
     if (n >= g.samples || lane() % lanes != 0) continue;
     const int64_t group = n * g.groups + c / g.group_channels();
-    const ChannelParameters p = parameter_gradients(g.parameters(n, c), rstd[group], means[group],
-                                                    double(g.spatial), channel);
+    GroupMeans of_group = {0, 0};
+    if (sums.pieces > 0) of_group = means[group];  // else the samples have no elements
+    const ChannelParameters p =
+        parameter_gradients(g.parameters(n, c), rstd[group], of_group, double(g.spatial), channel);
     const float of[kParameters] = {p.weight,     p.bias,       p.scale,    p.shift,
                                    p.post_scale, p.post_shift, p.pre_shift};
 #pragma unroll
