@@ -20,6 +20,11 @@
 #include <sys/mman.h>
 #endif
 
+// The ops' namespace in torch. That of the emulated kernels is another: see csrc/emulation/device.h.
+#ifndef DX_NAMESPACE
+#define DX_NAMESPACE diffusion_ext
+#endif
+
 namespace dx {
 
 using torch::headeronly::ScalarType;

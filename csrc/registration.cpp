@@ -2,7 +2,10 @@
 // "CUDA".
 #include "common.h"
 
-STABLE_TORCH_LIBRARY(diffusion_ext, m) {
+// A macro of its own, so that DX_NAMESPACE is replaced before torch's makes a string of it.
+#define DX_DEFINE_OPS(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+
+DX_DEFINE_OPS(DX_NAMESPACE, m) {
   m.def(
       "sampler_step(Tensor x, Tensor model_output, Tensor coefficients, Tensor timesteps, "
       "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance, "

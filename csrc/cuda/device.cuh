@@ -46,11 +46,13 @@ namespace dx {
 
 template <int n, class T>
 DX_DEVICE Vec<T, n> load(const T* from) {
+  check_aligned(from, alignof(Vec<T, n>));
   return *reinterpret_cast<const Vec<T, n>*>(from);
 }
 
 template <class T, int n>
 DX_DEVICE void store(T* to, const Vec<T, n>& vec) {
+  check_aligned(to, alignof(Vec<T, n>));
   *reinterpret_cast<Vec<T, n>*>(to) = vec;
 }
 

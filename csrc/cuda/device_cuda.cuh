@@ -15,7 +15,7 @@
 #define DX_BOUNDED(threads) __launch_bounds__(threads, 1)
 #define DX_DEVICE __device__ __forceinline__
 
-#define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CUDA, m)
+#define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(DX_NAMESPACE, CUDA, m)
 
 namespace dx {
 
@@ -36,8 +36,7 @@ inline const DeviceLimits& limits_of(int device) {
   STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "device index ", device);
   DeviceLimits& limits = known[device];
   if (limits.multiprocessors == 0) {
-    constexpr int kStatic = 4096;  // what the kernels' own static shared memory leaves of a block's
-    const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStatic;
+    const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStaticShared;
     const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
     limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, clusters ? 8 : 1};
   }
@@ -157,6 +156,9 @@ DX_DEVICE const T* of_rank(const T* mine, int rank) {
   return mine;
 #endif
 }
+
+// A GPU itself faults.
+DX_DEVICE void check_aligned(const void*, int) {}
 
 // A failed one is reported by the next call that waits for the device, as torch's own are.
 DX_DEVICE void require(bool condition, const char* message) {

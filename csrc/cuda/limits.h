@@ -3,6 +3,9 @@
 
 namespace dx {
 
+// Bytes of a block's shared memory that are left to the kernels' own static.
+constexpr int kStaticShared = 4096;
+
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // dynamic shared memory that one block may have
