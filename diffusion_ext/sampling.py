@@ -143,7 +143,7 @@ class _Stepper:
         args = (self.coefficients, self.timesteps, self.rows[i], noise, seeds)
         args += (None, self.table.clip, self.guidance)
         if self.native:
-            torch.ops.diffusion_ext.sampler_step_(self.x, output, *args)
+            backend.kernels().sampler_step_(self.x, output, *args)
         else:
             self.x.copy_(reference.sampler_step(self.x, output, *args)[0])
 

@@ -7,12 +7,14 @@ import importlib
 import os
 import pathlib
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = ("native", "reference")
+# Backend -> the torch.ops namespace of its kernels. "reference", which is torch itself, has none.
+NAMESPACES = {"native": "diffusion_ext"}
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -54,11 +56,15 @@ for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
 native_devices = tuple(device for device in ("cpu", "cuda") if device not in missing)
 
 
+def _names() -> tuple[str, ...]:
+    return (*NAMESPACES, "reference")
+
+
 def _backend_from_environment() -> str:
     name = os.environ.get("DIFFUSION_EXT_BACKEND", "native")
-    if name not in BACKENDS:
+    if name not in _names():
         warnings.warn(
-            f"DIFFUSION_EXT_BACKEND: wanted one of {BACKENDS}, got {name!r}; using 'native'",
+            f"DIFFUSION_EXT_BACKEND: wanted one of {_names()}, got {name!r}; using 'native'",
             stacklevel=2,
         )
         return "native"
@@ -66,6 +72,7 @@ def _backend_from_environment() -> str:
 
 
 _current = _backend_from_environment()
+_kernels = torch.ops.diffusion_ext
 
 
 @contextlib.contextmanager
@@ -79,14 +86,15 @@ def use_backend(name: str):
 
     Raises: ValueError for another name.
     """
-    global _current
-    if name not in BACKENDS:
-        raise ValueError(f"name: wanted one of {BACKENDS}, got {name!r}")
-    before, _current = _current, name
+    global _current, _kernels
+    if name not in _names():
+        raise ValueError(f"name: wanted one of {_names()}, got {name!r}")
+    before = _current, _kernels
+    _current, _kernels = name, getattr(torch.ops, NAMESPACES.get(name, "diffusion_ext"))
     try:
         yield
     finally:
-        _current = before
+        _current, _kernels = before
 
 
 def current_backend() -> str:
@@ -94,10 +102,15 @@ def current_backend() -> str:
     return _current
 
 
+def kernels():
+    """The compiled ops of the current backend; the native ones where that is the reference."""
+    return _kernels
+
+
 def serves(x: Tensor) -> bool:
     """Whether a kernel serves a call on x. Forward-mode derivatives are the reference's."""
     return (
-        _current == "native"
+        _current != "reference"
         and x.dtype in NATIVE_DTYPES
         and x.device.type in native_devices
         and forward_ad._current_level < 0
@@ -107,3 +120,19 @@ def serves(x: Tensor) -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call on these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# Op -> its fake: the outputs' shapes and dtypes, which torch.compile and opcheck ask for.
+fakes: dict[str, Callable] = {}
+
+
+def register_fake(name: str):
+    """Decorates the fake of the op `name`."""
+
+    def register(fake: Callable) -> Callable:
+        fakes[name] = fake
+        if "cpu" not in missing:
+            torch.library.register_fake(f"{NAMESPACES['native']}::{name}", fake)
+        return fake
+
+    return register

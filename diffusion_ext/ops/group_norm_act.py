@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check_device, check_floating, check_number
 from . import reference
-from .backend import missing, needs_grad, serves
+from .backend import kernels, needs_grad, register_fake, serves
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -53,7 +53,7 @@ def group_norm_act(
         return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
     act_index = ACTIVATIONS.index(act)
     args = (x, num_groups, weight, bias, eps, act_index, *modulation)
-    return torch.ops.diffusion_ext.group_norm_act(*args)[0]
+    return kernels().group_norm_act(*args)[0]
 
 
 class _GroupNormAct(torch.autograd.Function):
@@ -61,7 +61,7 @@ class _GroupNormAct(torch.autograd.Function):
     def forward(ctx, x, num_groups, weight, bias, eps, act, *modulation):
         act_index = ACTIVATIONS.index(act)
         args = (x, num_groups, weight, bias, eps, act_index, *modulation)
-        y, mean, rstd = torch.ops.diffusion_ext.group_norm_act(*args)
+        y, mean, rstd = kernels().group_norm_act(*args)
         ctx.save_for_backward(x, mean, rstd, weight, bias, *modulation)
         ctx.num_groups, ctx.eps, ctx.act = num_groups, eps, act
         return y
@@ -75,7 +75,7 @@ class _GroupNormAct(torch.autograd.Function):
         else:
             weight, bias, *modulation = parameters
             act_index = ACTIVATIONS.index(ctx.act)
-            gradients = torch.ops.diffusion_ext.group_norm_act_backward(
+            gradients = kernels().group_norm_act_backward(
                 dy, x, mean, rstd, ctx.num_groups, weight, bias, act_index, *modulation
             )
         gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
@@ -130,19 +130,18 @@ def _check_parameter(name: str, tensor, shape: tuple[int, ...], meaning: str, x:
     check_device(name, tensor, x.device)
 
 
-if "cpu" not in missing:
+@register_fake("group_norm_act")
+def _(x, num_groups, weight, bias, eps, act, scale, shift, post_scale, post_shift, pre_shift):
+    stats = (x.shape[0], num_groups)
+    mean = x.new_empty(stats, dtype=torch.float64)
+    return torch.empty_like(x), mean, x.new_empty(stats, dtype=torch.float32)
 
-    @torch.library.register_fake("diffusion_ext::group_norm_act")
-    def _(x, num_groups, weight, bias, eps, act, scale, shift, post_scale, post_shift, pre_shift):
-        stats = (x.shape[0], num_groups)
-        mean = x.new_empty(stats, dtype=torch.float64)
-        return torch.empty_like(x), mean, x.new_empty(stats, dtype=torch.float32)
 
-    @torch.library.register_fake("diffusion_ext::group_norm_act_backward")
-    def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
-        def like(parameter):
-            if parameter is None:
-                return x.new_empty(0)
-            return x.new_empty(parameter.shape, dtype=parameter.dtype)
+@register_fake("group_norm_act_backward")
+def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
+    def like(parameter):
+        if parameter is None:
+            return x.new_empty(0)
+        return x.new_empty(parameter.shape, dtype=parameter.dtype)
 
-        return torch.empty_like(x), *(like(p) for p in (weight, bias, *modulation))
+    return torch.empty_like(x), *(like(p) for p in (weight, bias, *modulation))

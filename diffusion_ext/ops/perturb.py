@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_in_range, check_indices, check_like, check_sample, check_schedule
 from ..schedules import NoiseSchedule
 from . import reference
-from .backend import missing, needs_grad, serves
+from .backend import kernels, needs_grad, register_fake, serves
 from .noise import resolve_noise
 
 TARGETS = ("noise", "v")
@@ -55,15 +55,13 @@ def perturb(
     table_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     signal = schedule.tensor("signal", x0.device, table_dtype)
     sigma = schedule.tensor(NOISINGS[noising], x0.device, table_dtype)
-    op = torch.ops.diffusion_ext.perturb if native else reference.perturb
+    op = kernels().perturb if native else reference.perturb
     x_t, learned = op(x0, t, signal, sigma, noise, seeds, target == "v")
     # The kernel writes no second copy of a noise that the caller holds.
     return x_t, noise if target == "noise" and noise is not None else learned
 
 
-if "cpu" not in missing:
-
-    @torch.library.register_fake("diffusion_ext::perturb")
-    def _(x0, t, signal, sigma, noise, seeds, velocity):
-        written = velocity or noise is None
-        return torch.empty_like(x0), torch.empty_like(x0) if written else x0.new_empty(0)
+@register_fake("perturb")
+def _(x0, t, signal, sigma, noise, seeds, velocity):
+    written = velocity or noise is None
+    return torch.empty_like(x0), torch.empty_like(x0) if written else x0.new_empty(0)

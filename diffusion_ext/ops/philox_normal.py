@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import FLOATING, as_seeds, check_sizes
 from . import reference
-from .backend import missing, serves
+from .backend import kernels, register_fake, serves
 
 
 def philox_normal(
@@ -48,12 +48,10 @@ def philox_normal(
     out = torch.empty(shape, dtype=dtype, device=seeds.device)
     if not serves(out):
         return reference.philox_normal(seeds, shape, step, stream, dtype)
-    torch.ops.diffusion_ext.philox_normal_(out, seeds, int(step), int(stream))
+    kernels().philox_normal_(out, seeds, int(step), int(stream))
     return out
 
 
-if "cpu" not in missing:
-
-    @torch.library.register_fake("diffusion_ext::philox_normal_")
-    def _(out, seeds, step, stream):
-        return None
+@register_fake("philox_normal_")
+def _(out, seeds, step, stream):
+    return None

@@ -24,7 +24,7 @@ from ..checks import (
 )
 from ..schedules import NoiseSchedule
 from . import reference
-from .backend import missing, needs_grad, serves
+from .backend import kernels, needs_grad, register_fake, serves
 from .noise import resolve_noise
 
 
@@ -63,7 +63,7 @@ def sampler_step(
     check_number("guidance", guidance)
     args = (coefficients, timesteps, row, noise, seeds, history, clip, guidance)
     if serves(x) and not needs_grad(x, model_output, noise, history, coefficients):
-        out, x0 = torch.ops.diffusion_ext.sampler_step(x, model_output, *args, return_x0)
+        out, x0 = kernels().sampler_step(x, model_output, *args, return_x0)
     else:
         out, x0 = reference.sampler_step(x, model_output, *args)
     return (out, x0) if return_x0 else out
@@ -187,12 +187,11 @@ def _ddim_table(schedule, t: int, t_prev: int, eta: float) -> samplers.StepTable
     return samplers.ddim_between(schedule, np.array([t]), np.array([t_prev]), eta)
 
 
-if "cpu" not in missing:
+@register_fake("sampler_step")
+def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance, r):
+    return torch.empty_like(x), torch.empty_like(x) if r else x.new_empty(0)
 
-    @torch.library.register_fake("diffusion_ext::sampler_step")
-    def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance, r):
-        return torch.empty_like(x), torch.empty_like(x) if r else x.new_empty(0)
 
-    @torch.library.register_fake("diffusion_ext::sampler_step_")
-    def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance):
-        return None
+@register_fake("sampler_step_")
+def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance):
+    return None
