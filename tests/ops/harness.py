@@ -1,10 +1,38 @@
-"""What the op tests share: dtypes with their tolerances, and tensors in every kind of strides."""
+"""What the op tests share: backends, dtypes with their tolerances, every kind of strides."""
 
 from __future__ import annotations
 
 import math
+import pathlib
 
 import torch
+
+from diffusion_ext.ops.backend import missing
+
+EMULATED = pathlib.Path(__file__).parents[2] / "build" / "emulated" / "cuda_emulated.so"
+
+# Why the tests do not run on CUDA tensors; empty where they do.
+NO_CUDA = missing.get("cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
+
+# What conftest.py runs the tests over.
+CUDA = ("cuda", "cuda-emulated")
+KERNELS = ("cpu", *CUDA)
+BACKENDS = (*KERNELS, "reference")
+
+# What the emulated kernels take the device for: multiprocessors, shared memory that a block may
+# have, blocks of a cluster. The last two are no device's: everything is too large for them.
+DEVICES = {
+    "hopper": (132, 228352, 8),
+    "ampere": (108, 162816, 1),
+    "tiny": (2, 2048, 1),
+    "tiny with clusters": (4, 8192, 4),
+}
+
+
+def pretend(seed: int, device: str = "hopper") -> None:
+    """The emulated kernels run as on one of DEVICES, their threads in an order of this seed."""
+    torch.ops.diffusion_ext_emulated.configure(seed, *DEVICES[device])
+
 
 # Of the largest magnitude of the float64 reference. float32: rounding of a handful of operations;
 # half types: half a unit in the last place of the one rounding at the end, and a little.
@@ -14,11 +42,22 @@ DTYPES = tuple(TOLERANCE)
 # 1 element, odd, a multiple of a block, longer than a tile; 2-D to 5-D.
 SHAPES = [(3, 1), (2, 257), (1, 5, 64), (2, 3, 7, 5), (3, 4, 8, 8), (2, 3, 33, 37), (2, 6, 3, 4, 5)]
 
-LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "misaligned contiguous",
+    "misaligned channels_last",
+    "transposed",
+    "strided",
+    "expanded",
+)
 
 
 def lay(x: torch.Tensor, layout: str) -> torch.Tensor:
     """x's values (for "expanded": those of sample 0 throughout) in another layout."""
+    if layout.startswith("misaligned "):  # an element past where the allocator would begin
+        x = lay(x, layout.removeprefix("misaligned "))
+        return x.new_empty(x.numel() + 1).as_strided(x.shape, x.stride(), 1).copy_(x)
     if layout == "channels_last":  # of any rank from 3: channels vary fastest
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x
     if layout == "transposed":
@@ -35,6 +74,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype=None, facto
     dtype = dtype or actual.dtype
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
+    assert actual.device == expected.device == torch.empty(0).device, "not on the backend's device"
     if expected.numel() == 0:
         return
     error = (actual.double() - expected.double()).abs().max().item()

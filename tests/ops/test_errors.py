@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from harness import KERNELS
 
 import diffusion_ext as dx
+from diffusion_ext.ops.backend import kernels
 
 SCHEDULE = dx.NoiseSchedule.linear(10)
 X = torch.zeros(2, 4, 3, 3)
@@ -101,23 +103,38 @@ BAD = [
 ]
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize(("call", "error", "message"), BAD)
 def test_message(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
+@pytest.mark.backends(*KERNELS)
 def test_the_kernels_check_for_themselves():
-    """Called past the wrappers, an op refuses what would read out of bounds; the process lives."""
-    ops, seeds = torch.ops.diffusion_ext, torch.tensor([1, 2])
-    tables = [SCHEDULE.tensor(name, X.device) for name in ("signal", "sigma")]
-    with pytest.raises(RuntimeError, match="t: wanted from 0 to 10, got 11"):
-        ops.perturb(X, torch.tensor([1, 11]), *tables, None, seeds, False)
-    with pytest.raises(RuntimeError, match="row: wanted from 0 to 9, got 10"):
-        ops.sampler_step_(X, X, *TENSORS, torch.tensor(10), None, None, None, None, 1.0)
+    """Called past the wrappers, an op refuses shapes that it would read out of bounds."""
+    ops, x = kernels(), torch.zeros(2, 4, 3, 3)
     with pytest.raises(RuntimeError, match="seeds: wanted shape"):
-        ops.philox_normal_(X, seeds[:1], 0, 0)
+        ops.philox_normal_(x, torch.tensor([1]), 0, 0)
     with pytest.raises(RuntimeError, match="num_groups: wanted a divisor"):
-        ops.group_norm_act(X, 3, None, None, 1e-5, 2, None, None, None, None, None)
+        ops.group_norm_act(x, 3, None, None, 1e-5, 2, None, None, None, None, None)
     with pytest.raises(RuntimeError, match="scale: wanted shape"):
-        ops.group_norm_act(X, 2, None, None, 1e-5, 2, X[0, :, 0], None, None, None, None)
+        ops.group_norm_act(x, 2, None, None, 1e-5, 2, x[0, :, 0], None, None, None, None)
+
+
+# Not on a real GPU: there an index is checked on the device, and a failure ends the process's use
+# of it.
+@pytest.mark.backends("cpu", "cuda-emulated")
+@pytest.mark.parametrize("bad", [-1, 11, 2**40])
+def test_the_kernels_check_the_indices(backend, bad):
+    ops, x = kernels(), torch.zeros(2, 4, 3, 3)
+    tables = [SCHEDULE.tensor(name, x.device) for name in ("signal", "sigma")]
+    wanted = f"t: wanted from 0 to 10, got {bad}" if backend == "cpu" else "t out of range"
+    with pytest.raises(RuntimeError, match=wanted):
+        ops.perturb(x, torch.tensor([1, bad]), *tables, None, torch.tensor([1, 2]), False)
+    wanted = f"row: wanted from 0 to 9, got {bad}" if backend == "cpu" else "row out of range"
+    for row in (torch.tensor(bad), torch.tensor([0, bad])):
+        with pytest.raises(RuntimeError, match=wanted):
+            ops.sampler_step_(x, x, *TENSORS, row, None, None, None, None, 1.0)
+        with pytest.raises(RuntimeError, match=wanted):
+            ops.sampler_step(x, x, *TENSORS, row, None, None, None, None, 1.0, True)

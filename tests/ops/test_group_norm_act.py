@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, assert_close, lay
+from harness import DEVICES, DTYPES, KERNELS, LAYOUTS, assert_close, lay
 from hypothesis import given
 from hypothesis import strategies as st
 
 import diffusion_ext as dx
+from diffusion_ext import _C
 from diffusion_ext.ops import reference
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
 
@@ -25,9 +26,24 @@ CASES = [
     ((2, 1100, 1, 3), 11),
     ((1, 40, 9, 9), 8),
     ((2, 4, 3, 5, 2), 2),
+    ((1, 64, 16, 16), 2),
     ((1, 3, 160, 160), 1),
 ]
 MODULATIONS = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
+
+
+@pytest.mark.backends("cpu")
+def test_the_cases_reach_every_cuda_kernel():
+    """On DEVICES together: on chip and split, by parts and not, vectors and not, each layout."""
+    flags, reached = (False, True), set()
+    for (shape, groups), device, size, aligned, channels_last, backward in itertools.product(
+        CASES, DEVICES.values(), (2, 4), flags, flags, flags
+    ):
+        options = {"aligned": aligned, "channels_last": channels_last, "backward": backward}
+        limits = dict(zip(("multiprocessors", "shared_bytes", "max_cluster"), device, strict=True))
+        p = _C.group_norm_plan(shape, groups, size, **options, **limits)
+        reached.add((p["kind"], p["parts"] > 1, p["vector"] > 1, channels_last, backward))
+    assert reached == set(itertools.product(("on chip", "split"), *[flags] * 4))
 
 
 def inputs_for(shape, layout, dtype, parameters):
@@ -45,10 +61,11 @@ def run(inputs, groups, act, dy):
     return y.detach(), {k: v.grad for k, v in leaves.items()}
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "groups"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_agrees_with_reference(dtype, shape, groups, layout):
+def test_agrees_with_reference(backend, dtype, shape, groups, layout):
     sets = [(), ("weight", "bias"), ("pre_shift",), ("weight", "bias", *MODULATIONS)]
     for i, (act, parameters) in enumerate(itertools.product(ACTIVATIONS, sets)):
         if (i + len(shape) + groups) % 3:  # a third of the product, another one for each case
@@ -59,7 +76,8 @@ def test_agrees_with_reference(dtype, shape, groups, layout):
         wide = {k: v.double() for k, v in inputs.items()}
         expected, expected_gradients = run(wide, groups, act, lay(dy, layout).double())
         assert_close(y, expected, dtype)
-        assert y.stride() == torch.empty_like(inputs["x"]).stride()
+        if backend != "reference":  # which keeps channels_last, of 4-D and 5-D
+            assert y.stride() == torch.empty_like(inputs["x"]).stride()
         for name, gradient in gradients.items():
             assert_close(gradient, expected_gradients[name], dtype, factor=4)
 
@@ -70,6 +88,8 @@ def test_default_is_torch_group_norm_and_silu():
     assert_close(dx.group_norm_act(x, 4, weight, bias), expected, torch.float32)
 
 
+@pytest.mark.every_device
+@pytest.mark.backends(*KERNELS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("pre_shift", [False, True])
 @pytest.mark.parametrize(
@@ -84,6 +104,7 @@ def test_large_mean_costs_no_accuracy(layout, pre_shift, mean, std, dtype):
     assert_close(dx.group_norm_act(x, 2, act="identity", **options), expected, dtype)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(1, 2, 64, 64), (1, 4096, 1, 1), (1, 512, 2, 2)])
 def test_an_outlier_at_the_start(layout, shape):
@@ -94,6 +115,7 @@ def test_an_outlier_at_the_start(layout, shape):
     assert_close(dx.group_norm_act(lay(x, layout), 1, act="identity"), expected, torch.float32, 4)
 
 
+@pytest.mark.every_device
 def test_constant_input_and_infinities():
     assert torch.equal(dx.group_norm_act(torch.full((1, 4, 3, 3), 7.0), 2), torch.zeros(1, 4, 3, 3))
     x = torch.randn(2, 4, 3, 3)
@@ -104,6 +126,7 @@ def test_constant_input_and_infinities():
     assert y[1].isfinite().all()
 
 
+@pytest.mark.every_device
 @given(
     batch=st.integers(0, 3),
     groups=st.integers(1, 6),
@@ -122,11 +145,10 @@ def test_any_shape(batch, groups, size, spatial, channels_last, act):
     assert_close(y, expected, torch.float32, factor=4)
 
 
-def test_the_reference_keeps_the_memory_format():
+def test_the_memory_format_is_kept():
     for shape in ((2, 4, 5, 5), (2, 4, 3, 5, 5)):
         x = lay(torch.randn(shape), "channels_last")
-        with dx.use_backend("reference"):
-            assert dx.group_norm_act(x, 2).stride() == x.stride()
+        assert dx.group_norm_act(x, 2).stride() == x.stride()
 
 
 def test_parameters_of_another_dtype_and_strides():
@@ -143,6 +165,7 @@ def test_parameters_of_another_dtype_and_strides():
     assert [t.grad.dtype for t in leaves] == [torch.float64, torch.float32, torch.float32]
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_gradcheck_of_the_reference():
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     shapes = {"weight": (4,), "bias": (4,), **dict.fromkeys(MODULATIONS, (2, 4))}
@@ -156,6 +179,7 @@ def test_gradcheck_of_the_reference():
         )
 
 
+@pytest.mark.backends(*KERNELS)
 def test_only_x_mean_and_rstd_are_saved():
     x = torch.randn(2, 8, 6, 6, requires_grad=True)
     weight = torch.randn(8, requires_grad=True)
@@ -166,6 +190,7 @@ def test_only_x_mean_and_rstd_are_saved():
     assert [tuple(t.shape) for t in others] == [(2, 2), (2, 2)]
 
 
+@pytest.mark.backends("cpu")
 def test_the_number_of_threads_changes_no_bits():
     before = torch.get_num_threads()
     results = []
@@ -185,6 +210,7 @@ def test_the_number_of_threads_changes_no_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[1], other, strict=True))
 
 
+@pytest.mark.backends(*KERNELS)
 def test_squares_beyond_float32_are_nan_not_zero():
     assert dx.group_norm_act(1e20 * torch.randn(1, 4, 3, 3), 2).isnan().all()
 
@@ -204,6 +230,7 @@ def test_second_derivatives():
         assert_close(ours, exact, factor=20)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_forward_mode_derivatives():
     x, direction = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     ours = torch.func.jvp(lambda x: dx.group_norm_act(x, 2), (x,), (direction,))[1]

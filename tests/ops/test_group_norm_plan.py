@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from diffusion_ext import _C
 
+pytestmark = pytest.mark.backends("cpu")
+
 H100 = {"multiprocessors": 132, "shared_bytes": 228352, "max_cluster": 8}
 A100 = {"multiprocessors": 108, "shared_bytes": 162816, "max_cluster": 1}
 T4 = {"multiprocessors": 40, "shared_bytes": 61440, "max_cluster": 1}

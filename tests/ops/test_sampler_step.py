@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from harness import DTYPES, LAYOUTS, SHAPES, assert_close, lay, same_bits
+from harness import DTYPES, KERNELS, LAYOUTS, SHAPES, assert_close, lay, same_bits
 
 import diffusion_ext as dx
 from diffusion_ext.ops import reference
+from diffusion_ext.ops.backend import kernels
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
-ROWS = torch.tensor([1, 4, 9])
+ROWS = [1, 4, 9]
 
 
 def table_for(clip):
@@ -19,7 +20,7 @@ def table_for(clip):
 
 def reference_step(table, x, m, row, **options):
     options = {k: v.double() if k in ("noise", "history") else v for k, v in options.items()}
-    tensors = table.tensors("cpu", torch.float64)
+    tensors = table.tensors(x.device, torch.float64)
     return reference.sampler_step(x.double(), m.double(), *tensors, row, clip=table.clip, **options)
 
 
@@ -29,14 +30,21 @@ def reference_step(table, x, m, row, **options):
 def test_agrees_with_reference(dtype, shape, layout):
     x, m, m2 = (lay(torch.randn(shape).to(dtype), layout) for _ in range(3))
     seeds, noise = torch.arange(shape[0]) - 1, lay(torch.randn(shape).to(dtype), layout)
-    rows = [torch.tensor(3), ROWS[: shape[0]]]
+    rows = [torch.tensor(3), torch.tensor(ROWS[: shape[0]])]
     sources = [{}, {"noise": noise}, {"seeds": seeds}]
     for clip, row, source, guided in itertools.product((None, 0.8), rows, sources, (False, True)):
         table = table_for(clip)
         guidance = {"guidance": 2.5} if guided else {}
         output = torch.cat([m, m2]) if guided else m
         out, x0 = dx.sampler_step(
-            x, output, *table.tensors("cpu"), row, clip=clip, return_x0=True, **source, **guidance
+            x,
+            output,
+            *table.tensors(x.device),
+            row,
+            clip=clip,
+            return_x0=True,
+            **source,
+            **guidance,
         )
         expected, expected_x0 = reference_step(table, x, output, row, **source, **guidance)
         assert_close(out, expected, dtype)
@@ -44,14 +52,15 @@ def test_agrees_with_reference(dtype, shape, layout):
         assert out.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+@pytest.mark.backends(*KERNELS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 def test_in_place_equals_out_of_place(layout):
     x, m = (lay(torch.randn(2, 3, 7, 5), layout) for _ in range(2))
     table = table_for(None)
-    args = (*table.tensors("cpu"), torch.tensor(2), None, torch.tensor([8, 9]), None, None, 1.0)
-    expected, _ = torch.ops.diffusion_ext.sampler_step(x, m, *args, False)
+    args = (*table.tensors(x.device), torch.tensor(2), None, torch.tensor([8, 9]), None, None, 1.0)
+    expected, _ = kernels().sampler_step(x, m, *args, False)
     pointer = x.data_ptr()
-    torch.ops.diffusion_ext.sampler_step_(x, m, *args)
+    kernels().sampler_step_(x, m, *args)
     assert x.data_ptr() == pointer
     assert same_bits(x, expected)
 
@@ -59,7 +68,7 @@ def test_in_place_equals_out_of_place(layout):
 def test_layouts_give_the_same_bits():
     shape = (2, 5, 9, 11)
     x, m = torch.randn(shape), torch.randn(shape)
-    args = (*table_for(1.0).tensors("cpu"), torch.tensor(2))
+    args = (*table_for(1.0).tensors(x.device), torch.tensor(2))
     outs = [
         dx.sampler_step(lay(x, a), lay(m, b), *args, seeds=torch.tensor([8, 9]), clip=1.0)
         for a, b in itertools.product(("contiguous", "channels_last"), ("strided", "channels_last"))
@@ -77,11 +86,11 @@ def test_history_enters_with_its_weight():
 def test_each_row_reads_its_own_timestep():
     """Rows of the noise's counter: a batch over several rows equals the samples one at a time."""
     x, m, seeds = torch.randn(3, 2, 8, 8), torch.randn(3, 2, 8, 8), torch.tensor([5, 6, 7])
-    args = table_for(None).tensors("cpu")
-    whole = dx.sampler_step(x, m, *args, ROWS, seeds=seeds)
+    args = table_for(None).tensors(x.device)
+    whole = dx.sampler_step(x, m, *args, torch.tensor(ROWS), seeds=seeds)
     for b in range(3):
         one = slice(b, b + 1)
-        alone = dx.sampler_step(x[one], m[one], *args, ROWS[b], seeds=seeds[one])
+        alone = dx.sampler_step(x[one], m[one], *args, torch.tensor(ROWS[b]), seeds=seeds[one])
         assert same_bits(whole[one], alone)
 
 
@@ -89,22 +98,14 @@ def test_an_x0_beyond_float32_does_not_spoil_the_step():
     """alpha_bar = 1e-90: the step's own weights are finite, and so is the step."""
     table = dx.ddpm(dx.NoiseSchedule.from_betas([0.999] * 30))
     x = torch.randn(1, 4)
-    for backend in ("native", "reference"):
-        with dx.use_backend(backend):
-            out = dx.sampler_step(x, x, *table.tensors("cpu"), torch.tensor(0))
-        assert_close(out, table.weights[0, 2] * x + table.weights[0, 3] * x, torch.float32, 4)
+    out = dx.sampler_step(x, x, *table.tensors(x.device), torch.tensor(0))
+    assert_close(out, table.weights[0, 2] * x + table.weights[0, 3] * x, torch.float32, 4)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_zero_noise_weight_ignores_the_noise(backend):
-    with dx.use_backend(backend):
-        _check_that_the_noise_is_ignored()
-
-
-def _check_that_the_noise_is_ignored():
+def test_zero_noise_weight_ignores_the_noise():
     table = dx.ddim(SCHEDULE, 10)
     x, m = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    args = (x, m, *table.tensors("cpu"), torch.tensor(0))
+    args = (x, m, *table.tensors(x.device), torch.tensor(0))
     plain = dx.sampler_step(*args)
     assert same_bits(plain, dx.sampler_step(*args, seeds=torch.tensor([1, 2])))
     assert same_bits(plain, dx.sampler_step(*args, noise=torch.full_like(x, torch.nan)))
@@ -112,27 +113,28 @@ def _check_that_the_noise_is_ignored():
 
 def test_nan_survives_clipping():
     x = torch.full((1, 4), torch.nan)
-    out = dx.sampler_step(x, x, *table_for(1.0).tensors("cpu"), torch.tensor(0), clip=1.0)
+    out = dx.sampler_step(x, x, *table_for(1.0).tensors(x.device), torch.tensor(0), clip=1.0)
     assert out.isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_empty(shape):
     x, seeds = torch.randn(shape), torch.arange(shape[0])
-    args = table_for(None).tensors("cpu")
+    args = table_for(None).tensors(x.device)
     assert dx.sampler_step(x, x, *args, torch.tensor(0), seeds=seeds).shape == shape
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_gradients_flow_through_the_step():
     x, m = (torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    tensors = table_for(0.9).tensors("cpu", torch.float64)
+    tensors = table_for(0.9).tensors(x.device, torch.float64)
 
     def step(x, m):
         return dx.sampler_step(x, m, *tensors, torch.tensor(3), clip=0.9, return_x0=True)
 
     assert torch.autograd.gradcheck(step, (x, m))
     x32 = x.detach().float().requires_grad_()
-    args = table_for(None).tensors("cpu")
+    args = table_for(None).tensors(x.device)
     dx.sampler_step(x32, m.detach().float(), *args, torch.tensor(3)).sum().backward()
     assert_close(x32.grad, torch.full_like(x32, table_for(None).weights[3, 2]), torch.float32)
     m32 = m.detach().float().requires_grad_()  # alone: x needs no gradient
@@ -160,6 +162,7 @@ def test_ddpm_step_is_the_formula():
     torch.testing.assert_close(per_sample[:1], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.backends("cpu", "cuda")
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step_is_the_formula(eta):
     x, eps, z = (torch.randn(2, 2, 4, 4, dtype=torch.float64) for _ in range(3))
@@ -174,9 +177,9 @@ def test_ddim_step_is_the_formula(eta):
 
 def test_noise_from_a_generator_a_seed_or_torch():
     x, eps = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), device="cpu")
     by_generator = dx.ddpm_step(x, eps, 50, SCHEDULE, noise=torch.Generator().manual_seed(3))
-    assert same_bits(by_generator, dx.ddpm_step(x, eps, 50, SCHEDULE, noise=drawn))
+    assert same_bits(by_generator, dx.ddpm_step(x, eps, 50, SCHEDULE, noise=drawn.to(x.device)))
     by_seed = dx.ddpm_step(x, eps, 50, SCHEDULE, seeds=4)
     assert same_bits(by_seed, dx.ddpm_step(x, eps, 50, SCHEDULE, seeds=torch.tensor([4, 5])))
     torch.manual_seed(1)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from harness import assert_close
+from harness import KERNELS, assert_close
 
 import diffusion_ext as dx
+from diffusion_ext.ops.backend import kernels
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
-OPS = torch.ops.diffusion_ext
 
 
 def samples(memory_format=torch.contiguous_format):
@@ -16,26 +16,28 @@ def samples(memory_format=torch.contiguous_format):
 
 def op_calls(memory_format):
     """(op, arguments) that cover every schema."""
+    ops = kernels()
     x, m, seeds = samples(memory_format), samples(memory_format), torch.tensor([1, 2])
-    step = (*dx.ddpm(SCHEDULE).tensors("cpu"), torch.tensor(3))
+    step = (*dx.ddpm(SCHEDULE).tensors(x.device), torch.tensor(3))
     t, tables = torch.tensor([5, 9]), [SCHEDULE.tensor(n, x.device) for n in ("signal", "sigma")]
     c, nc = torch.randn(4), torch.randn(2, 4)
     modulation = (nc, nc, nc, None, nc)
-    _, mean, rstd = OPS.group_norm_act(x, 2, c, None, 1e-5, 2, *modulation)
+    _, mean, rstd = ops.group_norm_act(x, 2, c, None, 1e-5, 2, *modulation)
     return [
-        (OPS.sampler_step, (x, m, *step, None, seeds, None, 1.0, 1.0, True)),
-        (OPS.sampler_step, (x, torch.cat([m, m]), *step, m, None, m, None, 2.0, False)),
-        (OPS.sampler_step_, (x.clone(), m, *step, None, seeds, None, None, 1.0)),
-        (OPS.perturb, (x, t, *tables, None, seeds, False)),
-        (OPS.perturb, (x, t, *tables, m, None, False)),
-        (OPS.perturb, (x, t, *tables, m, None, True)),
-        (OPS.philox_normal_, (torch.empty_like(x), seeds, 3, 1)),
-        (OPS.group_norm_act, (x, 2, c, None, 1e-5, 2, *modulation)),
-        (OPS.group_norm_act_backward, (m, x, mean, rstd, 2, c, None, 2, *modulation)),
+        (ops.sampler_step, (x, m, *step, None, seeds, None, 1.0, 1.0, True)),
+        (ops.sampler_step, (x, torch.cat([m, m]), *step, m, None, m, None, 2.0, False)),
+        (ops.sampler_step_, (x.clone(), m, *step, None, seeds, None, None, 1.0)),
+        (ops.perturb, (x, t, *tables, None, seeds, False)),
+        (ops.perturb, (x, t, *tables, m, None, False)),
+        (ops.perturb, (x, t, *tables, m, None, True)),
+        (ops.philox_normal_, (torch.empty_like(x), seeds, 3, 1)),
+        (ops.group_norm_act, (x, 2, c, None, 1e-5, 2, *modulation)),
+        (ops.group_norm_act_backward, (m, x, mean, rstd, 2, c, None, 2, *modulation)),
     ]
 
 
 @pytest.mark.compiles
+@pytest.mark.backends(*KERNELS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(memory_format):
     for op, args in op_calls(memory_format):
@@ -44,7 +46,7 @@ def test_opcheck(memory_format):
 
 def compiled_calls():
     x, m, seeds = samples(), samples(), torch.tensor([1, 2])
-    tensors = dx.ddpm(SCHEDULE).tensors("cpu")
+    tensors = dx.ddpm(SCHEDULE).tensors(x.device)
     row, t = torch.tensor(3), torch.tensor([5, 9])
     fresh = dx.NoiseSchedule.linear(100)  # whose tables are first asked for while compiling
     return {
@@ -57,6 +59,7 @@ def compiled_calls():
 
 
 @pytest.mark.compiles
+@pytest.mark.backends(*KERNELS)
 @pytest.mark.parametrize("name", list(compiled_calls()))
 def test_compiles_to_one_graph(name):
     call = compiled_calls()[name]
@@ -64,6 +67,7 @@ def test_compiles_to_one_graph(name):
 
 
 @pytest.mark.compiles
+@pytest.mark.backends("cpu", "cuda")
 def test_compiled_training_of_group_norm_act():
     """One graph through forward and backward, the same gradients; inductor's own code around it."""
     module = dx.nn.GroupNormAct(2, 4, act="gelu")
@@ -81,6 +85,7 @@ def test_compiled_training_of_group_norm_act():
         assert_close(ours, theirs)
 
 
+@pytest.mark.backends("cpu")
 def test_use_backend_chooses_and_restores():
     x = samples()
     native = dx.group_norm_act(x, 2)
@@ -99,4 +104,4 @@ def test_use_backend_chooses_and_restores():
 def test_float64_is_served_by_the_reference():
     x = samples().double()
     assert dx.group_norm_act(x, 2).dtype == torch.float64
-    assert dx.philox_normal(0, (2, 3), dtype=torch.float64).dtype == torch.float64
+    assert dx.philox_normal(0, (2, 3), dtype=torch.float64, device=x.device).dtype == torch.float64

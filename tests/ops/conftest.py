@@ -1,0 +1,55 @@
+"""The backends that a test of the ops runs over, one at a time.
+
+    cpu            the native kernels on CPU tensors
+    cuda           the native kernels on CUDA tensors, where there are both
+    cuda-emulated  the CUDA kernels compiled for the host (make emulated), on CPU tensors
+    reference      torch, which checks the tests themselves
+
+Marks: `backends(*names)` for a test that needs some of them only; `every_device` for one that the
+emulated kernels pass on every one of DEVICES. A tensor made without a device is on the backend's.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+from harness import BACKENDS, DEVICES, EMULATED, NO_CUDA, pretend
+
+import diffusion_ext as dx
+from diffusion_ext.ops import backend as choice
+
+if EMULATED.exists():
+    torch.ops.load_library(str(EMULATED))
+    for name, fake in choice.fakes.items():
+        torch.library.register_fake(f"diffusion_ext_emulated::{name}", fake)
+    choice.NAMESPACES["cuda-emulated"] = "diffusion_ext_emulated"
+
+
+def pytest_generate_tests(metafunc):
+    mark = metafunc.definition.get_closest_marker("backends")
+    wanted = mark.args if mark else BACKENDS
+    parameters = [(name, "hopper") for name in wanted if name != "cuda" or not NO_CUDA]
+    if metafunc.definition.get_closest_marker("every_device") and "cuda-emulated" in wanted:
+        parameters += [("cuda-emulated", device) for device in DEVICES if device != "hopper"]
+    ids = [name if device == "hopper" else f"{name}-{device}" for name, device in parameters]
+    metafunc.parametrize("backend", parameters, ids=ids, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def backend(request):
+    """Makes one of BACKENDS serve the ops; its name."""
+    name, device = request.param
+    if name == "cuda-emulated":
+        if not EMULATED.exists():
+            if os.environ.get("DIFFUSION_EXT_REQUIRE_EMULATED") == "1":
+                pytest.fail(f"{EMULATED} is missing: make emulated")
+            pytest.skip("not built: make emulated")
+        # Threads in an order of the test's own: the same in every run.
+        pretend(zlib.crc32(request.node.nodeid.encode()), device)
+    served = name if name in choice.NAMESPACES or name == "reference" else "native"
+    with torch.device("cuda" if name == "cuda" else "cpu"), dx.use_backend(served):
+        assert choice.serves(torch.empty(1)) == (name != "reference")
+        yield name
