@@ -1,8 +1,16 @@
-"""Builds diffusion_ext's C++ library; pyproject.toml has the rest.
+"""Builds diffusion_ext's two libraries; pyproject.toml has the rest.
 
 Environment:
-    DIFFUSION_EXT_NATIVE   1: fail where the C++ library cannot be built; 0: do not build it.
+    DIFFUSION_EXT_NATIVE   1: fail where the C++ library cannot be built; 0: build no library.
                            By default a failure leaves a pure-Python install that says why.
+    DIFFUSION_EXT_CUDA     1: fail where the CUDA library cannot be built; 0: do not build it.
+                           By default it is built where a toolkit is found and torch has CUDA: a
+                           torch without could not load it, and nvcc takes minutes. A failure leaves
+                           the C++ library and says why. 1 builds it with any torch, for wheels that
+                           serve elsewhere.
+    CUDA_HOME              the toolkit; by default that of the nvcc on PATH.
+    TORCH_CUDA_ARCH_LIST   what the kernels are compiled for, such as "8.0 9.0+PTX"; by default the
+                           GPUs of this machine, else 7.5 to 12.0 as far as nvcc goes, with PTX.
     MAX_JOBS               parallel compilations; by default the cores, at most one per 2 GB free.
 """
 
@@ -16,14 +24,34 @@ from setuptools import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 CXX_FLAGS = shlex.split((ROOT / "csrc" / "flags.txt").read_text())
+NVCC_FLAGS = shlex.split((ROOT / "csrc" / "flags_cuda.txt").read_text())
+
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+from toolkit import Toolkit  # noqa: E402
+
+facts = {"flags": " ".join(CXX_FLAGS)}  # what `diffusion-ext info` will say of this build
 
 
 def say(message: str) -> None:
     print(f"diffusion_ext: {message}", file=sys.stderr, flush=True)
 
 
-def write_record(facts: dict, root: str | pathlib.Path = ROOT) -> None:
-    """What `diffusion-ext info` reports of this build: a file of the package, carried by wheels."""
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def without_native(reason: str) -> None:
+    facts.clear()
+    facts["not built"] = reason
+
+
+def without_cuda(error: BaseException) -> None:
+    facts["cuda"] = f"not built: {one_line(error)}"
+    say(f"THE CUDA LIBRARY WAS NOT BUILT; torch will serve CUDA tensors. {one_line(error)}")
+
+
+def write_facts(root: str | pathlib.Path = ROOT) -> None:
+    """Into a file of the package, which wheels carry."""
     record = pathlib.Path(root) / "diffusion_ext" / "_build.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(facts, indent=1) + "\n")
@@ -57,26 +85,83 @@ def cpu_extension():
     )
 
 
+def cuda_extension():
+    """diffusion_ext._cuda: the CUDA kernels, a library for torch.ops.load_library."""
+    import torch
+    from setuptools import Extension
+    from torch.utils import cpp_extension
+
+    toolkit = Toolkit()
+    toolkit.check_serves(torch)
+    # A torch without CUDA knows of no toolkit. Told of this one, BuildExtension checks the host
+    # compiler, and ninja follows the headers, as under a torch with CUDA.
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    torch.version.cuda = torch.version.cuda or toolkit.release
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures()
+    facts["cuda"] = f"nvcc {toolkit.release} for {architectures}: {' '.join(NVCC_FLAGS)}"
+    headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    return Extension(
+        "diffusion_ext._cuda",
+        sources("cuda", ".cu"),
+        library_dirs=[*cpp_extension.library_paths(), *toolkit.libraries],
+        libraries=["torch_cpu", "cudart"],
+        extra_compile_args={"nvcc": NVCC_FLAGS + headers},
+        # The current stream is libtorch_cuda.so's to tell, which a torch without CUDA has not got
+        # to link. import torch loads its libraries for itself (RTLD_LOCAL), so ours finds only what
+        # it names, and what that names in turn: libtorch.so, which every torch has, and which names
+        # libtorch_cuda.so where there is one. No symbol is its own: hence --no-as-needed. No rpath:
+        # torch has loaded all of them before us, libcudart too.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        language="c++",
+    )
+
+
+def extensions() -> list:
+    """_C and, where it is wanted and possible, _cuda, whose kernels are of _C's ops."""
+    import torch
+
+    found, wanted = [cpu_extension()], os.environ.get("DIFFUSION_EXT_CUDA")
+    if wanted == "0":
+        facts["cuda"] = "not built: DIFFUSION_EXT_CUDA=0"
+    elif wanted != "1" and torch.version.cuda is None:
+        facts["cuda"] = f"not built: torch {torch.__version__} is a build without CUDA"
+    else:
+        try:
+            found.append(cuda_extension())
+        except Exception as error:
+            if wanted == "1":
+                raise
+            without_cuda(error)
+    return found
+
+
 def build_command():
-    """torch's BuildExtension; a failure is recorded and the install goes on without the library."""
+    """torch's BuildExtension, one library at a time: a failure leaves what came before it."""
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
         def run(self):
-            self.facts = {"flags": " ".join(CXX_FLAGS)}
             super().run()
-            write_record(self.facts, ROOT if self.inplace else self.build_lib)
+            write_facts(ROOT if self.inplace else self.build_lib)
 
         def build_extensions(self):
+            every, built = self.extensions, []
             try:
-                super().build_extensions()
+                for extension in every:
+                    self.extensions = [extension]
+                    super().build_extensions()
+                    built.append(extension)
             except Exception as error:
-                if os.environ.get("DIFFUSION_EXT_NATIVE") == "1":
+                wanted = os.environ.get("DIFFUSION_EXT_CUDA") == "1"
+                if wanted or (not built and os.environ.get("DIFFUSION_EXT_NATIVE") == "1"):
                     raise
-                self.extensions.clear()
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self.facts = {"not built": reason[:300]}
-                say(f"THE C++ LIBRARY WAS NOT BUILT; installing pure Python. {reason}")
+                if built:
+                    without_cuda(error)
+                else:
+                    without_native(one_line(error))
+                    say(f"THE C++ LIBRARY WAS NOT BUILT; installing pure Python. {error}")
+            every[:] = built
+            self.extensions = every
 
         def copy_extensions_to_source(self):
             if self.extensions:
@@ -89,20 +174,22 @@ def native_build() -> dict:
     """setup()'s arguments for the libraries: none where they are not wanted or torch is missing."""
     wanted = os.environ.get("DIFFUSION_EXT_NATIVE")
     if wanted == "0":
-        write_record({"not built": "DIFFUSION_EXT_NATIVE=0"})
+        without_native("DIFFUSION_EXT_NATIVE=0")
+        write_facts()
         return {}
     jobs = min(os.cpu_count() or 1, max(1, int(free_memory_gb() // 2)))
     os.environ.setdefault("MAX_JOBS", str(jobs))
     try:
-        return {"ext_modules": [cpu_extension()], "cmdclass": {"build_ext": build_command()}}
+        return {"ext_modules": extensions(), "cmdclass": {"build_ext": build_command()}}
     except ImportError as error:
-        if wanted == "1":
+        if "1" in (wanted, os.environ.get("DIFFUSION_EXT_CUDA")):
             raise
         say(
             f"installing pure Python: {error} (install torch and pybind11 first, then "
             "pip install --no-build-isolation)"
         )
-        write_record({"not built": str(error)})
+        without_native(str(error))
+        write_facts()
         return {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ class Info:
 
     Attributes:
         versions: of diffusion_ext, torch, numpy, python, CUDA.
-        build: how the C++ library was compiled ({} where it is missing).
+        build: how the libraries were compiled, or why they were not.
         backends: op -> device -> "native (...)" or "reference: why".
     """
 
@@ -66,11 +65,8 @@ def _served(device: str) -> str:
 
 
 def _build() -> dict[str, str]:
-    """The facts that setup.py left behind, and those compiled into the library."""
-    facts: dict[str, str] = {}
-    record = backend.PACKAGE / "_build.json"
-    if record.exists():
-        facts.update(json.loads(record.read_text()))
+    """The facts that setup.py left behind, and those compiled into the C++ library."""
+    facts = backend.build_record()
     if "cpu" not in backend.missing:
         from . import _C
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import warnings
@@ -18,6 +19,12 @@ NAMESPACES = {"native": "diffusion_ext"}
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+def build_record() -> dict[str, str]:
+    """The facts that setup.py left behind; {} where nothing was built."""
+    record = PACKAGE / "_build.json"
+    return json.loads(record.read_text()) if record.exists() else {}
 
 
 def _load_cpu() -> str | None:
@@ -35,11 +42,12 @@ def _load_cuda() -> str | None:
     """Load the CUDA kernels where torch has CUDA; the reason where they are not loaded."""
     if "cpu" in missing:
         return missing["cpu"]
-    libraries = [*PACKAGE.glob("_cuda*.so"), *PACKAGE.glob("_cuda*.pyd")]
-    if not libraries:
-        return "the CUDA library was not built"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
+    libraries = [*PACKAGE.glob("_cuda*.so"), *PACKAGE.glob("_cuda*.pyd")]
+    if not libraries:
+        _, _, why = build_record().get("cuda", "").partition("not built: ")
+        return "the CUDA library was not built" + (f": {why}" if why else "")
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
