@@ -43,7 +43,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 $(NATIVE): $(VENV)/ready $(SOURCES)
-	@echo "building the C++ library (about a minute)"
+	@echo "building the C++ library (a minute); the CUDA one too if torch has CUDA and nvcc is here"
 	DIFFUSION_EXT_NATIVE=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 

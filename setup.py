@@ -50,9 +50,9 @@ def without_cuda(error: BaseException) -> None:
     say(f"THE CUDA LIBRARY WAS NOT BUILT; torch will serve CUDA tensors. {one_line(error)}")
 
 
-def write_facts(root: str | pathlib.Path = ROOT) -> None:
+def write_facts(root: pathlib.Path = ROOT) -> None:
     """Into a file of the package, which wheels carry."""
-    record = pathlib.Path(root) / "diffusion_ext" / "_build.json"
+    record = root / "diffusion_ext" / "_build.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -141,8 +141,11 @@ def build_command():
 
     class Build(cpp_extension.BuildExtension):
         def run(self):
+            root = ROOT if self.inplace else pathlib.Path(self.build_lib)
+            for stale in root.glob("diffusion_ext/_cuda*.so"):  # its kernels are of another _C
+                stale.unlink()
             super().run()
-            write_facts(ROOT if self.inplace else self.build_lib)
+            write_facts(root)
 
         def build_extensions(self):
             every, built = self.extensions, []

@@ -108,6 +108,30 @@ def test_libraries_that_are_loaded_with_it(built, toolkit):
     assert "RUNPATH" not in dynamic
 
 
+LOAD = """
+import sys, torch, diffusion_ext
+torch.ops.load_library(sys.argv[1])
+def registered(key):
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name for name in names if name.startswith("diffusion_ext::")}
+assert registered("CUDA") == registered("CPU") != set(), registered("CUDA")
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads it in earnest")
+def test_it_loads_beside_a_libtorch_that_names_libtorch_cuda(built, toolkit, tmp_path):
+    """And has a kernel for each op that has one on the CPU."""
+    stream = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
+    (tmp_path / "stream.c").write_text(stream)
+    torch_lib = pathlib.Path(torch.__file__).parent / "lib"
+    cc = ("gcc", "-shared", "-Wl,--no-as-needed", f"-L{tmp_path}", f"-L{torch_lib}")
+    run(*cc, "-o", tmp_path / "libtorch_cuda.so", tmp_path / "stream.c")
+    names = ("-Wl,-soname,libtorch.so", "-ltorch_cpu", "-ltorch_cuda")
+    run(*cc, "-o", tmp_path / "libtorch.so", *names)
+    path = ":".join([str(tmp_path), *toolkit.libraries])
+    run(sys.executable, "-c", LOAD, built[0], cwd=ROOT, LD_LIBRARY_PATH=path)
+
+
 def test_no_kernel_spills_registers(built):
     """Nor has a stack: every array of a kernel is in registers or in shared memory."""
     report = re.compile(
@@ -187,11 +211,14 @@ def test_a_toolkit_of_another_major_version_than_torch(tree, toolkit):
 
 def test_a_kernel_that_does_not_compile_leaves_the_cpu_library(tree, toolkit, tmp_path):
     (tree / "csrc" / "cuda" / "small.cu").write_text("no CUDA\n")
-    arguments = ("build_ext", "--build-lib", str(tmp_path))
+    package = tmp_path / "lib" / "diffusion_ext"
+    package.mkdir(parents=True)
+    (package / "_cuda.so").write_bytes(b"of an earlier build")
+    arguments = ("build_ext", "--build-lib", str(package.parent))
     said = setup(tree, toolkit.release, *arguments, TORCH_CUDA_ARCH_LIST=ARCHITECTURE)
     assert "THE CUDA LIBRARY WAS NOT BUILT" in said
-    assert [path.name.split(".")[0] for path in tmp_path.rglob("*.so")] == ["_C"]
-    record = json.loads((tmp_path / "diffusion_ext" / "_build.json").read_text())
+    assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_C"]
+    record = json.loads((package / "_build.json").read_text())
     assert record["cuda"].startswith("not built: Error compiling objects")
     assert "flags" in record
     said = setup(tree, "none", *arguments, DIFFUSION_EXT_CUDA="1")
