@@ -187,7 +187,7 @@ void check(const Launch& how, const DeviceLimits& limits) {
   wanted(how.blocks >= 1 && how.blocks < int64_t(1) << 31 && how.blocks % how.cluster == 0,
          "1 to 2^31-1 blocks, a multiple of the cluster");
   wanted(how.blocks_y >= 1 && how.blocks_y <= 65535, "1 to 65535 blocks_y");
-  wanted(how.shared_bytes >= 0 && how.shared_bytes <= limits.shared_bytes,
+  wanted(how.shared_bytes >= 0 && how.shared_bytes <= std::max(limits.shared_bytes, kLeastShared),
          "no more shared memory than the device has");
 }
 
@@ -300,7 +300,9 @@ char* static_shared(const void* type, size_t bytes) {
     all += memory.bytes();
   }
   const size_t dynamic = block.dynamic.bytes();
-  if (all > 48 * 1024 || all + dynamic > size_t(block.cluster->limits.shared_bytes) + kStaticShared)
+  if (all > 48 * 1024 ||
+      all + dynamic >
+          size_t(std::max(block.cluster->limits.shared_bytes, kLeastShared)) + kStaticShared)
     fail("the device does not have " + std::to_string(all) + " bytes of static shared memory and " +
          std::to_string(dynamic) + " of dynamic");
   return block.statics.emplace_back(type, SharedMemory(bytes)).second.begin();
