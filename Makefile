@@ -1,6 +1,7 @@
 # make demo   sets up, builds, trains on real digits, samples them, shows pictures
 # make test   sets up, builds, lints, runs every test
 # make bench  sets up, builds, compares the kernels with eager torch
+# make emulated  builds the CUDA kernels for the emulated GPU, and what tests it
 # make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
 
 PYTHON ?= python3
@@ -10,13 +11,13 @@ BIN := $(VENV)/bin
 NATIVE := $(VENV)/native-built
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint format build cmake clean
+.PHONY: demo test bench lint format build emulated cmake clean
 
 demo: build
 	$(BIN)/diffusion-ext demo
 
-test: build lint
-	$(BIN)/python -m pytest --benchmark-disable tests benchmarks
+test: build emulated lint
+	DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest --benchmark-disable tests benchmarks
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-group-by=group --benchmark-columns=min,median,rounds
@@ -24,12 +25,12 @@ bench: build
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 build: $(NATIVE)
 
@@ -46,6 +47,12 @@ $(NATIVE): $(VENV)/ready $(SOURCES)
 	@echo "building the C++ library (a minute); the CUDA one too if torch has CUDA and nvcc is here"
 	DIFFUSION_EXT_NATIVE=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
+
+build/emulated/build.ninja: $(VENV)/ready
+	cmake -S . -B build/emulated -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+
+emulated: build/emulated/build.ninja
+	cmake --build build/emulated --target cuda_emulated planted_bugs
 
 cmake: $(VENV)/ready
 	cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \

@@ -20,7 +20,7 @@
 #include <sys/mman.h>
 #endif
 
-// The ops' namespace in torch. That of the emulated kernels is another: see csrc/emulation/device.h.
+// The ops' namespace in torch; csrc/emulation builds them into another one.
 #ifndef DX_NAMESPACE
 #define DX_NAMESPACE diffusion_ext
 #endif

@@ -16,8 +16,9 @@
 // What no error says shows in the results: shared memory is NaN (0xFF) until it is written, and
 // a missing barrier makes results depend on the seed.
 //
-// Not seen: mistakes between the threads of different clusters, and between two switch points of
-// one thread. A thread that fails takes the others with it, without their destructors.
+// Not seen: races between clusters; a pointer of of_rank that is kept beyond a cluster_barrier;
+// more threads than DX_BOUNDED says. A thread that fails ends the others where they are, without
+// their destructors.
 #pragma once
 
 #include <cstdint>

@@ -101,8 +101,8 @@ Fiber* take_fiber() {
 }
 
 void go_on_with(Thread* thread, Fiber& from) {
-  running = thread;
   if (thread->fiber == nullptr) thread->fiber = take_fiber();
+  running = thread;
   from.switch_to(*thread->fiber);
 }
 
@@ -227,6 +227,7 @@ void begin(Cluster& cluster, int64_t x, int64_t y) {
     for (auto& [type, memory] : block.statics) memory.poison();
   }
   machine.unfinished = int(cluster.threads.size());
+  machine.ready.clear();
   for (Thread& thread : cluster.threads) {
     thread.ended = false;
     machine.ready.push_back(&thread);
@@ -240,7 +241,6 @@ void abandon(Cluster& cluster) {
     thread.fiber->restart();
     machine.idle.push_back(thread.fiber);
   }
-  machine.ready.clear();
 }
 
 void run_one(Cluster& cluster, int64_t x, int64_t y) {

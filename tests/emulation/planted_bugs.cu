@@ -81,13 +81,15 @@ DX_GLOBAL void by_shared(float* out, const float* x, int bug) {
 
 // out[b]: the sum of the cluster's four blocks' x[b]. Bugs: 1 the others are read without waiting,
 // 2 the block may end while another reads it, 3 no such rank, 4 not a pointer to shared memory,
-// 5 a thread skips the cluster's barrier.
+// 5 a thread skips the cluster's barrier, 6 one block ends before another reads it.
 DX_GLOBAL void cluster_sum(float* out, const float* x, int bug) {
   float& own = shared<float>();
   if (thread() == 0) own = x[block()];
   if (bug == 1) block_barrier();
   if (bug == 5 && thread() == 3 && cluster_rank() == 2) return;
-  if (bug != 1) cluster_barrier();
+  if (bug == 6 && cluster_rank() == 2) return;
+  for (int i = 0; bug == 6 && i < 20; ++i) block_barrier();
+  if (bug != 1 && bug != 6) cluster_barrier();
   if (thread() == 0) {
     float sum = 0;
     for (int rank = 0; rank < cluster_size(); ++rank)

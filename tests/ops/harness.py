@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 
 import torch
 
 from diffusion_ext.ops.backend import missing
 
-EMULATED = pathlib.Path(__file__).parents[2] / "build" / "emulated" / "cuda_emulated.so"
+BUILT = pathlib.Path(__file__).parents[2] / "build" / "emulated"
+EMULATED = pathlib.Path(os.environ.get("DIFFUSION_EXT_EMULATED", BUILT)) / "cuda_emulated.so"
 
 # Why the tests do not run on CUDA tensors; empty where they do.
 NO_CUDA = missing.get("cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
