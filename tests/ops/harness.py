@@ -21,13 +21,13 @@ CUDA = ("cuda", "cuda-emulated")
 KERNELS = ("cpu", *CUDA)
 BACKENDS = (*KERNELS, "reference")
 
-# What the emulated kernels take the device for: multiprocessors, shared memory that a block may
-# have, blocks of a cluster. The last two are no device's: everything is too large for them.
+# What the emulated kernels take the device for: multiprocessors, bytes of a block's dynamic shared
+# memory, blocks of a cluster. No device is the last: it needs clusters, which are soon too small.
 DEVICES = {
     "hopper": (132, 228352, 8),
     "ampere": (108, 162816, 1),
-    "tiny": (2, 2048, 1),
-    "tiny with clusters": (4, 8192, 4),
+    "turing": (40, 61440, 1),
+    "small": (4, 61440, 2),
 }
 
 

@@ -1,8 +1,6 @@
 """What the other tests rest on: the backend that was chosen is the one that serves."""
 
-import pytest
 import torch
-from harness import NO_CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_ext as dx
@@ -36,10 +34,3 @@ def test_the_chosen_backend_serves(backend):
     namespace = "diffusion_ext_emulated" if backend == "cuda-emulated" else "diffusion_ext"
     device = "cuda" if backend == "cuda" else "cpu"
     assert dispatched.ops == {(namespace, name, device) for name in names}
-
-
-@pytest.mark.backends("cpu")
-def test_cuda_is_among_the_backends():
-    """Nothing to test, but a line in the summary where the tests did not run on CUDA tensors."""
-    if NO_CUDA:
-        pytest.skip(f"not tested on CUDA tensors: {NO_CUDA}")
