@@ -1,7 +1,8 @@
 # make demo   sets up, builds, trains on real digits, samples them, shows pictures
 # make test   sets up, builds, lints, runs every test
 # make bench  sets up, builds, compares the kernels with eager torch
-# make emulated  builds the CUDA kernels for the emulated GPU, and what tests it
+# make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
+# make sanitized  runs them there under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
 
 PYTHON ?= python3
@@ -11,12 +12,16 @@ BIN := $(VENV)/bin
 NATIVE := $(VENV)/native-built
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint format build emulated cmake clean
+# Of the environment, not of the machine: what a clone needs is what pip has put there.
+CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+    -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+
+.PHONY: demo test bench lint format build emulated sanitized cmake clean
 
 demo: build
 	$(BIN)/diffusion-ext demo
 
-test: build emulated lint
+test: build lint emulated sanitized
 	DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest --benchmark-disable tests benchmarks
 
 bench: build
@@ -48,17 +53,25 @@ $(NATIVE): $(VENV)/ready $(SOURCES)
 	DIFFUSION_EXT_NATIVE=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-build/emulated/build.ninja: $(VENV)/ready
-	cmake -S . -B build/emulated -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+emulated: $(VENV)/ready
+	$(CMAKE) -B build/emulated
+	$(BIN)/cmake --build build/emulated --target cuda_emulated planted_bugs
 
-emulated: build/emulated/build.ninja
-	cmake --build build/emulated --target cuda_emulated planted_bugs
+# Python itself is not sanitized, so the runtime is loaded first. One thread for torch, whose
+# reference these tests compare with: its others would only wait.
+sanitized: build
+	$(CMAKE) -B build/sanitized -DDIFFUSION_EXT_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	    DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) DIFFUSION_EXT_REQUIRE_EMULATED=1 \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider -m "not compiles" \
+	    -k "cuda-emulated or emulation" tests/ops tests/emulation
 
 cmake: $(VENV)/ready
-	cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DDIFFUSION_EXT_SANITIZE=$(SANITIZE)
-	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure
+	$(CMAKE) -B build/cmake -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DDIFFUSION_EXT_SANITIZE=$(SANITIZE)
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 clean:
 	rm -rf build dist *.egg-info diffusion_ext/*.so diffusion_ext/_build.json $(NATIVE)
