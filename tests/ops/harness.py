@@ -22,12 +22,13 @@ KERNELS = ("cpu", *CUDA)
 BACKENDS = (*KERNELS, "reference")
 
 # What the emulated kernels take the device for: multiprocessors, bytes of a block's dynamic shared
-# memory, blocks of a cluster. No device is the last: it needs clusters, which are soon too small.
+# memory, blocks of a cluster. None is as small as the last two, for which little is too large.
 DEVICES = {
     "hopper": (132, 228352, 8),
     "ampere": (108, 162816, 1),
     "turing": (40, 61440, 1),
-    "small": (4, 61440, 2),
+    "tiny": (2, 2048, 1),
+    "tiny-with-clusters": (4, 8192, 4),
 }
 
 
