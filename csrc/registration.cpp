@@ -12,8 +12,8 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "bool return_x0) -> (Tensor, Tensor)");
   m.def(
       "sampler_step_(Tensor(a!) x, Tensor model_output, Tensor coefficients, Tensor timesteps, "
-      "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance) "
-      "-> ()");
+      "Tensor row, Tensor? noise, Tensor? seeds, Tensor(b!)? history, float? clip, "
+      "float guidance) -> ()");
   m.def(
       "perturb(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, Tensor? seeds, "
       "bool velocity) -> (Tensor, Tensor)");

@@ -11,7 +11,16 @@ from .ops import (
     sampler_step,
     use_backend,
 )
-from .samplers import StepTable, ddim, ddpm
+from .samplers import (
+    StepTable,
+    ddim,
+    ddim_inversion,
+    ddpm,
+    dpmpp_2m,
+    euler,
+    euler_ancestral,
+    flow_euler,
+)
 from .sampling import SampleResult, sample
 from .schedules import NoiseSchedule
 from .version import __version__
@@ -22,9 +31,14 @@ __all__ = [
     "StepTable",
     "__version__",
     "ddim",
+    "ddim_inversion",
     "ddim_step",
     "ddpm",
     "ddpm_step",
+    "dpmpp_2m",
+    "euler",
+    "euler_ancestral",
+    "flow_euler",
     "group_norm_act",
     "info",
     "nn",

@@ -60,10 +60,10 @@ def sample(
     weights are). A sample depends on its own seed alone, whatever the batch it is drawn in.
 
     Args:
-        model: model(x [B,C,H,W], t [B] = timestep/T, c [B,n] or None) -> [B,C,H,W]. x and t are the
-            loop's own buffers: clone what you keep. A module is put in evaluation mode for the run.
+        model: model(x [B,C,H,W], t [B] = table.times[i], c [B,n] or None) -> [B,C,H,W]. x and t are
+            the loop's own buffers: clone what you keep. A module is in evaluation mode for the run.
         shape: (B, C, H, W).
-        table: the sampler, from `ddpm` or `ddim`.
+        table: the sampler, from `ddpm`, `ddim`, `dpmpp_2m`, `flow_euler` or another.
         context: [B, n] floats, or int64 labels [B], which become one-hot of model.n_cfeat.
         guidance_scale: w of classifier-free guidance, m = m_0 + w·(m_c - m_0) (Ho & Salimans 2022),
             m_0 with an all-zero context; both run as one doubled batch. 1 is no guidance.
@@ -71,8 +71,8 @@ def sample(
         x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
         noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
             for steps that add none. Or a torch.Generator, which then draws x_T too.
-        save_rate: keep a frame after the steps at t = T, t < 8 and multiples of save_rate; None
-            keeps none.
+        save_rate: keep a frame after the first step and those at t < 8 and multiples of save_rate;
+            None keeps none.
         engine: "eager".
         progress: show a progress bar, on a terminal.
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
@@ -116,9 +116,9 @@ def sample(
         for i, timestep in enumerate(bar):
             if guided:
                 inputs[: shape[0]].copy_(x)
-            output = model(inputs, times.fill_(timestep / table.train_timesteps), context)
+            output = model(inputs, times.fill_(float(table.times[i])), context)
             step(i, _check_output(output, inputs))
-            if save_rate is not None and _keeps(timestep, save_rate, table.train_timesteps):
+            if save_rate is not None and (i == 0 or _keeps(timestep, save_rate)):
                 frames.append(x.to("cpu", copy=True))
                 frame_timesteps.append(timestep)
             if callback is not None:
@@ -135,17 +135,21 @@ class _Stepper:
         self.coefficients, self.timesteps = table.tensors(x.device, x.dtype)
         self.rows = torch.arange(len(table), device=x.device).unbind()
         self.native = backend.serves(x)
+        self.history = torch.zeros_like(x) if table.multistep else None  # x0 of the step before
 
     def __call__(self, i: int, output: Tensor) -> None:
         noise = seeds = None
         if self.table.weights[i, AZ] != 0:
             noise, seeds = self._noise(i)
         args = (self.coefficients, self.timesteps, self.rows[i], noise, seeds)
-        args += (None, self.table.clip, self.guidance)
+        args += (self.history, self.table.clip, self.guidance)
         if self.native:
             backend.kernels().sampler_step_(self.x, output, *args)
-        else:
-            self.x.copy_(reference.sampler_step(self.x, output, *args)[0])
+            return
+        x, x0 = reference.sampler_step(self.x, output, *args)
+        self.x.copy_(x)
+        if self.history is not None:
+            self.history.copy_(x0)
 
     def _noise(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         if self.noise is None:
@@ -155,8 +159,8 @@ class _Stepper:
         return noise, None
 
 
-def _keeps(timestep: int, save_rate: int, last: int) -> bool:
-    return timestep % save_rate == 0 or timestep == last or timestep < 8
+def _keeps(timestep: int, save_rate: int) -> bool:
+    return timestep % save_rate == 0 or timestep < 8
 
 
 def _check_options(table, engine, save_rate, guidance_scale, noise) -> None:

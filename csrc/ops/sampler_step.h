@@ -105,14 +105,20 @@ std::tuple<Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_out
   return {out.finish(), x0.finish()};
 }
 
+// In place; history, read as the data prediction of the step before, becomes that of this one.
 template <class Kernel>
 void sampler_step_(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
                    const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
                    const MaybeTensor& seeds, const MaybeTensor& history, std::optional<double> clip,
                    double guidance) {
   Output out(x);
+  std::optional<Output> x0;
+  if (history) {
+    STD_TORCH_CHECK(fits(*history, out.layout()), "history: wanted x's memory layout");
+    x0.emplace(*history, out.layout());
+  }
   apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip,
-                     guidance, out, nullptr);
+                     guidance, out, x0 ? &*x0 : nullptr);
   out.finish();
 }
 
