@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from . import samplers
 from .information import info
 from .nn import ContextUnet
 from .pictures import sample_grid, save_denoising_animation, save_loss_curve
@@ -91,10 +92,10 @@ class Sample:
     """folder for the pictures; default the checkpoint's"""
     per_class: int = 10
     """samples of each class"""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """ddpm takes all T steps"""
+    sampler: Literal["ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral"] = "ddim"
+    """docs/samplers.md tells them apart; ddpm takes all T steps"""
     steps: int = 25
-    """steps of ddim"""
+    """steps of all but ddpm"""
     eta: float = 0.0
     """noise of ddim: 0 is deterministic, 1 as much as ddpm"""
     clip: float | None = None
@@ -138,7 +139,9 @@ class Sample:
     def _table(self, schedule: NoiseSchedule) -> StepTable:
         if self.sampler == "ddpm":
             return ddpm(schedule, self.clip)
-        return ddim(schedule, self.steps, self.eta, clip=self.clip)
+        if self.sampler == "ddim":
+            return ddim(schedule, self.steps, self.eta, clip=self.clip)
+        return getattr(samplers, self.sampler)(schedule, self.steps, clip=self.clip)
 
     def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
         columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)
