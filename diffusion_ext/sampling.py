@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from .checks import FLOATING, as_seeds, check_like, check_number, check_sizes
+from .conditioning import as_context, doubled
 from .ops import backend, philox_normal, reference
 from .samplers import COLUMNS, StepTable
 
@@ -41,7 +41,7 @@ def sample(
     model: Callable,
     shape,
     table: StepTable,
-    context: Tensor | None = None,
+    context=None,
     guidance_scale: float = 1.0,
     seeds: int | Tensor = 0,
     x_T: Tensor | None = None,
@@ -52,6 +52,7 @@ def sample(
     callback: Callable[[int, int, Tensor], None] | None = None,
     device=None,
     dtype: torch.dtype | None = None,
+    null_context=None,
 ) -> SampleResult:
     """Draw samples: run the model and the table's steps from noise to images, without gradients.
 
@@ -64,9 +65,10 @@ def sample(
             the loop's own buffers: clone what you keep. A module is in evaluation mode for the run.
         shape: (B, C, H, W).
         table: the sampler, from `ddpm`, `ddim`, `dpmpp_2m`, `flow_euler` or another.
-        context: [B, n] floats, or int64 labels [B], which become one-hot of model.n_cfeat.
+        context: [B, n] floats; int64 labels [B], which become one-hot of model.n_cfeat; or a dict,
+            tuple or list of tensors [B, ...], handed to the model as it is.
         guidance_scale: w of classifier-free guidance, m = m_0 + w·(m_c - m_0) (Ho & Salimans 2022),
-            m_0 with an all-zero context; both run as one doubled batch. 1 is no guidance.
+            m_0 with null_context; both run as one doubled batch. 1 is no guidance.
         seeds: an int (sample b gets seeds + b) or int64 [B].
         x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
         noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
@@ -78,6 +80,7 @@ def sample(
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
         device, dtype: of the samples; by default those of the model's parameters, else the CPU and
             float32.
+        null_context: what guidance sees in the context's place, of its structure; None is zeros.
 
     Returns: SampleResult. Raises: TypeError, ValueError.
     """
@@ -88,7 +91,8 @@ def sample(
         noise = _draws(noise, shape, dtype, device)
         x_T = noise() if x_T is None else x_T
     seeds = as_seeds(seeds, shape[0], device)
-    context = _as_context(model, context, shape[0], device, dtype)
+    context = as_context(model, context, shape[0], device, dtype)
+    null_context = as_context(model, null_context, shape[0], device, dtype, "null_context")
     if guidance_scale != 1 and context is None:
         raise ValueError(f"guidance_scale: {guidance_scale} wants a context, got context=None")
 
@@ -105,14 +109,17 @@ def sample(
     with torch.no_grad():
         x.copy_(_initial(x_T, shape, seeds, dtype, device))
     if guided:
-        context = torch.cat([torch.zeros_like(context), context])
+        context = doubled(context, null_context)
     step = _Stepper(table, x, seeds, noise, guidance_scale)
     frames, frame_timesteps = [], []
 
     hidden = None if progress else True  # None: tqdm hides itself where there is no terminal
     bar = tqdm(table.timesteps.tolist(), desc="sampling", unit="step", disable=hidden)
     with torch.no_grad(), _evaluation(model):
-        times = torch.empty(len(inputs), dtype=dtype, device=device)
+        # Half precision cannot tell one timestep of a thousand from the next.
+        times = torch.empty(
+            len(inputs), dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
         for i, timestep in enumerate(bar):
             if guided:
                 inputs[: shape[0]].copy_(x)
@@ -208,32 +215,6 @@ def _placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
     if dtype not in FLOATING:
         raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
     return torch.device(device), dtype
-
-
-def _as_context(model, context, batch: int, device, dtype) -> Tensor | None:
-    """context as floats [B, n]: labels become one-hot."""
-    if context is None:
-        return None
-    if not isinstance(context, Tensor):
-        raise TypeError(f"context: wanted a tensor or None, got {type(context).__name__}")
-    if context.shape[:1] != (batch,):
-        raise ValueError(f"context: wanted {batch} rows (the batch), got {list(context.shape)}")
-    if context.dtype == torch.int64 and context.dim() == 1:
-        classes = getattr(model, "n_cfeat", None)
-        if classes is None:
-            raise TypeError("context: int labels want a model with .n_cfeat, the number of classes")
-        if batch and not 0 <= int(context.min()) <= int(context.max()) < classes:
-            raise ValueError(
-                f"context: wanted labels from 0 to {classes - 1}, "
-                f"got {int(context.min())} to {int(context.max())}"
-            )
-        context = F.one_hot(context, classes)
-    elif not context.is_floating_point() or context.dim() < 2:
-        raise TypeError(
-            f"context: wanted floats [B, n] or int64 labels [B], "
-            f"got {context.dtype} {list(context.shape)}"
-        )
-    return context.to(device, dtype)
 
 
 def _initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:
