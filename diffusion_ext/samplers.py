@@ -42,6 +42,8 @@ class StepTable:
         clip: x0 is clipped to [-clip, clip]; None for no clipping.
         train_timesteps: T of the schedule.
         times: float64 [n], what the model is given before each step; by default timesteps/T.
+        levels: float64 [n+1, 2], signal and sigma of the sample before each step and after the
+            last: x = signal·x0 + sigma·ε. None where they are not known.
     """
 
     timesteps: np.ndarray
@@ -49,12 +51,15 @@ class StepTable:
     clip: float | None
     train_timesteps: int
     times: np.ndarray | None = None
+    levels: np.ndarray | None = None
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.times is None:
             object.__setattr__(self, "times", self.timesteps / self.train_timesteps)
-        for name in ("timesteps", "weights", "times"):
+        for name in ("timesteps", "weights", "times", "levels"):
+            if getattr(self, name) is None:
+                continue
             frozen = getattr(self, name).copy()
             frozen.setflags(write=False)
             object.__setattr__(self, name, frozen)
@@ -290,7 +295,9 @@ def _table(grid: Grid, *, x=0.0, x0=0.0, eps=0.0, before=0.0, z=0.0, clip, predi
         ax, am, a0 = x + eps / sigma, 0.0, x0 - eps * signal / sigma
     columns = {"kx": kx, "km": km, "ax": ax, "am": am, "a0": a0, "ah": before, "az": z}
     weights = np.stack([np.broadcast_to(columns[n], len(grid)) for n in COLUMNS], axis=1)
-    return StepTable(grid.timesteps, weights, clip, grid.train_timesteps, grid.times)
+    levels = [np.append(signal, grid.next_signal[-1]), np.append(sigma, grid.next_sigma[-1])]
+    times, levels = grid.times, np.stack(levels, axis=1)
+    return StepTable(grid.timesteps, weights, clip, grid.train_timesteps, times, levels)
 
 
 def _predictions(signal: np.ndarray, sigma: np.ndarray, prediction: str):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checks import FLOATING, as_seeds, check_like, check_number, check_sizes
+from .checks import FLOATING, as_seeds, check_number, check_sizes
 from .conditioning import as_context, doubled
-from .ops import backend, philox_normal, reference
-from .samplers import COLUMNS, StepTable
+from .ops import philox_normal
+from .samplers import StepTable
+from .stepping import DifferentiableStepper, InPlaceStepper, Known, draws
 
 __all__ = ["SampleResult", "sample"]
 
-AZ = COLUMNS.index("az")
 ENGINES = ("eager",)
 
 
@@ -53,8 +53,12 @@ def sample(
     device=None,
     dtype: torch.dtype | None = None,
     null_context=None,
+    start: Tensor | None = None,
+    first_step: int = 0,
+    mask: Tensor | None = None,
+    differentiable: bool = False,
 ) -> SampleResult:
-    """Draw samples: run the model and the table's steps from noise to images, without gradients.
+    """Draw samples: run the model and the table's steps from noise to images.
 
     The sample is updated in place; with the kernels, the loop itself allocates nothing where the
     model's output lies in memory as its input does (channels_last if x_T is, or the model's
@@ -81,6 +85,12 @@ def sample(
         device, dtype: of the samples; by default those of the model's parameters, else the CPU and
             float32.
         null_context: what guidance sees in the context's place, of its structure; None is zeros.
+        start: [B,C,H,W], an image to start from, noised to where the table is before first_step
+            (image to image): first_step 0 leaves almost none of it, the last one nearly all.
+        mask: [B or 1, C or 1, H, W], 1 where the image is drawn anew and 0 where start is kept,
+            noised like the sample after each step (inpainting).
+        differentiable: gradients flow through every step to x_T, the context, start and the model's
+            parameters; every step's sample is then kept.
 
     Returns: SampleResult. Raises: TypeError, ValueError.
     """
@@ -88,7 +98,7 @@ def sample(
     _check_options(table, engine, save_rate, guidance_scale, noise)
     device, dtype = _placement(model, device, dtype)
     if isinstance(noise, torch.Generator):
-        noise = _draws(noise, shape, dtype, device)
+        noise = draws(noise, shape, dtype, device)
         x_T = noise() if x_T is None else x_T
     seeds = as_seeds(seeds, shape[0], device)
     context = as_context(model, context, shape[0], device, dtype)
@@ -96,74 +106,68 @@ def sample(
     if guidance_scale != 1 and context is None:
         raise ValueError(f"guidance_scale: {guidance_scale} wants a context, got context=None")
 
-    guided = guidance_scale != 1
-    halves = 2 if guided else 1
-    inputs = torch.empty(
-        (halves * shape[0], *shape[1:]),
-        dtype=dtype,
-        device=device,
-        memory_format=_memory_format(model, x_T, shape),
-    )
-    # [B,C,H,W], updated in place; under guidance the first half of the inputs copies it.
-    x = inputs[len(inputs) - shape[0] :]
-    with torch.no_grad():
-        x.copy_(_initial(x_T, shape, seeds, dtype, device))
-    if guided:
+    if guidance_scale != 1:
         context = doubled(context, null_context)
-    step = _Stepper(table, x, seeds, noise, guidance_scale)
-    frames, frame_timesteps = [], []
-
-    hidden = None if progress else True  # None: tqdm hides itself where there is no terminal
-    bar = tqdm(table.timesteps.tolist(), desc="sampling", unit="step", disable=hidden)
-    with torch.no_grad(), _evaluation(model):
-        # Half precision cannot tell one timestep of a thousand from the next.
-        times = torch.empty(
-            len(inputs), dtype=torch.promote_types(dtype, torch.float32), device=device
+    grad = contextlib.nullcontext() if differentiable else torch.no_grad()
+    with grad, _evaluation(model):
+        x = _initial(x_T, shape, seeds, dtype, device)
+        known = _known(start, mask, first_step, x, table)
+        x = x if known is None else known.at(first_step)
+        arguments = (table, x, seeds, noise, guidance_scale)
+        if differentiable:
+            stepper = DifferentiableStepper(*arguments)
+        else:
+            stepper = InPlaceStepper(*arguments, _memory_format(model, x_T, shape))
+        frames, frame_timesteps = [], []
+        # None: tqdm hides itself where there is no terminal.
+        bar = tqdm(
+            table.timesteps.tolist()[first_step:],
+            desc="sampling",
+            unit="step",
+            disable=None if progress else True,
         )
-        for i, timestep in enumerate(bar):
-            if guided:
-                inputs[: shape[0]].copy_(x)
-            output = model(inputs, times.fill_(float(table.times[i])), context)
-            step(i, _check_output(output, inputs))
-            if save_rate is not None and (i == 0 or _keeps(timestep, save_rate)):
-                frames.append(x.to("cpu", copy=True))
+        for i, timestep in enumerate(bar, first_step):
+            inputs, times = stepper.inputs(i)
+            stepper.step(i, _check_output(model(inputs, times, context), inputs))
+            if mask is not None:
+                stepper.x = _replace(stepper.x, known.keep(i + 1, stepper.x), differentiable)
+            if save_rate is not None and (i == first_step or _keeps(timestep, save_rate)):
+                frames.append(stepper.x.detach().to("cpu", copy=True))
                 frame_timesteps.append(timestep)
             if callback is not None:
-                callback(i, timestep, x)
+                callback(i, timestep, stepper.x)
     kept = torch.stack(frames) if frames else torch.empty((0, *shape), dtype=dtype)
-    return SampleResult(x.clone() if guided else x, kept, np.array(frame_timesteps, dtype=np.int64))
+    return SampleResult(stepper.result(), kept, np.array(frame_timesteps, dtype=np.int64))
 
 
-class _Stepper:
-    """Applies row i of a table to x [B,*] in place; what can be checked and made once is."""
+def _replace(x: Tensor, values: Tensor, differentiable: bool) -> Tensor:
+    return values if differentiable else x.copy_(values)
 
-    def __init__(self, table: StepTable, x: Tensor, seeds: Tensor, noise, guidance: float):
-        self.table, self.x, self.seeds, self.noise, self.guidance = table, x, seeds, noise, guidance
-        self.coefficients, self.timesteps = table.tensors(x.device, x.dtype)
-        self.rows = torch.arange(len(table), device=x.device).unbind()
-        self.native = backend.serves(x)
-        self.history = torch.zeros_like(x) if table.multistep else None  # x0 of the step before
 
-    def __call__(self, i: int, output: Tensor) -> None:
-        noise = seeds = None
-        if self.table.weights[i, AZ] != 0:
-            noise, seeds = self._noise(i)
-        args = (self.coefficients, self.timesteps, self.rows[i], noise, seeds)
-        args += (self.history, self.table.clip, self.guidance)
-        if self.native:
-            backend.kernels().sampler_step_(self.x, output, *args)
-            return
-        x, x0 = reference.sampler_step(self.x, output, *args)
-        self.x.copy_(x)
-        if self.history is not None:
-            self.history.copy_(x0)
+def _known(start, mask, first_step, noise: Tensor, table: StepTable) -> Known | None:
+    """The image to start from, checked, in the sample's dtype and device."""
+    if not isinstance(first_step, int) or not 0 <= first_step < len(table):
+        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
+    if start is None:
+        if mask is not None or first_step:
+            raise ValueError("start: wanted an image for a mask or a first_step, got None")
+        return None
+    if not isinstance(start, Tensor) or start.shape != noise.shape:
+        got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"start: wanted shape {list(noise.shape)}, got {got}")
+    if table.levels is None:
+        raise ValueError("start: wanted a table that knows its noise levels (StepTable.levels)")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or not _broadcasts(mask, noise):
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: wanted to broadcast to {list(noise.shape)}, got {got}")
+        mask = mask.to(noise)
+    return Known(start.to(noise), noise, mask, table.levels.tolist())
 
-    def _noise(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.noise is None:
-            return None, self.seeds
-        noise = self.noise(i, int(self.table.timesteps[i]))
-        check_like("noise", noise, "x", self.x)
-        return noise, None
+
+def _broadcasts(mask: Tensor, x: Tensor) -> bool:
+    sizes = zip(mask.shape, x.shape, strict=False)
+    return mask.dim() == x.dim() and all(m in (1, n) for m, n in sizes)
 
 
 def _keeps(timestep: int, save_rate: int) -> bool:
@@ -182,14 +186,6 @@ def _check_options(table, engine, save_rate, guidance_scale, noise) -> None:
         raise TypeError(
             f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"
         )
-
-
-def _draws(generator: torch.Generator, shape, dtype, device) -> Callable[..., Tensor]:
-    def draw(*_) -> Tensor:
-        noise = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
-        return noise.to(device)
-
-    return draw
 
 
 def _memory_format(model, x_T, shape) -> torch.memory_format:
