@@ -20,6 +20,8 @@ NO_CUDA = missing.get("cuda") or ("" if torch.cuda.is_available() else "no CUDA 
 CUDA = ("cuda", "cuda-emulated")
 KERNELS = ("cpu", *CUDA)
 BACKENDS = (*KERNELS, "reference")
+# Those that were asked for; none: all of them.
+WANTED = [name for name in os.environ.get("DIFFUSION_EXT_TEST_BACKENDS", "").split(",") if name]
 
 # What the emulated kernels take the device for: multiprocessors, bytes of a block's dynamic shared
 # memory, blocks of a cluster. None is as small as the last two, for which little is too large.

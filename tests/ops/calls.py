@@ -1,0 +1,148 @@
+"""Every op, forward and backward, as a call that can be made again on other inputs.
+
+For what asks the same of each of them: graphs, streams, sanitizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from harness import lay
+from torch import Tensor
+
+import diffusion_ext as dx
+from diffusion_ext.ops.backend import kernels
+
+SCHEDULE = dx.NoiseSchedule.linear(100)
+TABLE = dx.ddim(SCHEDULE, 10, eta=0.7)
+
+# (shape, groups) of group_norm_act: on any GPU, these together reach each of its kernels.
+NORMS = [
+    ((2, 8, 9, 4), 2),  # small
+    ((2, 5, 3, 3), 5),  # small, by single elements
+    ((1, 16, 64, 64), 1),  # in a cluster where there are clusters
+    ((1, 15, 63, 63), 1),
+    ((1, 64, 64, 64), 1),  # split, in float32 at least
+    ((1, 63, 63, 63), 1),
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """run(**draw()) calls the op: draw makes new inputs, of one shape and layout."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    draw: Callable[[], dict[str, Tensor]]
+
+
+def copy_into(inputs: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """The values of others where those of inputs lie."""
+    with torch.no_grad():
+        for name, tensor in inputs.items():
+            tensor.copy_(others[name])
+
+
+def here(tensor: Tensor) -> Tensor:
+    """On the default device. Values are drawn on the CPU: the same ones for every device."""
+    return tensor.to(torch.empty(0).device)
+
+
+def integers(low: int, high: int, *shape: int) -> Tensor:
+    return here(torch.randint(low, high, shape, device="cpu"))
+
+
+def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
+    batch = shape[0]
+    double = (2 * batch, *shape[1:])
+
+    def draw(*shape):
+        return lay(here(torch.randn(shape, device="cpu").to(dtype)), layout)
+
+    def seeds():
+        return integers(-(2**62), 2**62, batch)
+
+    def step(x, m, row, **options):
+        out = dx.sampler_step(x, m, *TABLE.tensors(x.device), row, **options)
+        return out if isinstance(out, tuple) else (out,)
+
+    def step_in_place(x, m, row, seeds):
+        out = x.clone()
+        tensors = TABLE.tensors(x.device)
+        kernels().sampler_step_(out, m, *tensors, row, None, seeds, None, None, 1.0)
+        return (out,)
+
+    def fill(like, seeds):
+        out = torch.empty_like(like)
+        kernels().philox_normal_(out, seeds, 7, 1)
+        return (out,)
+
+    def step_inputs(m_shape=shape, row=(), **more):
+        return lambda: {
+            "x": draw(*shape),
+            "m": draw(*m_shape),
+            "row": integers(0, len(TABLE), *row),
+            **{name: make() for name, make in more.items()},
+        }
+
+    def image():
+        return draw(*shape)
+
+    def noising(**source):
+        return lambda: {
+            "x0": image(),
+            "t": integers(0, SCHEDULE.timesteps + 1, batch),
+            **{name: make() for name, make in source.items()},
+        }
+
+    return {
+        "sampler_step": Call(step, step_inputs(noise=image)),
+        "sampler_step, guided": Call(
+            lambda **inputs: step(guidance=2.5, **inputs), step_inputs(double, seeds=seeds)
+        ),
+        "sampler_step, history": Call(
+            lambda **inputs: step(clip=0.8, return_x0=True, **inputs),
+            step_inputs(row=(batch,), seeds=seeds, history=image),
+        ),
+        "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds)),
+        "perturb": Call(
+            lambda **inputs: dx.perturb(schedule=SCHEDULE, target="v", **inputs),
+            noising(noise=image),
+        ),
+        "perturb, seeds": Call(
+            lambda **inputs: dx.perturb(schedule=SCHEDULE, **inputs), noising(seeds=seeds)
+        ),
+        "philox_normal": Call(fill, lambda: {"like": image(), "seeds": seeds()}),
+    }
+
+
+def norm_calls(dtype, layout, shape, groups) -> dict[str, Call]:
+    per_sample = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
+    sizes = {"weight": shape[1:2], "bias": shape[1:2], **dict.fromkeys(per_sample, shape[:2])}
+
+    def draw():
+        inputs = {name: here(torch.randn(s, device="cpu").to(dtype)) for name, s in sizes.items()}
+        x, dy = (lay(here(torch.randn(shape, device="cpu").to(dtype)), layout) for _ in range(2))
+        return {"x": x, "dy": dy, **inputs}
+
+    def forward(x, dy, **parameters):
+        return (dx.group_norm_act(x, groups, **parameters),)
+
+    def both(dy, **inputs):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        y = dx.group_norm_act(num_groups=groups, **leaves)
+        return (y.detach(), *torch.autograd.grad(y, tuple(leaves.values()), dy))
+
+    return {
+        f"group_norm_act {shape}": Call(forward, draw),
+        f"group_norm_act {shape}, backward": Call(both, draw),
+    }
+
+
+def every_call(dtype, layout, shape=(2, 8, 9, 4)) -> dict[str, Call]:
+    """name -> call; `shape` is the elementwise ops'."""
+    calls = elementwise_calls(dtype, layout, shape)
+    for norm_shape, groups in NORMS:
+        calls |= norm_calls(dtype, layout, norm_shape, groups)
+    return calls
