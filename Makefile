@@ -3,6 +3,7 @@
 # make bench  sets up, builds, compares the kernels with eager torch
 # make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
 # make sanitized  runs them there under AddressSanitizer and UndefinedBehaviorSanitizer
+# make gpu-check  proves and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
 # make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
     -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: demo test bench lint format build emulated sanitized cmake clean
+.PHONY: demo test bench lint format build emulated sanitized gpu-check cmake clean
 
 demo: build
 	$(BIN)/diffusion-ext demo
@@ -67,6 +68,10 @@ sanitized: build
 	    DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) DIFFUSION_EXT_REQUIRE_EMULATED=1 \
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -m "not compiles" \
 	    -k "cuda-emulated or emulation" tests/ops tests/emulation
+
+# No venv of ours: what drives a GPU comes with its machine.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 cmake: $(VENV)/ready
 	$(CMAKE) -B build/cmake -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DDIFFUSION_EXT_SANITIZE=$(SANITIZE)
