@@ -98,10 +98,11 @@ def using(folder: pathlib.Path, *more: pathlib.Path) -> dict[str, str]:
 def test_steps(device: str, folder: pathlib.Path) -> list[Step]:
     """A warning is no error here: another torch may have others."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
-    command += ["--maxfail=25", "-p", "no:cacheprovider"]  # after one fault of a GPU all tests fail
+    command += ["--durations=5", "-p", "no:cacheprovider"]
+    command += ["--maxfail=25"]  # after one fault of a GPU every test fails
     command += [OPS] if device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
     environment = {"DIFFUSION_EXT_TEST_BACKENDS": device, **using(folder)}
-    return [Step("test", "tests/ops", command, 3, environment, folder / "lib")]
+    return [Step("test", "tests/ops", command, 5, environment, folder / "lib")]
 
 
 def sanitize_steps(device: str, folder: pathlib.Path) -> list[Step]:
@@ -109,11 +110,11 @@ def sanitize_steps(device: str, folder: pathlib.Path) -> list[Step]:
     # Each tensor an allocation of its own, so that one byte too far is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **using(folder, OPS)}
     if device == "cpu":
-        return [Step("sanitize", "without a tool", ["env", *script], 0.6, environment)]
+        return [Step("sanitize", "without a tool", ["env", *script], 0.5, environment)]
     tool, options = sanitizer()
     why = "" if tool else "compute-sanitizer is not installed"
     return [
-        Step("sanitize", name, [tool, "--tool", name, *options, *script], 0.6, environment,
+        Step("sanitize", name, [tool, "--tool", name, *options, *script], 0.5, environment,
              skipped=why)
         for name in TOOLS
     ]  # fmt: skip

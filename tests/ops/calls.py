@@ -67,11 +67,10 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         out = dx.sampler_step(x, m, *TABLE.tensors(x.device), row, **options)
         return out if isinstance(out, tuple) else (out,)
 
-    def step_in_place(x, m, row, seeds):
-        out = x.clone()
-        tensors = TABLE.tensors(x.device)
-        kernels().sampler_step_(out, m, *tensors, row, None, seeds, None, None, 1.0)
-        return (out,)
+    def step_in_place(x, m, row, seeds, history):
+        out, x0, tensors = x.clone(), history.clone(), TABLE.tensors(x.device)
+        kernels().sampler_step_(out, m, *tensors, row, None, seeds, x0, None, 1.0)
+        return out, x0
 
     def fill(like, seeds):
         out = torch.empty_like(like)
@@ -105,7 +104,7 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
             lambda **inputs: step(clip=0.8, return_x0=True, **inputs),
             step_inputs(row=(batch,), seeds=seeds, history=image),
         ),
-        "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds)),
+        "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds, history=image)),
         "perturb": Call(
             lambda **inputs: dx.perturb(schedule=SCHEDULE, target="v", **inputs),
             noising(noise=image),
