@@ -51,14 +51,22 @@ def perturb(
     noise, seeds = resolve_noise(x0, noise, seeds)
     if noise is not None:
         check_like("noise", noise, "x0", x0)
-    native = serves(x0) and not needs_grad(x0, noise)
     table_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     signal = schedule.tensor("signal", x0.device, table_dtype)
     sigma = schedule.tensor(NOISINGS[noising], x0.device, table_dtype)
-    op = kernels().perturb if native else reference.perturb
-    x_t, learned = op(x0, t, signal, sigma, noise, seeds, target == "v")
+    x_t, learned = perturb_by_table(x0, t, signal, sigma, noise, seeds, target == "v")
     # The kernel writes no second copy of a noise that the caller holds.
     return x_t, noise if target == "noise" and noise is not None else learned
+
+
+def perturb_by_table(x0, t, signal, sigma, noise=None, seeds=None, velocity=False):
+    """The op, unchecked: x_t = signal[t]·x0 + sigma[t]·ε and its target (v where velocity).
+
+    Args: signal, sigma: float32 [n] (float64 for a float64 x0); t: int64 [B], from 0 to n-1.
+    """
+    native = serves(x0) and not needs_grad(x0, noise)
+    op = kernels().perturb if native else reference.perturb
+    return op(x0, t, signal, sigma, noise, seeds, velocity)
 
 
 @register_fake("perturb")

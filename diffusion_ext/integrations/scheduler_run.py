@@ -1,0 +1,90 @@
+"""What a scheduler's run is, as the host knows it, and the tables it keeps on the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..schedules import is_lasting
+from .scheduler_rows import UNKNOWN
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A scheduler's timesteps and ᾱ at one time; whatever of it changes, a new Run replaces it.
+
+    Attributes:
+        timesteps: int64 [n], the host's copy of the scheduler's.
+        alpha_bar: float64 [T], the scheduler's alphas_cumprod.
+        previous: int64 [T], where the step from each timestep leads (see scheduler_rows).
+    """
+
+    def __init__(self, held: tuple, timesteps: np.ndarray, previous: np.ndarray):
+        self._held, self._versions = held, _versions(held)
+        self.timesteps = timesteps
+        self.alpha_bar = held[1].detach().double().cpu().numpy()
+        self.previous = previous
+        self._tensors: dict = {}
+
+    def holds(self, held: tuple) -> bool:
+        """Whether the scheduler's timesteps, alphas_cumprod and settings are still these."""
+        same = all(mine is theirs for mine, theirs in zip(self._held, held, strict=True))
+        return same and self._versions == _versions(held)
+
+    def read(self, timestep) -> int | None:
+        """A timestep as an int, without waiting for a device; None for one that only it knows.
+
+        Pipelines walk over `scheduler.timesteps`: what they pass are views of it, whose place in
+        its storage gives their value from the host's copy.
+        """
+        if not isinstance(timestep, Tensor):
+            return timestep.__index__()
+        own = self._held[0]
+        if _storage(timestep) == _storage(own) and timestep.dtype == own.dtype:
+            place = (timestep.storage_offset() - own.storage_offset()) / own.stride(0)
+            if place in range(len(self.timesteps)):
+                return int(self.timesteps[int(place)])
+        return int(timestep) if timestep.device.type == "cpu" else None
+
+    def check(self, t: int) -> None:
+        """Raise IndexError for a timestep that the run has no step from."""
+        if not 0 <= t < len(self.previous) or self.previous[t] == UNKNOWN:
+            raise IndexError(f"timestep: wanted one of the scheduler's timesteps, got {t}")
+
+    def table(self, options: tuple, device, dtype, weights: Callable[..., np.ndarray]):
+        """(coefficients [T, 7], steps [T]) on `device`, for sampler_step."""
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        table = self.tensor(("table", *options), device, dtype, lambda: weights(self, *options))
+        return table, self.steps(device)
+
+    def rows(self, device) -> Tensor:
+        """0..T-1 on `device`: element t is the row of timestep t."""
+        return self.tensor("rows", device, torch.int64, lambda: np.arange(len(self.previous)))
+
+    def steps(self, device) -> Tensor:
+        """1..T on `device`: diffusers counts timesteps from 0, the noise contract from 1."""
+        return self.tensor("steps", device, torch.int64, lambda: np.arange(len(self.previous)) + 1)
+
+    def tensor(self, name, device, dtype, values: Callable[[], np.ndarray]) -> Tensor:
+        """values() as a tensor on `device`, put there once."""
+        key = (name, device, dtype)
+        if key not in self._tensors:
+            with torch.inference_mode(False):  # so that it may serve outside that mode too
+                tensor = torch.tensor(values(), dtype=dtype, device=device)
+            if not is_lasting(tensor):
+                return tensor
+            self._tensors[key] = tensor
+        return self._tensors[key]
+
+
+def _versions(held: tuple) -> tuple:
+    """Counts of what was written into the run's timesteps and alphas_cumprod."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in held[:2])
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
