@@ -20,6 +20,9 @@ from torch import Tensor
 
 try:
     import diffusers
+
+    # A saved pipeline names this module, and diffusers loads from it what is one of these.
+    from diffusers import SchedulerMixin  # noqa: F401
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 except ImportError as error:
@@ -116,7 +119,7 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
         if noise is None and t is not None:
             noise = philox_normal(seeds, predicted.shape, t + 1, stream=1, device=row.device)
         elif noise is None:  # the reference takes a step that only the device knows
-            step = run.steps(row.device)[row]
+            step = run.steps(row.device).index_select(0, row.reshape(1)).squeeze(0)
             noise = reference.philox_normal(seeds, predicted.shape, step, 1, torch.float32)
         predicted = predicted.float()
         if self.variance_type == "learned":
@@ -124,7 +127,7 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
         logs = run.tensor(
             "logs", row.device, torch.float32, lambda: log_variances(run.alpha_bar, run.previous)
         )
-        low, high = logs[row].unbind(-1)
+        low, high = logs.index_select(0, row.reshape(1)).squeeze(0)
         # Nichol & Dhariwal 2021, eq. 15.
         return torch.exp(0.5 * (low + 0.5 * (predicted + 1) * (high - low))) * noise.float()
 

@@ -139,12 +139,13 @@ class FusedScheduler:
         if t is None:
             return None, timestep.reshape(()).to(sample.device, torch.int64)
         run.check(t)
-        if run.alpha_bar[t] == 0 and self.config.prediction_type == "epsilon":
+        if run.alpha_bar[t] == 0:
             self._check_signal(t)
         return t, run.rows(sample.device)[t]
 
     def _check_signal(self, t: int) -> None:
-        if not self._clipped():
+        c = self.config
+        if c.prediction_type == "epsilon" and (c.thresholding or not c.clip_sample):
             raise ValueError(
                 f"prediction_type: 'epsilon' cannot give x0 at timestep {t}, where alphas_cumprod "
                 "is 0 (zero terminal SNR); wanted 'v_prediction' or 'sample', or timesteps "

@@ -35,6 +35,11 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(values.shape + (1,) * (x.dim() - 1)) if values.dim() else values
 
 
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], with the index [] or [B] left on its device: table[index []] would read it."""
+    return table[index.reshape(-1)].reshape(index.shape + table.shape[1:])
+
+
 # --- philox_normal ------------------------------------------------------------------------------
 
 
@@ -105,7 +110,7 @@ def sampler_step(
     if m.shape[0] != x.shape[0]:
         uncond, cond = m.chunk(2)
         m = uncond + guidance * (cond - uncond)
-    c = coefficients.to(x.dtype)[row]  # [7] or [B, 7]
+    c = _take(coefficients.to(x.dtype), row)  # [7] or [B, 7]
     kx, km, ax, am, a0, ah, az = (_per_sample(column, x) for column in c.unbind(-1))
     x0 = kx * x + km * m
     if clip is not None:
@@ -114,7 +119,7 @@ def sampler_step(
     if history is not None:
         out = out + ah * _wide(history)
     if seeds is not None:
-        noise = philox_normal(seeds, x.shape, timesteps[row], stream=1, dtype=x.dtype)
+        noise = philox_normal(seeds, x.shape, _take(timesteps, row), stream=1, dtype=x.dtype)
     if noise is not None:
         out = out + torch.where(az == 0, 0, az * _wide(noise))  # where it is 0, z does not matter
     return out.to(dtype), x0.to(dtype)
