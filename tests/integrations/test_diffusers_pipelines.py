@@ -119,7 +119,7 @@ def test_a_step_on_a_device_that_cannot_be_read():
         generator = torch.Generator()
         before = generator.get_state()
         if scheduler.noise == "generator" and not options:  # the host knows that t is 0
-            scheduler.step(m, scheduler.timesteps[-1], x, generator, **options)
+            scheduler.step(m, scheduler.timesteps[-1], x, generator=generator)
             assert torch.equal(generator.get_state(), before)
 
 
