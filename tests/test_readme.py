@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 import diffusion_ext as dx
 from diffusion_ext import samplers
 
@@ -22,6 +24,16 @@ def test_readme_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     assert names["x_t"].shape == names["target"].shape == (4, 3, 16, 16)
     assert (tmp_path / "runs" / "small" / "checkpoint.safetensors").exists()
     assert names["digits"].images.shape == (10, 1, 8, 8)
+
+
+def test_drop_in_runs_from_top_to_bottom(capsys):
+    pytest.importorskip("diffusers")
+    names = {}
+    for block in blocks("docs/drop-in.md"):
+        exec(block, names)
+    assert "tensor(True)" in capsys.readouterr().out
+    assert names["x"].isfinite().all()
+    assert names["noisy"].shape == names["clean"].shape
 
 
 def test_the_sampler_of_contributing_is_ddim():
