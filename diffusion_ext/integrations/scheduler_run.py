@@ -33,7 +33,8 @@ class Run:
     def holds(self, held: tuple) -> bool:
         """Whether the scheduler's timesteps, alphas_cumprod and settings are still these."""
         same = all(mine is theirs for mine, theirs in zip(self._held, held, strict=True))
-        return same and self._versions == _versions(held)
+        # A tracer guards what it has read by identity; it cannot ask how often that was written.
+        return same and (torch.compiler.is_compiling() or self._versions == _versions(held))
 
     def read(self, timestep) -> int | None:
         """A timestep as an int, without waiting for a device; None for one that only it knows.
@@ -43,6 +44,8 @@ class Run:
         """
         if not isinstance(timestep, Tensor):
             return timestep.__index__()
+        if torch.compiler.is_compiling():
+            return None
         own = self._held[0]
         if _storage(timestep) == _storage(own) and timestep.dtype == own.dtype:
             place = (timestep.storage_offset() - own.storage_offset()) / own.stride(0)

@@ -148,3 +148,23 @@ def test_gradients_flow_through_a_step():
         for s in (scheduler, want)
     ]
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("extra", [{}, {"noise": "counter"}])
+def test_a_step_compiles_whole(extra):
+    scheduler = ours.DDIMScheduler(**extra)
+    x, m = torch.randn(2, *SHAPE)
+
+    def step(m, t, x):
+        return scheduler.step(m, t, x, eta=0.5, return_dict=False)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for steps in (10, 7):
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps[1:3]:
+            results = []
+            for each in (step, compiled):
+                torch.manual_seed(1)
+                results.append(each(m, t, x))
+            torch.testing.assert_close(*results)
