@@ -37,10 +37,10 @@ import pathlib, sys, torch, diffusion_ext as dx
 from diffusion_ext.ops.backend import missing
 library, device = sys.argv[1:]
 print(dx.info())
-if device == "cuda":
-    print("device:", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 assert pathlib.Path(dx.__file__).is_relative_to(library), f"another build: {dx.__file__}"
 assert device not in missing, missing[device]
+if device == "cuda":
+    print("device:", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 """
 
 
@@ -83,7 +83,7 @@ def build_steps(device: str, folder: pathlib.Path) -> list[Step]:
     knobs = {"DIFFUSION_EXT_NATIVE": "1", "DIFFUSION_EXT_CUDA": "1" if cuda else "0"}
     loaded = [sys.executable, "-c", LOADED, folder / "lib", device]
     return [
-        Step("build", "compile", command, 5, knobs, needed=True),
+        Step("build", "compile", command, 10, knobs, needed=True),
         Step("build", "load", loaded, 0.5, using(folder), folder / "lib", needed=True),
     ]
 
