@@ -32,7 +32,8 @@ class Run:
 
     def holds(self, held: tuple) -> bool:
         """Whether the scheduler's timesteps, alphas_cumprod and settings are still these."""
-        same = all(mine is theirs for mine, theirs in zip(self._held, held, strict=True))
+        pairs = zip(self._held, held, strict=True)
+        same = all(a is b or (isinstance(a, int) and a == b) for a, b in pairs)
         # A tracer guards what it has read by identity; it cannot ask how often that was written.
         return same and (torch.compiler.is_compiling() or self._versions == _versions(held))
 
