@@ -2,6 +2,7 @@
 
 from . import nn
 from .information import info
+from .nn import fuse, unfuse
 from .ops import (
     ddim_step,
     ddpm_step,
@@ -39,6 +40,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_euler",
+    "fuse",
     "group_norm_act",
     "info",
     "nn",
@@ -46,5 +48,6 @@ __all__ = [
     "philox_normal",
     "sample",
     "sampler_step",
+    "unfuse",
     "use_backend",
 ]

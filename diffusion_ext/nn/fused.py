@@ -1,0 +1,203 @@
+"""The classes that `diffusion_ext.fuse` gives to modules it has recognised.
+
+Fusing changes a module's class and nothing else: parameters, submodules, hooks and names stay the
+very same objects. `FUSED_FROM` in the instance says what class to give back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import group_norm_act
+from ..ops.backend import serves
+from ..ops.reference import ACTIVATIONS
+
+FUSED_FROM = "_fused_from"
+
+ALONE = "alone"  # in a report: a norm without an activation
+
+# Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`;
+# `fuse` adds other people's Swish classes as it meets them.
+ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+# Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
+# leaves the dtype alone.
+AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
+
+
+def swap_class(module: nn.Module, fused: type) -> None:
+    """Make module a `fused`, remembering what it was."""
+    module.__dict__[FUSED_FROM] = type(module)
+    module.__class__ = fused
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches or changes what goes through this very module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def act_of(module: nn.Module) -> str | None:
+    """module's name among group_norm_act's activations; None if it is not one of them."""
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return ACTIVATION_NAMES.get(type(module))
+
+
+def pair_kind(activation: nn.Module) -> str:
+    """How a report calls a norm that is followed by activation."""
+    name = type(activation).__name__
+    return f"{ALONE}: the {name} after it has hooks" if hooked(activation) else f"with {name}"
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """A GroupNorm that the fused op computes, wherever a kernel of it serves the input."""
+
+    casts_to_float32 = True  # under autocast, where torch's does
+    carries: str = "identity"  # the activation of the AbsorbedActivation that follows
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = carried(self)
+        if kernel_serves(self, x):
+            return run(self, promoted(self, x), act)
+        return ACTIVATIONS[act](self.unfused(x))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.carries == "identity" else f", {self.carries}")
+
+    def unfused(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class FusedGroupNorm32(FusedGroupNorm):
+    """A GroupNorm that computes in float32 and returns its input's dtype, as the fused op does."""
+
+    casts_to_float32 = False
+
+    def unfused(self, x: Tensor) -> Tensor:
+        return super().unfused(x.float()).to(x.dtype)
+
+
+class FusedSequential(nn.Sequential):
+    """A Sequential that runs each GroupNorm with the activation after it as one op.
+
+    Pairs are looked for on every call, so slices, insertions and later hooks keep their meaning.
+    """
+
+    def forward(self, x):
+        modules = list(self)
+        taken = False  # by the norm before it
+        for module, after in zip(modules, [*modules[1:], None], strict=True):
+            if taken:
+                taken = False
+            elif isinstance(module, FusedGroupNorm) and after is not None and act_of(after):
+                x, taken = norm_act(module, after, x), True
+            else:
+                x = module(x)
+        return x
+
+
+class AbsorbedActivation(nn.Module):
+    """An activation that the norm before it computes already: hands its input through.
+
+    It acts itself as soon as that norm does not: once the norm is unfused, or hooked.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.absorbed_by
+        if isinstance(norm, FusedGroupNorm) and carried(norm) != "identity":
+            return x
+        return self.__dict__[FUSED_FROM].forward(self, x)
+
+    def extra_repr(self) -> str:
+        return self.__dict__[FUSED_FROM].__name__
+
+
+def absorb(norm: FusedGroupNorm, activation: nn.Module) -> None:
+    """Move an activation that only ever follows norm into it. A tuple keeps it no submodule."""
+    norm.carries = act_of(activation)
+    swap_class(activation, AbsorbedActivation)
+    activation.__dict__["absorbed_by"] = (norm,)
+
+
+def carried(norm: FusedGroupNorm) -> str:
+    """The activation that norm computes now: none while it is hooked, for hooks see norms alone."""
+    return "identity" if norm.carries == "identity" or hooked(norm) else norm.carries
+
+
+def norm_act(
+    norm: nn.Module,
+    activation: nn.Module,
+    x: Tensor,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    rounded_after: bool = False,
+) -> Tensor:
+    """activation((1 + scale)·norm(x + pre_shift) + shift) [N, C, *spatial]: one op where it can be.
+
+    It can where `fuse` has taken norm, neither module is hooked and a kernel serves x. Otherwise
+    the modules are called one after the other.
+
+    Args:
+        pre_shift, scale, shift: [N or 1, C] or None; scale and shift come together.
+        rounded_after: what follows rounds to autocast's dtype, so that no float32 is made for it.
+    """
+    modulation = {"pre_shift": pre_shift, "scale": scale, "shift": shift}
+    given = [t for t in modulation.values() if t is not None]
+    act = act_of(activation)
+    if (
+        act is not None
+        and isinstance(norm, FusedGroupNorm)
+        and norm.carries == "identity"
+        and not hooked(norm)
+        and not hooked(activation)
+        and kernel_serves(norm, x)
+        and all(_per_sample_vector(t, x) for t in given)
+    ):
+        x = x if rounded_after else promoted(norm, x)
+        rows = {k: None if t is None else t.expand(len(x), -1) for k, t in modulation.items()}
+        return run(norm, x, act, **rows)
+
+    def over_space(t: Tensor) -> Tensor:
+        return t[(...,) + (None,) * (x.dim() - 2)]
+
+    y = norm(x if pre_shift is None else x + over_space(pre_shift))
+    if scale is not None:
+        y = y * (1 + over_space(scale)) + over_space(shift)
+    return activation(y)
+
+
+def _per_sample_vector(t: Tensor, x: Tensor) -> bool:
+    """t [N or 1, C] leaves the result in x's dtype and shape."""
+    return t.shape in ((len(x), x.shape[1]), (1, x.shape[1])) and t.dtype == x.dtype
+
+
+def kernel_serves(norm: nn.GroupNorm, x) -> bool:
+    """Whether the fused op takes x from norm to a kernel. What it does not, torch's op is for."""
+    return (
+        isinstance(x, Tensor)
+        and 3 <= x.dim() <= 5
+        and x.shape[1] == norm.num_channels
+        and serves(x)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def promoted(norm: FusedGroupNorm, x: Tensor) -> Tensor:
+    """x in the dtype that norm's result has under the autocast of the moment."""
+    if not norm.casts_to_float32 or x.device.type not in AUTOCAST_TO_FLOAT32:
+        return x
+    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+
+def run(norm: nn.GroupNorm, x: Tensor, act: str, **modulation: Tensor | None) -> Tensor:
+    return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **modulation)
