@@ -136,8 +136,8 @@ DX_DEVICE int cluster_rank() {
 DX_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
           : "memory");
 #else
   block_barrier();

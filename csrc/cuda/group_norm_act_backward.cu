@@ -1,26 +1,11 @@
 // group_norm_act, backward: sums of each channel's elements, from them dx and the gradients of the
 // parameters. On chip, x and dy are read once and dx is written by the launch that makes the sums.
-#include "group_norm.cuh"
+#include "group_norm_gradients.cuh"
 
 namespace dx {
 namespace {
 
 constexpr int kBatch = 2;  // of x and of dy: as many loads in flight as the forward has
-
-// S1/M and S2/M (math/group_norm_act.h) are made of these, of one channel or of a group's part.
-struct GroupSums {
-  float da, da_xhat;
-};
-
-// The partial sums of every channel, float32 [kinds, N, C, pieces], in the order of ChannelSum.
-struct PartialSums {
-  float* data;
-  int64_t channels, pieces, stride;  // C; stride: from one kind to the next
-
-  DX_DEVICE float& at(int kind, int64_t n, int64_t c, int64_t piece) const {
-    return data[kind * stride + (n * channels + c) * pieces + piece];
-  }
-};
 
 template <class T>
 struct Backward {
@@ -31,6 +16,19 @@ struct Backward {
   GroupMeans* means;  // [N, G]
   T* dx;
 };
+
+// Calls f(act, xs, dys, valid, i) for the batches of a span of x and dy, with act as a constant.
+template <class W, class XSource, class DySource, class F>
+DX_DEVICE void for_each_pair(const W& walk, const Span& span, const XSource& x, const DySource& dy,
+                             const F& f) {
+  for_each_batch<kBatch>(span, x, [&](const auto& xs, int valid, int64_t i) {
+    decltype(dy(span, i)) dys[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (u < valid) dys[u] = dy(span, i + u);
+    dispatch_act(walk.g.act, [&](auto act) { f(act, xs, dys, valid, i); });
+  });
+}
 
 // Adds up what each thread has of its spans, kinds floats a channel: contiguous, over the lanes of
 // a run, into the partial sums; channels_last, into shared memory, for add_up_pixels. `own`
@@ -43,31 +41,26 @@ DX_DEVICE GroupSums sum_channels(const W& walk, const Known& statistics, const X
   walk.for_each_span([&](const Span& span) {
     const Channels<W> channels(walk, span, statistics);
     float sums[kinds][kChannels] = {};
-    for_each_batch<kBatch>(span, x, [&](const auto& xs, int valid, int64_t i) {
-      Vec<T, V> dys[kBatch];
+    for_each_pair(
+        walk, span, x, dy, [&](auto act, const auto& xs, const auto& dys, int valid, int64_t i) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (u < valid) dys[u] = dy(span, i + u);
-      dispatch_act(walk.g.act, [&](auto act) {
+          for (int u = 0; u < kBatch; ++u)
+            if (u < valid)
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u)
-          if (u < valid)
-#pragma unroll
-            for (int k = 0; k < V; ++k) {
-              const float dy_k = to_float(dys[u].at[k]);
-              const auto d =
-                  Derivative::of<decltype(act)::value>(channels[k], to_float(xs[u].at[k]), dy_k);
-              const int c = k % kChannels;
-              sums[kDa][c] += d.da;
-              sums[kDaXhat][c] = fma(d.da, d.xhat, sums[kDaXhat][c]);
-              if constexpr (kinds == kSums) {
-                sums[kDy][c] += dy_k;
-                sums[kDyAct][c] = fma(dy_k, d.act, sums[kDyAct][c]);
-                sums[kXhat][c] += d.xhat;
+              for (int k = 0; k < V; ++k) {
+                const float dy_k = to_float(dys[u].at[k]);
+                const auto d =
+                    Derivative::of<decltype(act)::value>(channels[k], to_float(xs[u].at[k]), dy_k);
+                const int c = k % kChannels;
+                sums[kDa][c] += d.da;
+                sums[kDaXhat][c] = fma(d.da, d.xhat, sums[kDaXhat][c]);
+                if constexpr (kinds == kSums) {
+                  sums[kDy][c] += dy_k;
+                  sums[kDyAct][c] = fma(dy_k, d.act, sums[kDyAct][c]);
+                  sums[kXhat][c] += d.xhat;
+                }
               }
-            }
-      });
-    });
+        });
     if constexpr (W::kContiguous) {
 #pragma unroll
       for (int kind = 0; kind < kinds; ++kind)
@@ -145,26 +138,22 @@ DX_DEVICE void write_dx(const W& walk, const Known& statistics, const Means& mea
 #pragma unroll
     for (int k = 0; k < W::kChannels; ++k)
       of[k] = means[(span.channel + k) / walk.slab.group_channels];
-    for_each_batch<kBatch>(span, x, [&](const auto& xs, int valid, int64_t i) {
-      Vec<T, V> dys[kBatch];
+    for_each_pair(walk, span, x, dy,
+                  [&](auto act, const auto& xs, const auto& dys, int valid, int64_t i) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (u < valid) dys[u] = dy(span, i + u);
-      dispatch_act(walk.g.act, [&](auto act) {
+                    for (int u = 0; u < kBatch; ++u)
+                      if (u < valid) {
+                        Vec<T, V> out;
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u)
-          if (u < valid) {
-            Vec<T, V> out;
-#pragma unroll
-            for (int k = 0; k < V; ++k) {
-              const auto d = Derivative::of<decltype(act)::value>(
-                  channels[k], to_float(xs[u].at[k]), to_float(dys[u].at[k]));
-              round_to(input_gradient(channels[k], of[k % W::kChannels], d.xhat, d.da), out.at[k]);
-            }
-            store(dx + span.first + (i + u) * span.pitch, out);
-          }
-      });
-    });
+                        for (int k = 0; k < V; ++k) {
+                          const auto d = Derivative::of<decltype(act)::value>(
+                              channels[k], to_float(xs[u].at[k]), to_float(dys[u].at[k]));
+                          round_to(input_gradient(channels[k], of[k % W::kChannels], d.xhat, d.da),
+                                   out.at[k]);
+                        }
+                        store(dx + span.first + (i + u) * span.pitch, out);
+                      }
+                  });
   });
 }
 
@@ -224,31 +213,6 @@ DX_GLOBAL DX_BOUNDED(kSplitThreads) void gradient_sums(const GroupNorm g, const 
                          FromMemory<T, V>{b.dy}, b.sums, dynamic_shared<float>());
 }
 
-// A block for each group: means [N, G] from the partial sums of its channels.
-DX_GLOBAL DX_BOUNDED(256) void gradient_means(const GroupNorm g, const PartialSums sums,
-                                              GroupMeans* means) {
-  const int64_t n = block() / g.groups, first = block() % g.groups * g.group_channels();
-  double da = 0, da_xhat = 0;
-  for (int64_t i = thread(); i < g.group_channels() * sums.pieces; i += threads()) {
-    const int64_t c = first + i / sums.pieces, piece = i % sums.pieces;
-    const float gain = g.gain(n, c);
-    da += gain * sums.at(kDa, n, c, piece);
-    da_xhat += gain * sums.at(kDaXhat, n, c, piece);
-  }
-  struct Warps {
-    double da[8], da_xhat[8];
-  };
-  Warps& of = shared<Warps>();
-  da = warp_sum(da);
-  da_xhat = warp_sum(da_xhat);
-  if (lane() == 0) of.da[warp()] = da, of.da_xhat[warp()] = da_xhat;
-  block_barrier();
-  if (thread() != 0) return;
-  for (int i = 1; i < warps(); ++i) da += of.da[i], da_xhat += of.da_xhat[i];
-  const double count = double(g.group_channels() * g.spatial);
-  means[block()] = {float(da / count), float(da_xhat / count)};
-}
-
 // The parts in reverse: the last that were read may still be in the second-level cache.
 template <class T, Layout layout, int V>
 DX_GLOBAL DX_BOUNDED(kSplitThreads) void gradient_apply(const GroupNorm g, const NormPlan plan,
@@ -258,61 +222,6 @@ DX_GLOBAL DX_BOUNDED(kSplitThreads) void gradient_apply(const GroupNorm g, const
   write_dx<V>(walk, KnownStatistics(g, slab, b.mean, b.rstd),
               b.means + slab.n * g.groups + slab.first_group, FromMemory<T, V>{b.x},
               FromMemory<T, V>{b.dy}, b.dx);
-}
-
-constexpr int kParameterThreads = 128;
-
-// A block for each channel: the gradients of its parameters in every sample, and their sums over
-// the samples. `lanes` threads, a power of two, add up the pieces of a sample.
-DX_GLOBAL DX_BOUNDED(kParameterThreads) void gradient_parameters(
-    const GroupNorm g, const float* rstd, const PartialSums sums, const int kinds,
-    const GroupMeans* means, const int lanes, const Gradients gradients) {
-  const int64_t c = block();
-  double over_samples[kParameters] = {};
-  const int64_t stride = threads() / lanes;
-  for (int64_t warp_n = warp() * (kWarp / lanes); warp_n < g.samples; warp_n += stride) {
-    const int64_t n = warp_n + lane() / lanes;
-    double channel[kSums] = {};
-#pragma unroll
-    for (int kind = 0; kind < kSums; ++kind) {
-      if (kind >= kinds) break;
-      if (n < g.samples)
-        for (int64_t piece = lane() % lanes; piece < sums.pieces; piece += lanes)
-          channel[kind] += sums.at(kind, n, c, piece);
-      for (int mask = lanes / 2; mask > 0; mask /= 2)
-        channel[kind] += shuffle_xor(channel[kind], mask);
-    }
-    if (n >= g.samples || lane() % lanes != 0) continue;
-    const int64_t group = n * g.groups + c / g.group_channels();
-    GroupMeans of_group = {0, 0};
-    if (sums.pieces > 0) of_group = means[group];  // else the samples have no elements
-    const ChannelParameters p =
-        parameter_gradients(g.parameters(n, c), rstd[group], of_group, double(g.spatial), channel);
-    const float of[kParameters] = {p.weight,     p.bias,       p.scale,    p.shift,
-                                   p.post_scale, p.post_shift, p.pre_shift};
-#pragma unroll
-    for (int i = 0; i < kParameters; ++i) {
-      over_samples[i] += of[i];
-      if (gradients.of[i].wanted() && gradients.of[i].per_sample)
-        gradients.of[i].set(n * g.channels + c, of[i]);
-    }
-  }
-  struct Threads {
-    double of[kParameters][kParameterThreads];
-  };
-  Threads& all = shared<Threads>();
-#pragma unroll
-  for (int i = 0; i < kParameters; ++i) all.of[i][thread()] = over_samples[i];
-  block_barrier();
-#pragma unroll
-  for (int i = 0; i < kParameters; ++i) {
-    if (i % warps() != warp()) continue;
-    double sum = 0;
-    for (int k = lane(); k < threads(); k += kWarp) sum += all.of[i][k];
-    sum = warp_sum(sum);
-    if (lane() == 0 && gradients.of[i].wanted() && !gradients.of[i].per_sample)
-      gradients.of[i].set(c, sum);
-  }
 }
 
 struct Cuda {
