@@ -152,7 +152,7 @@ def norm_act(
         rounded_after: what follows rounds to autocast's dtype, so that no float32 is made for it.
     """
     modulation = {"pre_shift": pre_shift, "scale": scale, "shift": shift}
-    given = [t for t in modulation.values() if t is not None]
+    modulation = {name: t for name, t in modulation.items() if t is not None}
     act = act_of(activation)
     if (
         act is not None
@@ -161,11 +161,12 @@ def norm_act(
         and not hooked(norm)
         and not hooked(activation)
         and kernel_serves(norm, x)
-        and all(_per_sample_vector(t, x) for t in given)
+        and all(_per_sample_vector(t, x) for t in modulation.values())
     ):
         x = x if rounded_after else promoted(norm, x)
-        rows = {k: None if t is None else t.expand(len(x), -1) for k, t in modulation.items()}
-        return run(norm, x, act, **rows)
+        if x.shape[0] != 1:
+            modulation = {name: t.expand(x.shape[0], -1) for name, t in modulation.items()}
+        return run(norm, x, act, **modulation)
 
     def over_space(t: Tensor) -> Tensor:
         return t[(...,) + (None,) * (x.dim() - 2)]
@@ -178,7 +179,7 @@ def norm_act(
 
 def _per_sample_vector(t: Tensor, x: Tensor) -> bool:
     """t [N or 1, C] leaves the result in x's dtype and shape."""
-    return t.shape in ((len(x), x.shape[1]), (1, x.shape[1])) and t.dtype == x.dtype
+    return t.shape in (x.shape[:2], (1, x.shape[1])) and t.dtype == x.dtype
 
 
 def kernel_serves(norm: nn.GroupNorm, x) -> bool:

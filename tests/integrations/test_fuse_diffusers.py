@@ -77,7 +77,7 @@ def spatial_autoencoder():
 CASES = {
     "unet": (unet, (2, 3, 8, 8), 17, 4),
     "unet scale_shift": (partial(unet, resnet_time_scale_shift="scale_shift"), (2, 3, 8, 8), 17, 3),
-    "unet resampling": (resampling_unet, (2, 3, 8, 8), 19, 1),
+    "unet resampling": (resampling_unet, (2, 3, 8, 8), 19, 0),
     "unet mish": (partial(unet, act_fn="mish"), (2, 3, 8, 8), 1, 20),
     "text unet": (text_unet, (2, 4, 8, 8), 17, 4),
     "video unet": (partial(text_unet, UNet3DConditionModel, 3), (2, 4, 2, 8, 8), 49, 9),
