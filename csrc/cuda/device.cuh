@@ -8,7 +8,8 @@
 //          shared<T>(): the block's one T; dynamic_shared<T>(): Launch::shared_bytes of them
 //          of_rank(pointer to shared memory, rank): the same place in another block of the cluster
 //          require(condition, message): ends the launch with an error
-//          Vec<T, n>, load(pointer), store(pointer, vec): one access of n elements
+//          Vec<T, n>, load(pointer), store(pointer, vec): one access of n elements, stored to
+//          device memory
 #pragma once
 
 #include "../common.h"
@@ -53,7 +54,10 @@ DX_DEVICE Vec<T, n> load(const T* from) {
 template <class T, int n>
 DX_DEVICE void store(T* to, const Vec<T, n>& vec) {
   check_aligned(to, alignof(Vec<T, n>));
-  *reinterpret_cast<Vec<T, n>*>(to) = vec;
+  if constexpr (sizeof vec == 16)
+    store_16_bytes(to, &vec);
+  else
+    *reinterpret_cast<Vec<T, n>*>(to) = vec;
 }
 
 }  // namespace dx

@@ -20,7 +20,9 @@
 namespace dx {
 
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or torch would find it after a call of its own
+  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
 }
 
 inline int attribute(cudaDeviceAttr which, int device) {
@@ -28,6 +30,10 @@ inline int attribute(cudaDeviceAttr which, int device) {
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
 }
+
+// Tells what the kernels are compiled for.
+template <int>
+DX_GLOBAL void probe() {}
 
 inline const DeviceLimits& limits_of(int device) {
   static std::mutex mutex;
@@ -37,7 +43,11 @@ inline const DeviceLimits& limits_of(int device) {
   DeviceLimits& limits = known[device];
   if (limits.multiprocessors == 0) {
     const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStaticShared;
-    const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+    // Code for older architectures runs on newer ones too, but knows no clusters.
+    cudaFuncAttributes compiled = {};
+    check(cudaFuncGetAttributes(&compiled, probe<0>), "the CUDA library has no code for this GPU");
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+    const bool clusters = major >= 9 && compiled.ptxVersion >= 90;
     limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, clusters ? 8 : 1};
   }
   return limits;
@@ -49,8 +59,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& t)
       : guard_(t.get_device_index()), limits(limits_of(t.get_device_index())) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 
@@ -65,9 +74,13 @@ class OnDevice {
 template <class... Parameters, class... Arguments>
 void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters...),
             Arguments&&... arguments) {
-  if (how.shared_bytes > 48 * 1024)  // what a block may have without asking
+  STD_TORCH_CHECK(how.blocks < int64_t(1) << 31, how.name, ": too many blocks");
+  // A block has 48 KB, static and dynamic together, without asking. Always asked for the most that
+  // there is, so that no other thread's launch of the kernel is left with less.
+  if (how.shared_bytes > 48 * 1024 - kStaticShared)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               device.limits.shared_bytes),
           how.name);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(how.blocks), unsigned(how.blocks_y));
@@ -81,7 +94,6 @@ void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters
   config.attrs = &cluster;
   config.numAttrs = how.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), how.name);
-  check(cudaGetLastError(), how.name);
 }
 
 DX_DEVICE int thread() { return int(threadIdx.x); }
@@ -110,6 +122,15 @@ template <class T>
 DX_DEVICE T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dynamic_bytes[];
   return reinterpret_cast<T*>(dynamic_bytes);
+}
+
+// In one instruction: left to itself the compiler stores some vectors by elements.
+DX_DEVICE void store_16_bytes(void* to, const void* from) {
+  uint4 words;
+  memcpy(&words, from, sizeof words);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
 }
 
 // Clusters exist from sm_90 on; elsewhere every block is a cluster of its own.

@@ -110,16 +110,30 @@ struct Walk {
   }
 };
 
+// Loads vectors i .. i + valid - 1 of a span, at most `batch`. All of them, as nearly always,
+// without a branch between the loads, so that they are in flight together. source(span, i) loads
+// one.
+template <int batch, class Source, class Vector>
+DX_DEVICE void load_batch(const Span& span, const Source& source, int64_t i, int valid,
+                          Vector (&vectors)[batch]) {
+  if (valid == batch) {
+#pragma unroll
+    for (int u = 0; u < batch; ++u) vectors[u] = source(span, i + u);
+  } else {
+#pragma unroll
+    for (int u = 0; u < batch; ++u)
+      if (u < valid) vectors[u] = source(span, i + u);
+  }
+}
+
 // Calls f(vectors, valid, i) for the vectors i, i + 1, ... of a span, `batch` at a time, of which
-// `valid` exist: all are loaded before the first is used. source(span, i) loads one.
+// `valid` exist.
 template <int batch, class Source, class F>
 DX_DEVICE void for_each_batch(const Span& span, const Source& source, const F& f) {
   for (int64_t i = 0; i < span.count; i += batch) {
     const int valid = int(span.count - i < batch ? span.count - i : batch);
     decltype(source(span, i)) vectors[batch];
-#pragma unroll
-    for (int u = 0; u < batch; ++u)
-      if (u < valid) vectors[u] = source(span, i + u);
+    load_batch(span, source, i, valid, vectors);
     f(vectors, valid, i);
   }
 }

@@ -23,9 +23,7 @@ DX_DEVICE void for_each_pair(const W& walk, const Span& span, const XSource& x, 
                              const F& f) {
   for_each_batch<kBatch>(span, x, [&](const auto& xs, int valid, int64_t i) {
     decltype(dy(span, i)) dys[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-      if (u < valid) dys[u] = dy(span, i + u);
+    load_batch(span, dy, i, valid, dys);
     dispatch_act(walk.g.act, [&](auto act) { f(act, xs, dys, valid, i); });
   });
 }

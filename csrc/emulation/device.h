@@ -109,6 +109,8 @@ DX_DEVICE void require(bool condition, const char* message) {
   if (!condition) emulation::fail(message);
 }
 
+DX_DEVICE void store_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
+
 DX_DEVICE void check_aligned(const void* pointer, int bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % unsigned(bytes) != 0)
     emulation::fail("an access of " + std::to_string(bytes) + " bytes is not aligned");

@@ -127,7 +127,8 @@ def ddpm_step(
         row, needs_noise = schedule.timesteps - t, True
     else:
         _check_timestep("t", t, 1, schedule.timesteps)
-        row = torch.tensor(schedule.timesteps - t, device=x.device)
+        # Filled on the device: a tensor of a host's number would be copied, and waited for.
+        row = torch.full((), schedule.timesteps - int(t), dtype=torch.int64, device=x.device)
         needs_noise = t > 1
     return _step(x, model_output, table, row, noise, seeds, needs_noise)
 

@@ -1,0 +1,53 @@
+"""A ContextUnet from a file of its parameters alone, such as the course's published checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .context_unet import ContextUnet
+
+# A parameter of the network, and the arguments that its shape tells.
+SHAPES = {
+    "init_conv.conv1.0.weight": ("n_feat", "in_channels"),
+    "contextembed1.model.0.weight": (None, "n_cfeat"),
+    "up0.0.weight": (None, None, "bottom"),
+}
+
+
+def load_context_unet(path: str | Path, **options) -> ContextUnet:
+    """The network whose state dict a file holds; its sizes are read off the parameters' shapes.
+
+    Args:
+        path: a .safetensors file, or one of torch.save (.pth, .pt), of which only tensors are
+            unpickled.
+        options: of ContextUnet, where the file comes from code with quirks of its own. For the
+            course's checkpoints: pool_window=4, shortcut="random" or "zero". Perturb its training
+            data with noising="course".
+
+    Returns: ContextUnet on the CPU, in evaluation mode. Raises: FileNotFoundError; ValueError for a
+    file that does not hold a ContextUnet's state dict; pickle.UnpicklingError for one that holds
+    more than tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"path: wanted a state dict in {path.name}, got {type(state).__name__}")
+    sizes = {}
+    for name, meanings in SHAPES.items():
+        if name not in state:
+            raise ValueError(f"path: wanted a ContextUnet's state dict, {path.name} has no {name}")
+        for size, meaning in zip(state[name].shape, meanings, strict=False):
+            sizes[meaning] = size
+    arguments = {name: sizes[name] for name in ("in_channels", "n_feat", "n_cfeat")}
+    model = ContextUnet(**arguments, height=4 * sizes["bottom"], **options)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"path: {path.name} is not a ContextUnet's state dict: {error}") from error
+    return model.eval()
