@@ -26,10 +26,13 @@ class Stepper:
         self.table, self.seeds, self.noise, self.guidance = table, seeds, noise, guidance
         self.coefficients, self.timesteps = table.tensors(x.device, x.dtype)
         self.rows = torch.arange(len(table), device=x.device).unbind()
-        self.history = torch.zeros_like(x) if table.multistep else None  # x0 of the step before
         self.halves = 2 if guidance != 1 else 1
         # Half precision cannot tell one timestep of a thousand from the next.
         self.time_dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def _no_history(self) -> Tensor | None:
+        """Of a multistep table, the x0 of the step before, which the first step gives no weight."""
+        return torch.zeros_like(self.x) if self.table.multistep else None
 
     def _arguments(self, i: int) -> tuple:
         noise = seeds = None
@@ -52,13 +55,13 @@ class InPlaceStepper(Stepper):
     def __init__(self, table, x, seeds, noise, guidance, memory_format: torch.memory_format):
         super().__init__(table, x, seeds, noise, guidance)
         shape = (self.halves * len(x), *x.shape[1:])
-        self._inputs = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._inputs = self._inputs.new_empty(shape).to(memory_format=memory_format)
+        self._inputs = torch.empty(
+            shape, dtype=x.dtype, device=x.device, memory_format=memory_format
+        )
         self._times = torch.empty(shape[0], dtype=self.time_dtype, device=x.device)
         # Under guidance the first half of the inputs copies the sample.
         self.x = self._inputs[shape[0] - len(x) :].copy_(x)
-        if self.history is not None:
-            self.history = torch.zeros_like(self.x)
+        self.history = self._no_history()
         self._native = backend.serves(self.x)
 
     def inputs(self, i: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,7 @@ class DifferentiableStepper(Stepper):
     def __init__(self, table, x, seeds, noise, guidance):
         super().__init__(table, x, seeds, noise, guidance)
         self.x = x
+        self.history = self._no_history()
 
     def inputs(self, i: int) -> tuple[Tensor, Tensor]:
         inputs = torch.cat([self.x] * self.halves)

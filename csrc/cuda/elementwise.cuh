@@ -70,9 +70,10 @@ struct Share {
   int64_t block;       // run: of the first normals. pixels: of the first channel's
   int64_t block_step;  // pixels: from one channel's block to the next one's
 
-  static DX_DEVICE int64_t shares(const Batch& b) {
-    const int64_t quads = n * kPacks<walk>;
-    return (b.per_sample() + quads - 1) / quads;
+  // How many threads share a sample.
+  static DX_INLINE int64_t shares(const Batch& b) {
+    constexpr int64_t elements = n * kPacks<walk>;
+    return (b.per_sample() + elements - 1) / elements;
   }
 
   DX_DEVICE Share(const Batch& batch, int64_t index) {
@@ -153,7 +154,7 @@ void launch_elementwise(const char* name, const OnDevice& device, Batch batch, c
   const auto run = [&](auto walk, auto n, auto full) {
     constexpr Walk w = decltype(walk)::value;
     constexpr int kPack = decltype(n)::value;
-    const int64_t shares = (batch.per_sample() + kPack * kPacks<w> - 1) / (kPack * kPacks<w>);
+    const int64_t shares = Share<w, kPack>::shares(batch);
     const int threads = int(std::min<int64_t>((shares + kWarp - 1) / kWarp * kWarp, 256));
     const Launch how{name, (shares + threads - 1) / threads,
                      std::min<int64_t>(batch.samples, 65535), threads};
