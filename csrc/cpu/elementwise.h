@@ -13,9 +13,9 @@
 
 namespace dx {
 
-constexpr int kBlock = 64;              // elements
-constexpr int64_t kTile = 16 * kBlock;  // about the elements of a tile
-constexpr int64_t kGrain = 8 * kTile;   // the least work worth waking another thread for
+constexpr int kBlock = 512;            // elements
+constexpr int64_t kTile = 4 * kBlock;  // about the elements of a tile
+constexpr int64_t kGrain = 4 * kTile;  // the least work worth waking another thread for
 
 // Calls body(sample, begin, end, scratch) for every tile of every sample, on all threads: [begin,
 // end) counts elements in memory order. A channels_last tile is whole pixels. scratch holds the
@@ -37,12 +37,10 @@ void for_each_tile(const Batch& batch, const Body& body) {
   });
 }
 
-// Calls body(i, count) for the blocks of [begin, end); count is a constant for all but the last.
+// Calls body(i, count) for the blocks of [begin, end).
 template <class Body>
 DX_INLINE void for_each_block(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) body(i, int64_t{kBlock});
-  if (i < end) body(i, end - i);
+  for (int64_t i = begin; i < end; i += kBlock) body(i, std::min<int64_t>(kBlock, end - i));
 }
 
 // The noise of a tile, in memory order, made in scratch. Elements are counted in logical (C, H, W)

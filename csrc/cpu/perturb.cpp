@@ -17,27 +17,35 @@ struct Cpu {
     for_each_tile(p.batch, [=](int64_t b, int64_t begin, int64_t end, float* scratch) DX_KERNEL {
       const float signal = p.signal[p.t[b]], sigma = p.sigma[p.t[b]];
       const int64_t offset = b * p.batch.per_sample();
-      const auto blocks = [&](const auto& noise_block) DX_KERNEL {
+      const auto blocks = [&](const auto& noise_at) DX_KERNEL {
         for_each_block(begin, end, [&](int64_t i, int64_t count) DX_KERNEL {
-          float x[kBlock], z[kBlock], out[kBlock];
-          load(x0 + offset + i, x, count);
-          noise_block(i, count, z);
+          const int64_t at = offset + i;
+          float buffers[4][kBlock];
+          const float *x = view(x0 + at, buffers[0], count), *z = noise_at(i, count, buffers[1]);
+          float* out = place(x_t + at, buffers[2]);
           for (int64_t k = 0; k < count; ++k) out[k] = perturb_sample(signal, sigma, x[k], z[k]);
-          store(out, x_t + offset + i, count);
+          keep(out, x_t + at, count);
           if (target == nullptr) return;
-          if (p.velocity)
-            for (int64_t k = 0; k < count; ++k) z[k] = velocity(signal, sigma, x[k], z[k]);
-          store(z, target + offset + i, count);
+          if (!p.velocity) {
+            if (z != place(target + at, buffers[3])) store(z, target + at, count);
+            return;
+          }
+          float* v = place(target + at, buffers[3]);
+          for (int64_t k = 0; k < count; ++k) v[k] = velocity(signal, sigma, x[k], z[k]);
+          keep(v, target + at, count);
         });
       };
       if (noise != nullptr) {
-        blocks([&](int64_t i, int64_t count, float* z)
-                   DX_KERNEL { load(noise + offset + i, z, count); });
+        blocks([&](int64_t i, int64_t count, float* buffer)
+                   DX_KERNEL { return view(noise + offset + i, buffer, count); });
       } else {
         const NormalKey key{uint64_t(p.seeds[b]), uint32_t(p.t[b]), kTrainingStream};
-        const float* tile = tile_normals(key, p.batch, begin, end, scratch);
-        blocks([&](int64_t i, int64_t count, float* z)
-                   DX_KERNEL { load(tile + (i - begin), z, count); });
+        prefetch(x0 + offset + begin, end - begin);
+        // Contiguous float32 noise that is the target is made where it stays.
+        const bool stays = p.batch.layout == Layout::contiguous && !p.velocity;
+        float* tile = stays ? place(target + offset + begin, scratch) : scratch;
+        tile_normals(key, p.batch, begin, end, tile);
+        blocks([&](int64_t i, int64_t, float*) DX_KERNEL { return tile + (i - begin); });
       }
     });
   }

@@ -13,8 +13,11 @@ struct Cpu {
   void run(const Batch& batch, const int64_t* seeds, uint32_t step, uint32_t stream, T* out) const {
     for_each_tile(batch, [=](int64_t b, int64_t begin, int64_t end, float* scratch) DX_KERNEL {
       const NormalKey key{uint64_t(seeds[b]), step, stream};
-      const float* z = tile_normals(key, batch, begin, end, scratch);
-      store(z, out + b * batch.per_sample() + begin, end - begin);
+      T* to = out + b * batch.per_sample() + begin;
+      const bool in_place = batch.layout == Layout::contiguous;  // nothing else is beside the noise
+      float* z = in_place ? place(to, scratch) : scratch;
+      tile_normals(key, batch, begin, end, z);
+      if (z == scratch) store(z, to, end - begin);
     });
   }
 };

@@ -6,25 +6,54 @@
 namespace dx {
 namespace {
 
+// The float32 of a block. What is not there is null; out may be x, and x0 history.
+struct StepBlock {
+  const float *x, *m, *history, *noise;
+  float *out, *x0;
+};
+
+template <bool clipped, bool of_x0, bool history, bool noise, bool keeps_x0>
+DX_INLINE void step_block(const StepCoefficients& c, float limit, const StepBlock& b,
+                          int64_t count) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) {
+    const float x = b.x[k], m = b.m[k];
+    const float unclipped = predict_x0(c, x, m);
+    const float x0 = clipped ? clip_x0(unclipped, limit) : unclipped;
+    const float h = history ? b.history[k] : 0.0f, z = noise ? b.noise[k] : 0.0f;
+    b.out[k] = step_sample(c, {of_x0, history, noise}, x, m, x0, h, z);
+    if constexpr (keeps_x0) b.x0[k] = x0;
+  }
+}
+
+// Steps elements [begin, end) of a sample; noise_at(i, count, buffer) is the noise of a block, or
+// null.
 template <class T, class Noise>
 DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepCoefficients& c,
-                         int64_t offset, int64_t begin, int64_t end, const Noise& noise) {
+                         int64_t offset, int64_t begin, int64_t end, const Noise& noise_at) {
   for_each_block(begin, end, [&](int64_t i, int64_t count) DX_KERNEL {
     const int64_t at = offset + i;
-    float x[kBlock], m[kBlock], x0[kBlock], h[kBlock] = {}, z[kBlock] = {};
-    load(s.x + at, x, count);
-    load(s.m + at, m, count);
+    float buffers[7][kBlock];
+    StepBlock b{view(s.x + at, buffers[0], count),
+                view(s.m + at, buffers[1], count),
+                s.history ? view(s.history + at, buffers[2], count) : nullptr,
+                noise_at(i, count, buffers[3]),
+                place(s.out + at, buffers[4]),
+                s.x0 ? place(s.x0 + at, buffers[5]) : nullptr};
     if (s.m_cond != nullptr) {
-      float cond[kBlock];
-      load(s.m_cond + at, cond, count);
-      for (int64_t k = 0; k < count; ++k) m[k] = guide(m[k], cond[k], step.guidance);
+      const float* cond = view(s.m_cond + at, buffers[6], count);
+      float* guided = buffers[1];
+      for (int64_t k = 0; k < count; ++k) guided[k] = guide(b.m[k], cond[k], step.guidance);
+      b.m = guided;
     }
-    if (s.history != nullptr) load(s.history + at, h, count);
-    noise(i, count, z);
-    for (int64_t k = 0; k < count; ++k) x0[k] = predict_x0(c, x[k], m[k], step.limit);
-    for (int64_t k = 0; k < count; ++k) x[k] = step_sample(c, x[k], m[k], x0[k], h[k], z[k]);
-    store(x, s.out + at, count);
-    if (s.x0 != nullptr) store(x0, s.x0 + at, count);
+    with_constants(
+        [&](auto clipped, auto of_x0, auto history, auto noise, auto keeps_x0) DX_KERNEL {
+          step_block<clipped, of_x0, history, noise, keeps_x0>(c, step.limit, b, count);
+        },
+        step.limit < std::numeric_limits<float>::infinity(), c.a0 != 0.0f, b.history != nullptr,
+        b.noise != nullptr, b.x0 != nullptr);
+    keep(b.out, s.out + at, count);
+    if (s.x0 != nullptr) keep(b.x0, s.x0 + at, count);
   });
 }
 
@@ -41,17 +70,19 @@ struct Cpu {
       const StepCoefficients c = step.table[row];
       const int64_t offset = b * step.batch.per_sample();
       if (c.az == 0.0f || (step.seeds == nullptr && s.noise == nullptr)) {
-        step_tile(step, s, c, offset, begin, end, [](int64_t, int64_t, float*) DX_KERNEL {});
+        step_tile(step, s, c, offset, begin, end,
+                  [](int64_t, int64_t, float*) DX_KERNEL -> const float* { return nullptr; });
       } else if (s.noise != nullptr) {
         step_tile(step, s, c, offset, begin, end,
                   [&](int64_t i, int64_t count, float* z)
-                      DX_KERNEL { load(s.noise + offset + i, z, count); });
+                      DX_KERNEL { return view(s.noise + offset + i, z, count); });
       } else {
         const NormalKey key{uint64_t(step.seeds[b]), uint32_t(step.timesteps[row]), kSamplerStream};
+        prefetch(s.x + offset + begin, end - begin);
+        prefetch(s.m + offset + begin, end - begin);
         const float* tile = tile_normals(key, step.batch, begin, end, scratch);
         step_tile(step, s, c, offset, begin, end,
-                  [&](int64_t i, int64_t count, float* z)
-                      DX_KERNEL { load(tile + (i - begin), z, count); });
+                  [&](int64_t i, int64_t, float*) DX_KERNEL { return tile + (i - begin); });
       }
     });
   }

@@ -4,6 +4,10 @@
 // has is called.
 #pragma once
 
+#include <type_traits>
+
+#include "../math/portable.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DX_X86 1
 #endif
@@ -48,6 +52,19 @@ void on_best_isa(const Kernel& kernel) {
   if (isa == Isa::avx2) return run_avx2(kernel);
 #endif
   kernel();
+}
+
+// Calls f with each bool as a constant, so that the compiler has a loop for each combination.
+template <class F>
+DX_INLINE void with_constants(const F& f) {
+  f();
+}
+template <class F, class... Rest>
+DX_INLINE void with_constants(const F& f, bool first, Rest... rest) {
+  if (first)
+    with_constants([&](auto... c) DX_KERNEL { f(std::true_type(), c...); }, rest...);
+  else
+    with_constants([&](auto... c) DX_KERNEL { f(std::false_type(), c...); }, rest...);
 }
 
 }  // namespace dx

@@ -49,15 +49,16 @@ struct SamplerStep {
                        const float (&made)[n]) const {
     const StepCoefficients& c = sample.c;
     const bool given = s.noise != nullptr && c.az != 0.0f;  // where az is 0, z does not matter
+    const StepTerms terms{c.a0 != 0.0f, s.history != nullptr, given || sample.noisy};
     float out[n], x0[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const float x = to_float(in.x.at[k]);
       float m = to_float(in.m.at[k]);
       if (s.m_cond != nullptr) m = guide(m, to_float(in.cond.at[k]), step.guidance);
-      x0[k] = predict_x0(c, x, m, step.limit);
+      x0[k] = clip_x0(predict_x0(c, x, m), step.limit);
       const float z = given ? to_float(in.noise.at[k]) : made[k];
-      out[k] = step_sample(c, x, m, x0[k], to_float(in.history.at[k]), z);
+      out[k] = step_sample(c, terms, x, m, x0[k], to_float(in.history.at[k]), z);
     }
     store_pack<n, full>(s.out + at, count, out);
     if (s.x0 != nullptr) store_pack<n, full>(s.x0 + at, count, x0);

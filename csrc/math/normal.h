@@ -1,68 +1,64 @@
 // Two random words to two normals (Box & Muller 1958), in float32 with the same bits everywhere:
 //   u = (r0 + 1/2) 2^-32,  radius = sqrt(-2 ln u),  angle = 2 pi r1 2^-32
 //   z0 = radius cos(angle),  z1 = radius sin(angle)
-// The polynomials are minimax fits; their error is below 6e-9, a tenth of float32's rounding.
+// The polynomials are minimax fits, good to 2.5e-8 of ln u and to 5e-9 for sin and cos. With the
+// rounding of float32 a normal is within 3e-7 of its radius.
 #pragma once
 
 #include "portable.h"
 
 namespace dx {
 
-// ln(u), u = (r + 1/2) 2^-32, by u = (1 + f) 2^e with 1 + f in [sqrt(1/2), sqrt(2)).
-DX_INLINE float log_uniform(uint32_t r) {
-  const uint32_t sqrt_half = 0x3F3504F3u;
-  const float u = fma(float(r), 0x1p-32f, 0x1p-33f);
-  const uint32_t offset = bits_of(u) - sqrt_half;
-  const float e = float(int32_t(offset) >> 23);
-  // Near u = 1, where float32 has no digits left for u, 1 - u is read off the word.
-  const float one_minus_u = fma(float(~r), 0x1p-32f, 0x1p-33f);
-  const float f = e == 0.0f ? -one_minus_u : float_of((offset & 0x007FFFFFu) + sqrt_half) - 1.0f;
-  // ln(1 + f) = f - f^2/2 + f^3 p(f)
-  float p = -7.859928346e-02f;
-  p = fma(p, f, 1.288129767e-01f);
-  p = fma(p, f, -1.312845846e-01f);
-  p = fma(p, f, 1.418123174e-01f);
-  p = fma(p, f, -1.662459236e-01f);
-  p = fma(p, f, 2.000228517e-01f);
-  p = fma(p, f, -2.500080910e-01f);
-  p = fma(p, f, 3.333331674e-01f);
-  const float f2 = f * f;
-  const float tail = fma(f2 * f, p, -0.5f * f2);
-  // e ln 2 in two parts: the first is exact for every e that occurs.
-  const float low = fma(e, 1.428606820e-06f, tail);
-  return fma(e, 6.931457520e-01f, f + low);
+// -2 ln(u), u = (r + 1/2) 2^-32, by u = (1 + f) 2^e with f in [-1/2, 0).
+DX_INLINE float minus_two_log(uint32_t r) {
+  // r as a signed number: u, or where that is 1/2 and more, u - 1, of which float32 keeps all the
+  // digits that it has none left for in u itself.
+  const float v = fma(float(int32_t(r)), 0x1p-32f, 0x1p-33f);
+  const bool upper = v < 0.0f;
+  const float mantissa = float_of((bits_of(v) & 0x007FFFFFu) | 0x3F000000u);
+  const float f = upper ? v : mantissa - 1.0f;
+  const float e = upper ? 0.0f : float(int32_t(bits_of(v) >> 23) - 126);
+  float p = -2.829078499e+00f;  // -2 ln(1 + f) = f (-2 + f p(f))
+  p = fma(p, f, -3.279147672e+00f);
+  p = fma(p, f, -2.417404636e+00f);
+  p = fma(p, f, -3.618960469e-01f);
+  p = fma(p, f, -5.273802856e-01f);
+  p = fma(p, f, 4.873653476e-01f);
+  p = fma(p, f, -6.672642394e-01f);
+  p = fma(p, f, 9.999904343e-01f);
+  p = fma(p, f, -2.0f);
+  return fma(p, f, e * -1.386294361e+00f);
 }
 
-// sin and cos of 2 pi r 2^-32. The quadrant is read off the word's top bits, so the reduction to
-// [-pi/4, pi/4] is exact.
-DX_INLINE void sincos_turn(uint32_t r, float& sine, float& cosine) {
-  const uint32_t quadrant = (r + 0x20000000u) >> 30;
-  const float x = float(int32_t(r - (quadrant << 30))) * 1.462918079e-09f;  // 2 pi 2^-32
+// Two normals of a radius and the angle 2 pi r 2^-32. The top bit of r + 2^30 says whether the
+// nearest multiple of half a turn is odd; what r is beyond that multiple, a signed number, is
+// exact.
+DX_INLINE void turn(float radius, uint32_t r, float& z0, float& z1) {
+  const float x = float(int32_t(r << 1)) * 7.314590396e-10f;  // pi 2^-32; in [-pi/2, pi/2]
   const float x2 = x * x;
-  float s = -1.951729474e-04f;
-  s = fma(s, x2, 8.332178107e-03f);
-  s = fma(s, x2, -1.666665494e-01f);
+  float s = 2.600054762e-06f;  // sin(x) = x + x^3 s(x^2)
+  s = fma(s, x2, -1.980661521e-04f);
+  s = fma(s, x2, 8.333017292e-03f);
+  s = fma(s, x2, -1.666665710e-01f);
   s = fma(x * x2, s, x);
-  float c = 2.443844409e-05f;
-  c = fma(c, x2, -1.388736744e-03f);
-  c = fma(c, x2, 4.166664686e-02f);
-  c = fma(x2 * x2, c, fma(-0.5f, x2, 1.0f));
-  const bool odd = quadrant & 1;
-  const uint32_t sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
-  sine = float_of(bits_of(odd ? c : s) ^ sine_sign);
-  cosine = float_of(bits_of(odd ? s : c) ^ cosine_sign);
+  float c = -2.607711110e-07f;
+  c = fma(c, x2, 2.476188660e-05f);
+  c = fma(c, x2, -1.388840352e-03f);
+  c = fma(c, x2, 4.166664073e-02f);
+  c = fma(c, x2, -4.999999955e-01f);
+  c = fma(c, x2, 1.0f);
+  radius = float_of(bits_of(radius) ^ ((r + 0x40000000u) & 0x80000000u));
+  z0 = radius * c;
+  z1 = radius * s;
 }
 
 DX_INLINE void box_muller(uint32_t r0, uint32_t r1, float& z0, float& z1) {
 #if defined(__GNUC__) && !defined(__CUDA_ARCH__)
-  const float radius = __builtin_sqrtf(-2.0f * log_uniform(r0));
+  const float radius = __builtin_sqrtf(minus_two_log(r0));
 #else
-  const float radius = sqrtf(-2.0f * log_uniform(r0));
+  const float radius = sqrtf(minus_two_log(r0));
 #endif
-  float sine, cosine;
-  sincos_turn(r1, sine, cosine);
-  z0 = radius * cosine;
-  z1 = radius * sine;
+  turn(radius, r1, z0, z1);
 }
 
 }  // namespace dx
