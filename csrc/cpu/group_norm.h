@@ -1,8 +1,9 @@
-// What the forward and backward of group_norm_act share on the CPU: the problem, its parameters,
-// its division into slabs, chunks and blocks, and its sums.
+// What the forward and backward of group_norm_act share on the CPU: the division of the problem
+// into slabs and chunks and their threads, the channels' numbers, and sums.
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../ops/group_norm_act.h"
@@ -11,77 +12,96 @@
 
 namespace dx {
 
-// A block: `rows` rows of `width` neighbours in memory, `pitch` elements apart, from `element` on.
-// Contiguous: a row is (part of) a channel; channels_last: a row is a pixel, all its channels.
-// `channel` is that of the first element, counted from the slab's first.
-struct Block {
-  int64_t element, channel, rows, width, pitch;
-  int64_t size() const { return rows * width; }
+constexpr int64_t kChunkElements = 1 << 16;
+constexpr int64_t kLanes = 32;    // sums of a run of neighbours that go on side by side
+constexpr int64_t kColumns = 32;  // channels of channels_last that walk over the pixels together
+
+struct Range {
+  int64_t begin, end;
 };
 
-constexpr int64_t kBlockElements = 1024;
-constexpr int64_t kChunkElements = 1 << 16;
-
-// What is normalised in one go: contiguous, a group; channels_last, a sample, whose groups
-// interleave. Its blocks are gathered in chunks, the unit of threads within a slab and of the order
-// of summation, so that the result does not depend on the number of threads.
+// What is normalised in one go: contiguous, a group of a sample; channels_last, a sample, whose
+// groups interleave. It is a sequence of units, which are elements of channels that follow one
+// another, or pixels of `width` channels. They are gathered in chunks, the unit of threads within a
+// slab and of the order of summation, so that no result depends on the number of threads.
 struct Slab {
   const GroupNorm& g;
   int64_t n, first, width;  // sample; channels [first, first + width)
-  int64_t rows_per_block, cols_per_block, blocks, blocks_per_chunk;
+  int64_t element;          // the first
+  int64_t units, units_per_chunk;
 
-  Slab(const GroupNorm& g, int64_t index) : g(g) {
+  DX_INLINE Slab(const GroupNorm& g, int64_t index) : g(g) {
     const bool contiguous = g.layout == Layout::contiguous;
     n = contiguous ? index / g.groups : index;
     width = contiguous ? g.group_channels() : g.channels;
     first = contiguous ? index % g.groups * width : 0;
-    cols_per_block = contiguous ? std::min(g.spatial, kBlockElements) : g.channels;
-    rows_per_block = std::max<int64_t>(kBlockElements / cols_per_block, 1);
-    blocks = pieces(rows(), rows_per_block) * pieces(cols(), cols_per_block);
-    blocks_per_chunk = std::max<int64_t>(kChunkElements / (rows_per_block * cols_per_block), 1);
+    element = (n * g.channels + first) * g.spatial;
+    units = contiguous ? width * g.spatial : g.spatial;
+    units_per_chunk = contiguous ? kChunkElements : std::max<int64_t>(kChunkElements / width, 1);
   }
 
-  static int64_t pieces(int64_t extent, int64_t step) { return (extent + step - 1) / step; }
-  int64_t rows() const { return g.layout == Layout::contiguous ? width : g.spatial; }
-  int64_t cols() const { return g.layout == Layout::contiguous ? g.spatial : width; }
-  int64_t chunks() const { return pieces(blocks, blocks_per_chunk); }
-
-  DX_INLINE Block block(int64_t i) const {
-    const int64_t across = pieces(cols(), cols_per_block);
-    const int64_t row = i / across * rows_per_block, col = i % across * cols_per_block;
-    return {(n * g.channels + first) * g.spatial + row * cols() + col,
-            g.layout == Layout::contiguous ? row : col, std::min(rows_per_block, rows() - row),
-            std::min(cols_per_block, cols() - col), cols()};
+  DX_INLINE int64_t chunks() const { return (units + units_per_chunk - 1) / units_per_chunk; }
+  DX_INLINE Range chunk(int64_t i) const {
+    return {i * units_per_chunk, std::min((i + 1) * units_per_chunk, units)};
   }
 
-  // Calls body(block) for the blocks of a chunk.
+  // Contiguous: calls body(channel, elements) for the channels that a range has a part of.
   template <class Body>
-  DX_INLINE void for_each_block(int64_t chunk, const Body& body) const {
-    const int64_t end = std::min((chunk + 1) * blocks_per_chunk, blocks);
-    for (int64_t i = chunk * blocks_per_chunk; i < end; ++i) body(block(i));
+  DX_INLINE void for_each_channel(Range range, const Body& body) const {
+    for (int64_t begin = range.begin; begin < range.end;) {
+      const int64_t channel = begin / g.spatial;
+      const int64_t end = std::min((channel + 1) * g.spatial, range.end);
+      body(channel, Range{begin, end});
+      begin = end;
+    }
   }
 
-  // Calls body(chunk) for every chunk, on all threads unless the slabs themselves keep them busy.
+  // channels_last: calls body(first channel, channels) for every kColumns channels, a number that
+  // the compiler knows, and for the rest.
   template <class Body>
-  void for_each_chunk(const Body& body) const {
-    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
-    });
+  DX_INLINE void for_each_column(const Body& body) const {
+    int64_t k = 0;
+    for (; k + kColumns <= width; k += kColumns)
+      body(k, std::integral_constant<int64_t, kColumns>());
+    if (k < width) body(k, width - k);
   }
 };
 
-// Calls body(slab) for every slab: on all threads where there are enough slabs, else in turn, with
-// the threads at work on the slab's chunks (a nested parallel_for runs in its caller's thread).
+// Calls body(chunk) for every chunk of a slab: in turn, or on all threads.
+template <class Body>
+void for_each_chunk(const Slab& slab, bool on_threads, const Body& body) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+  };
+  if (on_threads)
+    torch::stable::parallel_for(0, slab.chunks(), 1, range);
+  else
+    range(0, slab.chunks());
+}
+
+// The sum, in order, of make(chunk) over the chunks of a slab.
+template <class Make>
+auto sum_chunks(const Slab& slab, bool on_threads, const Make& make) {
+  using Sum = decltype(make(0));
+  std::vector<std::optional<Sum>> partial(slab.chunks());
+  for_each_chunk(slab, on_threads, [&](int64_t chunk) { partial[chunk] = make(chunk); });
+  for (int64_t chunk = 1; chunk < slab.chunks(); ++chunk) *partial[0] += *partial[chunk];
+  return std::move(*partial[0]);
+}
+
+// Calls body(slab, on_threads) for every slab. The threads share the slabs where there are enough
+// of them; else on_threads says that they are to share each slab's chunks.
 template <class Body>
 void for_each_slab(const GroupNorm& g, const Body& body) {
-  if (g.samples * g.channels * g.spatial == 0) return;
+  if (g.elements() == 0) return;
   const int64_t slabs = g.layout == Layout::contiguous ? g.samples * g.groups : g.samples;
-  const int64_t elements = g.samples * g.channels * g.spatial / slabs;
+  const int64_t elements = g.elements() / slabs;
+  const bool few = slabs < 2 * int64_t(torch::stable::get_num_threads());
+  const bool on_threads = few && elements >= 2 * kChunkElements;
   const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(Slab(g, i));
+    for (int64_t i = begin; i < end; ++i) body(Slab(g, i), on_threads);
   };
-  if (slabs < 2 * int64_t(torch::stable::get_num_threads()) && elements >= 2 * kChunkElements)
-    return range(0, slabs);
+  if (on_threads) return range(0, slabs);
   torch::stable::parallel_for(0, slabs, std::max<int64_t>(16384 / elements, 1), range);
 }
 
@@ -100,6 +120,12 @@ class Channels {
     for (auto** p :
          {&centre, &rstd, &residual, &gain, &offset, &slope, &intercept, &post_scale, &post_shift})
       *p = next, next += slab.width;
+    on_best_isa([&]() DX_KERNEL { fill(slab, mean, group_rstd); });
+  }
+  Channels(const Channels&) = delete;
+
+ private:
+  DX_INLINE void fill(const Slab& slab, const double* mean, const float* group_rstd) const {
     const GroupNorm& g = slab.g;
     for (int64_t k = 0; k < slab.width; ++k) {
       const int64_t c = slab.first + k, group = slab.n * g.groups + c / g.group_channels();
@@ -110,57 +136,47 @@ class Channels {
       post_scale[k] = ch.post_scale, post_shift[k] = ch.post_shift;
     }
   }
-  Channels(const Channels&) = delete;
 };
 
-// K sums per channel of a slab: float32 over up to 256 rows of channels_last, then float64.
+// K sums over a run of neighbours, kLanes of each side by side in float32.
+template <int K>
+struct LaneSums {
+  float lanes[K][kLanes] = {};
+
+  // By halves, which leaves the adding to the vector unit.
+  DX_INLINE double total(int k) {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) lanes[k][i] += lanes[k][i + half];
+    return lanes[k][0];
+  }
+};
+
+// Calls body(i, lane) for every i of the range; the full rounds of kLanes are loops of constant
+// length, whose lanes stay in registers.
+template <class Body>
+DX_INLINE void for_each_lane(Range range, const Body& body) {
+  int64_t begin = range.begin;
+  for (; begin + kLanes <= range.end; begin += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) body(begin + lane, lane);
+  for (int64_t lane = 0; begin + lane < range.end; ++lane) body(begin + lane, lane);
+}
+
+// K float64 sums of each channel of a slab.
 template <int K>
 class ChannelSums {
  public:
-  explicit ChannelSums(int64_t channels)
-      : channels_(channels), narrow_(K * channels), wide_(K * channels) {}
+  explicit ChannelSums(int64_t channels) : channels_(channels), values_(K * channels) {}
 
-  // Where a row adds the k-th sum of every channel; after some rows, say how many.
-  DX_INLINE float* narrow(int k) { return narrow_.data() + k * channels_; }
-  DX_INLINE void added(int64_t rows) {
-    if ((rows_ += rows) >= 256) flush();
-  }
-  double& total(int k, int64_t channel) { return wide_[k * channels_ + channel]; }
+  double& at(int k, int64_t channel) { return values_[k * channels_ + channel]; }
 
-  void flush() {
-    for (size_t i = 0; i < wide_.size(); ++i) {
-      wide_[i] += narrow_[i];
-      narrow_[i] = 0;
-    }
-    rows_ = 0;
-  }
   ChannelSums& operator+=(const ChannelSums& other) {
-    for (size_t i = 0; i < wide_.size(); ++i) wide_[i] += other.wide_[i];
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] += other.values_[i];
     return *this;
   }
 
  private:
-  int64_t channels_, rows_ = 0;
-  std::vector<float> narrow_;
-  std::vector<double> wide_;
+  int64_t channels_;
+  std::vector<double> values_;
 };
-
-// The sums of a slab's chunks, made on all threads and added in order. add(chunk, sums) makes one.
-template <int K, class Add>
-ChannelSums<K> sum_chunks(const Slab& slab, const Add& add) {
-  std::vector<ChannelSums<K>> partial(slab.chunks(), ChannelSums<K>(slab.width));
-  slab.for_each_chunk([&](int64_t chunk) {
-    on_best_isa([&]() DX_KERNEL { add(chunk, partial[chunk]); });
-    partial[chunk].flush();
-  });
-  for (size_t chunk = 1; chunk < partial.size(); ++chunk) partial[0] += partial[chunk];
-  return std::move(partial[0]);
-}
-
-// The channel of neighbour k in row r of a block.
-template <Layout layout>
-DX_INLINE int64_t channel_at(const Block& b, int64_t r, int64_t k) {
-  return b.channel + (layout == Layout::contiguous ? r : k);
-}
 
 }  // namespace dx

@@ -19,20 +19,21 @@ struct Moments {
   }
 };
 
+// Of neighbours. Float32 adds up to 4096, a lane 128 of them.
 template <class T>
-DX_INLINE void add_run(const T* __restrict x, int64_t count, float shift, Moments& m) {
-  for (int64_t begin = 0; begin < count; begin += 4096) {
-    const int64_t end = std::min<int64_t>(begin + 4096, count);
-    float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-    for (int64_t i = begin; i < end; ++i) {
+DX_INLINE Moments moments(const T* __restrict x, int64_t count, float shift) {
+  constexpr int64_t span = 4096;
+  Moments total;
+  for (int64_t begin = 0; begin < count; begin += span) {
+    LaneSums<2> sums;
+    for_each_lane({begin, std::min(begin + span, count)}, [&](int64_t i, int64_t lane) DX_KERNEL {
       const float d = to_float(x[i]) - shift;
-      first += d;
-      second += d * d;
-    }
-    m.first += first;
-    m.second += second;
+      sums.lanes[0][lane] += d;
+      sums.lanes[1][lane] = fma(d, d, sums.lanes[1][lane]);
+    });
+    total += {sums.total(0), sums.total(1)};
   }
+  return total;
 }
 
 // Moments around row_shift, of elements to which pre_shift is still to be added, as moments around
@@ -52,124 +53,164 @@ void finish(const Moments& m, float shift, int64_t count, double eps, double& me
   if (!std::isfinite(m.second)) rstd = std::numeric_limits<float>::quiet_NaN();
 }
 
-// The mean of the first eighth of a group's elements, 512 at the most: a shift for its moments. One
-// element would do but for an outlier: the error grows with (shift - mean)^2 / variance, which the
-// mean of n elements of M bounds by M/n. x_at(r, k) is element k of row r.
-template <class ElementAt>
-float first_mean(int64_t count, int64_t rows, int64_t width, const ElementAt& x_at) {
-  const int64_t enough = std::clamp<int64_t>(count / 8, 16, 512);
-  width = std::min(width, enough);
-  rows = std::min(rows, std::max<int64_t>(enough / width, 1));
-  float sum = 0;
-  for (int64_t r = 0; r < rows; ++r)
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < width; ++k) sum += x_at(r, k);
-  return sum / float(rows * width);
+// How many of a group's elements to take the mean of as a shift for its moments: the first eighth,
+// 512 at the most. One would do but for an outlier: the error grows with (shift - mean)^2 /
+// variance, which the mean of n elements of M bounds by M/n.
+DX_INLINE int64_t elements_for_shift(int64_t count) {
+  return std::min(count, std::clamp<int64_t>(count / 8, 16, 512));
 }
 
-// The group of a contiguous slab: whole blocks as runs, or row by row where each has its pre_shift.
+// The group of a contiguous slab: in one run, or channel by channel where each has its pre_shift.
 template <class T>
-void contiguous_statistics(const Slab& slab, const T* x, double eps, double* mean, float* rstd) {
+void contiguous_statistics(const Slab& slab, bool on_threads, const T* x, double eps, double* mean,
+                           float* rstd) {
   const GroupNorm& g = slab.g;
-  const Block head = slab.block(0);
+  const T* group = x + slab.element;
   const auto pre_shift = [&](int64_t k) { return g.pre_shift.at(slab.n, slab.first + k); };
-  const int64_t count = slab.width * g.spatial;
-  const float shift = first_mean(count, head.rows, head.width, [&](int64_t r, int64_t k) {
-    return to_float(x[head.element + r * head.pitch + k]) + pre_shift(r);
+  const Range head{0, elements_for_shift(slab.units)};
+  double sum = 0;
+  on_best_isa([&]() DX_KERNEL {
+    slab.for_each_channel(head, [&](int64_t k, Range r) DX_KERNEL {
+      const int64_t count = r.end - r.begin;
+      sum += moments(group + r.begin, count, 0.0f).first + double(count) * pre_shift(k);
+    });
   });
-  std::vector<Moments> partial(slab.chunks());
-  slab.for_each_chunk([&](int64_t chunk) {
+  const float shift = float(sum / double(head.end));
+  const Moments total = sum_chunks(slab, on_threads, [&](int64_t chunk) {
+    const Range range = slab.chunk(chunk);
     Moments m;
     on_best_isa([&]() DX_KERNEL {
-      slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-        if (!g.pre_shift.given()) return add_run(x + b.element, b.size(), shift, m);
-        for (int64_t r = 0; r < b.rows; ++r) {
-          const float pre = pre_shift(b.channel + r), row_shift = shift - pre;
-          Moments row;
-          add_run(x + b.element + r * b.pitch, b.width, row_shift, row);
-          m += recentre(row, b.width, row_shift, pre, shift);
-        }
+      if (!g.pre_shift.given()) {
+        m = moments(group + range.begin, range.end - range.begin, shift);
+        return;
+      }
+      slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
+        const int64_t count = r.end - r.begin;
+        const float pre = pre_shift(k), row_shift = shift - pre;
+        m += recentre(moments(group + r.begin, count, row_shift), count, row_shift, pre, shift);
       });
     });
-    partial[chunk] = m;
+    return m;
   });
-  Moments total;
-  for (const Moments& m : partial) total += m;
-  finish(total, shift, count, eps, *mean, *rstd);
+  finish(total, shift, slab.units, eps, *mean, *rstd);
+}
+
+// The moments of channels k, k + 1, ... over pixels, each around its own shift, added to their
+// sums. Float32 adds up to 256 pixels.
+template <class T, class Count>
+DX_INLINE void add_column(const Slab& slab, const T* __restrict x, Range pixels,
+                          const float* __restrict shift, int64_t k, Count count,
+                          ChannelSums<2>& sums) {
+  constexpr int64_t span = 256;
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += span) {
+    const int64_t end = std::min(begin + span, pixels.end);
+    float first[kColumns] = {}, second[kColumns] = {};
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t i = 0; i < count; ++i) {
+        const float d = to_float(x[r * slab.width + k + i]) - shift[k + i];
+        first[i] += d;
+        second[i] = fma(d, d, second[i]);
+      }
+    for (int64_t i = 0; i < count; ++i) {
+      sums.at(0, k + i) += first[i];
+      sums.at(1, k + i) += second[i];
+    }
+  }
 }
 
 // The groups of a channels_last slab: sums per channel over the pixels, then per group.
 template <class T>
-void channels_last_statistics(const Slab& slab, const T* x, double eps, double* mean, float* rstd) {
+void channels_last_statistics(const Slab& slab, bool on_threads, const T* x, double eps,
+                              double* mean, float* rstd) {
   const GroupNorm& g = slab.g;
   const int64_t size = g.group_channels(), count = size * g.spatial;
-  const T* pixels = x + slab.n * g.spatial * g.channels;
+  const T* pixels = x + slab.element;
   const auto pre_shift = [&](int64_t c) { return g.pre_shift.at(slab.n, c); };
-  std::vector<float> group_shift(g.groups), shift(g.channels);
-  for (int64_t c = 0; c < g.channels; ++c) {
-    if (c % size == 0)
-      group_shift[c / size] = first_mean(count, g.spatial, size, [&](int64_t r, int64_t k) {
-        return to_float(pixels[r * g.channels + c + k]) + pre_shift(c + k);
+  const auto column_sums = [&](Range range, const float* shift) {
+    ChannelSums<2> sums(slab.width);
+    on_best_isa([&]() DX_KERNEL {
+      slab.for_each_column([&](int64_t k, auto columns) DX_KERNEL {
+        add_column(slab, pixels, range, shift, k, columns, sums);
       });
-    shift[c] = group_shift[c / size] - pre_shift(c);
-  }
-  auto sums = sum_chunks<2>(slab, [&](int64_t chunk, ChannelSums<2>& s) DX_KERNEL {
-    float* __restrict first = s.narrow(0), * __restrict second = s.narrow(1);
-    slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-      for (int64_t r = 0; r < b.rows; ++r) {
-        const T* row = x + b.element + r * b.pitch;
-#pragma omp simd
-        for (int64_t k = 0; k < b.width; ++k) {
-          const float d = to_float(row[k]) - shift[k];
-          first[k] += d;
-          second[k] += d * d;
-        }
-      }
-      s.added(b.rows);
     });
+    return sums;
+  };
+
+  std::vector<float> group_shift(g.groups), shift(g.channels);
+  const Range head{0, std::min(g.spatial, std::max<int64_t>(elements_for_shift(count) / size, 1))};
+  ChannelSums<2> heads = column_sums(head, shift.data());
+  for (int64_t group = 0; group < g.groups; ++group) {
+    double sum = 0;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c)
+      sum += heads.at(0, c) + double(head.end) * pre_shift(c);
+    group_shift[group] = float(sum / double(size * head.end));
+    for (int64_t c = group * size; c < (group + 1) * size; ++c)
+      shift[c] = group_shift[group] - pre_shift(c);
+  }
+
+  ChannelSums<2> sums = sum_chunks(slab, on_threads, [&](int64_t chunk) {
+    return column_sums(slab.chunk(chunk), shift.data());
   });
   for (int64_t group = 0; group < g.groups; ++group) {
     Moments m;
     for (int64_t c = group * size; c < (group + 1) * size; ++c)
-      m += recentre({sums.total(0, c), sums.total(1, c)}, g.spatial, shift[c], pre_shift(c),
+      m += recentre({sums.at(0, c), sums.at(1, c)}, g.spatial, shift[c], pre_shift(c),
                     group_shift[group]);
     finish(m, group_shift[group], count, eps, mean[group], rstd[group]);
   }
 }
 
-// Normalises, modulates and activates a block.
-template <Layout layout, Act act, class T>
-DX_INLINE void apply_block(const Block& b, const Channels& ch, const T* x, T* y) {
-  const float *centre = ch.centre, *slope = ch.slope, *intercept = ch.intercept,
-              *scale = ch.post_scale, *shift = ch.post_shift;
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const T* from = x + b.element + r * b.pitch;
-    T* to = y + b.element + r * b.pitch;
-#pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      const int64_t c = channel_at<layout>(b, r, k);
-      float derivative;
-      const float a = fma(to_float(from[k]) - centre[c], slope[c], intercept[c]);
-      round_to(fma(activate<act>(a, derivative), scale[c], shift[c]), to[k]);
-    }
-  }
+// y of an element. `post`: there is a modulation after the activation.
+template <Act act, bool post, class T>
+DX_INLINE void apply(float centre, float slope, float intercept, float scale, float shift, T x,
+                     T& y) {
+  float derivative;
+  const float a = activate<act>(fma(to_float(x) - centre, slope, intercept), derivative);
+  round_to(post ? fma(a, scale, shift) : a, y);
 }
 
-template <Layout layout, class T>
+template <Act act, bool post, class T>
+DX_INLINE void apply_chunk(const Slab& slab, const Channels& ch, Range range, const T* x, T* y) {
+  const T* __restrict from = x + slab.element;
+  T* __restrict to = y + slab.element;
+  if (slab.g.layout == Layout::contiguous) {
+    slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
+      const float centre = ch.centre[k], slope = ch.slope[k], intercept = ch.intercept[k];
+      const float scale = ch.post_scale[k], shift = ch.post_shift[k];
+#pragma omp simd
+      for (int64_t i = r.begin; i < r.end; ++i)
+        apply<act, post>(centre, slope, intercept, scale, shift, from[i], to[i]);
+    });
+    return;
+  }
+  slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
+    for (int64_t r = range.begin; r < range.end; ++r)
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i)
+        apply<act, post>(ch.centre[k + i], ch.slope[k + i], ch.intercept[k + i],
+                         ch.post_scale[k + i], ch.post_shift[k + i], from[r * slab.width + k + i],
+                         to[r * slab.width + k + i]);
+  });
+}
+
+template <class T>
 void run(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) {
-  for_each_slab(g, [&](const Slab& slab) {
+  const bool modulated = g.post_scale.given() || g.post_shift.given();
+  for_each_slab(g, [&](const Slab& slab, bool on_threads) {
     const int64_t group = slab.n * g.groups + slab.first / g.group_channels();
-    if constexpr (layout == Layout::contiguous)
-      contiguous_statistics(slab, x, eps, mean + group, rstd + group);
+    if (g.layout == Layout::contiguous)
+      contiguous_statistics(slab, on_threads, x, eps, mean + group, rstd + group);
     else
-      channels_last_statistics(slab, x, eps, mean + group, rstd + group);
+      channels_last_statistics(slab, on_threads, x, eps, mean + group, rstd + group);
     const Channels channels(slab, mean, rstd);
-    slab.for_each_chunk([&](int64_t chunk) {
+    for_each_chunk(slab, on_threads, [&](int64_t chunk) {
       on_best_isa([&]() DX_KERNEL {
         dispatch_act(g.act, [&](auto act) DX_KERNEL {
-          slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-            apply_block<layout, decltype(act)::value>(b, channels, x, y);
-          });
+          with_constants(
+              [&](auto post) DX_KERNEL {
+                apply_chunk<decltype(act)::value, post>(slab, channels, slab.chunk(chunk), x, y);
+              },
+              modulated);
         });
       });
     });
@@ -189,10 +230,7 @@ struct Cpu {
   template <class T>
   void forward(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) const {
     if (g.spatial == 0) fill_empty(g, eps, mean, rstd);
-    if (g.layout == Layout::contiguous)
-      run<Layout::contiguous>(g, eps, x, y, mean, rstd);
-    else
-      run<Layout::channels_last>(g, eps, x, y, mean, rstd);
+    run(g, eps, x, y, mean, rstd);
   }
 };
 

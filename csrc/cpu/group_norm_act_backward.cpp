@@ -7,78 +7,108 @@ namespace {
 
 using Sums = ChannelSums<kSums>;
 
-// What both passes need of an element: xhat, act(a), dy and da.
+// What the first pass needs of an element: xhat, act(a), dy and da.
 struct Element {
   float xhat, act, dy, da;
 };
 
-template <class T>
-DX_INLINE float normalise(const Channels& ch, int64_t c, T x) {
-  return fma(to_float(x) - ch.centre[c], ch.rstd[c], ch.residual[c]);
-}
+// The numbers of a channel that give it.
+struct Numbers {
+  float centre, rstd, residual, gain, offset, post_scale;
 
-template <Act activation, class T>
-DX_INLINE Element differentiate(const Channels& ch, int64_t c, T x, T dy) {
-  Element e;
-  float derivative;
-  e.xhat = normalise(ch, c, x);
-  e.act = activate<activation>(fma(ch.gain[c], e.xhat, ch.offset[c]), derivative);
-  e.dy = to_float(dy);
-  e.da = e.dy * ch.post_scale[c] * derivative;
-  return e;
-}
+  DX_INLINE Numbers(const Channels& ch, int64_t k)
+      : centre(ch.centre[k]),
+        rstd(ch.rstd[k]),
+        residual(ch.residual[k]),
+        gain(ch.gain[k]),
+        offset(ch.offset[k]),
+        post_scale(ch.post_scale[k]) {}
+
+  template <Act activation, class T>
+  DX_INLINE Element differentiate(T x, T dy) const {
+    Element e;
+    float derivative;
+    e.xhat = fma(to_float(x) - centre, rstd, residual);
+    e.act = activate<activation>(fma(gain, e.xhat, offset), derivative);
+    e.dy = to_float(dy);
+    e.da = e.dy * post_scale * derivative;
+    return e;
+  }
+};
 
 // Whether the first pass leaves da in dx for the second, which then need not differentiate again:
 // it was a quarter of the backward with SiLU. Half precision would round it.
 template <class T>
 constexpr bool kKeepsDa = std::is_same_v<T, float>;
 
-// Adds `count` neighbours, each to its own lane of the sums. Contiguous: all of channel c.
-// channels_last: channels c, c + 1, ...
-template <Layout layout, Act activation, class T>
-DX_INLINE void add_row(const Channels& ch, int64_t c, const T* x, const T* dy, T* dx, int64_t count,
-                       float* const* lanes) {
-  float *da = lanes[kDa], *da_xhat = lanes[kDaXhat], *dys = lanes[kDy], *dy_act = lanes[kDyAct],
-        *xhat = lanes[kXhat];
-#pragma omp simd
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t channel = layout == Layout::contiguous ? c : c + k;
-    const Element e = differentiate<activation>(ch, channel, x[k], dy[k]);
-    if constexpr (kKeepsDa<T>) dx[k] = e.da;
-    da[k] += e.da;
-    da_xhat[k] += e.da * e.xhat;
-    dys[k] += e.dy;
-    dy_act[k] += e.dy * e.act;
-    xhat[k] += e.xhat;
+// How many of the sums are needed: those behind kDaXhat only for the gradients of modulations.
+constexpr int kFewSums = kDaXhat + 1;
+
+template <int K>
+DX_INLINE void add(const Element& e, float (*sums)[kLanes], int64_t lane) {
+  sums[kDa][lane] += e.da;
+  sums[kDaXhat][lane] = fma(e.da, e.xhat, sums[kDaXhat][lane]);
+  if constexpr (K == kSums) {
+    sums[kDy][lane] += e.dy;
+    sums[kDyAct][lane] = fma(e.dy, e.act, sums[kDyAct][lane]);
+    sums[kXhat][lane] += e.xhat;
   }
 }
 
-// Adds a block to its channels' sums.
-template <Layout layout, Act activation, class T>
-DX_INLINE void add_block(const Block& b, const Channels& ch, const T* x, const T* dy, T* dx,
-                         Sums& sums) {
-  constexpr int64_t width = 32;
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t at = b.element + r * b.pitch;
-    float* lanes[kSums];
-    if constexpr (layout == Layout::channels_last) {
-      for (int k = 0; k < kSums; ++k) lanes[k] = sums.narrow(k);
-      add_row<layout, activation>(ch, 0, x + at, dy + at, dx + at, b.width, lanes);
-      continue;
-    }
-    float partial[kSums][width] = {};
-    for (int k = 0; k < kSums; ++k) lanes[k] = partial[k];
-    for (int64_t k = 0; k < b.width; k += width)
-      add_row<layout, activation>(ch, b.channel + r, x + at + k, dy + at + k, dx + at + k,
-                                  std::min(width, b.width - k), lanes);
-    for (int k = 0; k < kSums; ++k) {
-      float total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < width; ++i) total += partial[k][i];
-      sums.total(k, b.channel + r) += total;
-    }
+template <class T>
+struct Tensors {
+  const T* __restrict x, * __restrict dy;
+  T* __restrict dx;
+};
+
+// Adds up to 4096 elements of a channel in float32, a lane 128 of them.
+template <Act activation, int K, class T>
+DX_INLINE void add_run(const Numbers& numbers, const Tensors<T>& t, Range range, int64_t channel,
+                       Sums& sums) {
+  constexpr int64_t span = 4096;
+  for (int64_t begin = range.begin; begin < range.end; begin += span) {
+    LaneSums<K> partial;
+    for_each_lane({begin, std::min(begin + span, range.end)},
+                  [&](int64_t i, int64_t lane) DX_KERNEL {
+                    const Element e = numbers.differentiate<activation>(t.x[i], t.dy[i]);
+                    if constexpr (kKeepsDa<T>) t.dx[i] = e.da;
+                    add<K>(e, partial.lanes, lane);
+                  });
+    for (int k = 0; k < K; ++k) sums.at(k, channel) += partial.total(k);
   }
-  if constexpr (layout == Layout::channels_last) sums.added(b.rows);
+}
+
+// The same for channels k, k + 1, ... of channels_last; float32 adds up to 256 pixels.
+template <Act activation, int K, class T, class Count>
+DX_INLINE void add_column(const Channels& ch, const Tensors<T>& t, Range pixels, int64_t width,
+                          int64_t k, Count count, Sums& sums) {
+  constexpr int64_t span = 256;
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += span) {
+    const int64_t end = std::min(begin + span, pixels.end);
+    float partial[K][kLanes] = {};
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = r * width + k + i;
+        const Element e = Numbers(ch, k + i).differentiate<activation>(t.x[at], t.dy[at]);
+        if constexpr (kKeepsDa<T>) t.dx[at] = e.da;
+        add<K>(e, partial, i);
+      }
+    for (int s = 0; s < K; ++s)
+      for (int64_t i = 0; i < count; ++i) sums.at(s, k + i) += partial[s][i];
+  }
+}
+
+template <Act activation, int K, class T>
+DX_INLINE void add_chunk(const Slab& slab, const Channels& ch, const Tensors<T>& t, Range range,
+                         Sums& sums) {
+  if (slab.g.layout == Layout::contiguous)
+    slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
+      add_run<activation, K>(Numbers(ch, k), t, r, k, sums);
+    });
+  else
+    slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
+      add_column<activation, K>(ch, t, range, slab.width, k, count, sums);
+    });
 }
 
 // The gradients of a call's parameters by channel of each sample, float32 [N, C] each; those of
@@ -114,8 +144,8 @@ class ParameterGradients {
   std::vector<ChannelParameters> values_;
 };
 
-// Per channel of a slab: dx = slope da - xhat second - first. Made from the channels' sums, with
-// the gradients of the parameters.
+// What the statistics have in dx, per channel of a slab: dx = slope da - ((x - centre) second +
+// first). Made from the channels' sums, with the gradients of the parameters.
 struct Correction {
   std::vector<float> first, second;
 
@@ -127,15 +157,15 @@ struct Correction {
     for (int64_t group = 0; group < slab.width; group += size) {
       double s1 = 0, s2 = 0;
       for (int64_t k = group; k < group + size; ++k) {
-        s1 += ch.gain[k] * sums.total(kDa, k);
-        s2 += ch.gain[k] * sums.total(kDaXhat, k);
+        s1 += ch.gain[k] * sums.at(kDa, k);
+        s2 += ch.gain[k] * sums.at(kDaXhat, k);
       }
       const GroupMeans means{float(s1 / count), float(s2 / count)};
       for (int64_t k = group; k < group + size; ++k) {
-        first[k] = ch.rstd[k] * means.da;
-        second[k] = ch.rstd[k] * means.da_xhat;
+        first[k] = ch.rstd[k] * (means.da + ch.residual[k] * means.da_xhat);
+        second[k] = ch.rstd[k] * ch.rstd[k] * means.da_xhat;
         double channel[kSums];
-        for (int i = 0; i < kSums; ++i) channel[i] = sums.total(i, k);
+        for (int i = 0; i < kSums; ++i) channel[i] = sums.at(i, k);
         const int64_t c = slab.first + k;
         gradients.at(slab.n, c) = parameter_gradients(g.parameters(slab.n, c), ch.rstd[k], means,
                                                       double(g.spatial), channel);
@@ -144,51 +174,63 @@ struct Correction {
   }
 };
 
-template <Layout layout, Act activation, class T>
-DX_INLINE void write_block(const Block& b, const Channels& ch, const Correction& correction,
-                           const T* x, const T* dy, T* dx) {
-  const float *first = correction.first.data(), *second = correction.second.data();
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t at = b.element + r * b.pitch;
+// dx of elements of channel k.
+template <Act activation, class T>
+DX_INLINE void write(const Channels& ch, const Correction& correction, int64_t k,
+                     const Tensors<T>& t, int64_t i) {
+  float da;
+  if constexpr (kKeepsDa<T>)
+    da = t.dx[i];
+  else
+    da = Numbers(ch, k).differentiate<activation>(t.x[i], t.dy[i]).da;
+  const float of_statistics =
+      fma(to_float(t.x[i]) - ch.centre[k], correction.second[k], correction.first[k]);
+  round_to(fma(ch.slope[k], da, -of_statistics), t.dx[i]);
+}
+
+template <Act activation, class T>
+DX_INLINE void write_chunk(const Slab& slab, const Channels& ch, const Correction& correction,
+                           const Tensors<T>& t, Range range) {
+  if (slab.g.layout == Layout::contiguous)
+    slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
 #pragma omp simd
-    for (int64_t k = 0; k < b.width; ++k) {
-      const int64_t c = channel_at<layout>(b, r, k);
-      Element e;
-      if constexpr (kKeepsDa<T>) {
-        e.xhat = normalise(ch, c, x[at + k]);
-        e.da = dx[at + k];
-      } else {
-        e = differentiate<activation>(ch, c, x[at + k], dy[at + k]);
-      }
-      round_to(fma(ch.slope[c], e.da, fma(-e.xhat, second[c], -first[c])), dx[at + k]);
-    }
-  }
-}
-
-template <Layout layout, class T>
-Sums channel_sums(const Slab& slab, const Channels& channels, const T* x, const T* dy, T* dx) {
-  return sum_chunks<kSums>(slab, [&](int64_t chunk, Sums& sums) DX_KERNEL {
-    dispatch_act(slab.g.act, [&](auto act) DX_KERNEL {
-      slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-        add_block<layout, decltype(act)::value>(b, channels, x, dy, dx, sums);
-      });
+      for (int64_t i = r.begin; i < r.end; ++i) write<activation>(ch, correction, k, t, i);
     });
-  });
+  else
+    slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
+      for (int64_t r = range.begin; r < range.end; ++r)
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i)
+          write<activation>(ch, correction, k + i, t, r * slab.width + k + i);
+    });
 }
 
-template <Layout layout, class T>
+template <class T>
 void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd, T* dx,
          ParameterGradients& gradients) {
-  for_each_slab(g, [&](const Slab& slab) {
+  const bool modulated = g.post_scale.given() || g.post_shift.given() || g.pre_shift.given();
+  for_each_slab(g, [&](const Slab& slab, bool on_threads) {
+    const Tensors<T> t{x + slab.element, dy + slab.element, dx + slab.element};
     const Channels channels(slab, mean, rstd);
-    Sums sums = channel_sums<layout>(slab, channels, x, dy, dx);
-    const Correction correction(slab, channels, sums, gradients);
-    slab.for_each_chunk([&](int64_t chunk) {
+    Sums sums = sum_chunks(slab, on_threads, [&](int64_t chunk) {
+      Sums of_chunk(slab.width);
       on_best_isa([&]() DX_KERNEL {
         dispatch_act(g.act, [&](auto act) DX_KERNEL {
-          slab.for_each_block(chunk, [&](const Block& b) DX_KERNEL {
-            write_block<layout, decltype(act)::value>(b, channels, correction, x, dy, dx);
-          });
+          with_constants(
+              [&](auto all) DX_KERNEL {
+                constexpr int K = all ? int(kSums) : kFewSums;
+                add_chunk<decltype(act)::value, K>(slab, channels, t, slab.chunk(chunk), of_chunk);
+              },
+              modulated);
+        });
+      });
+      return of_chunk;
+    });
+    const Correction correction(slab, channels, sums, gradients);
+    for_each_chunk(slab, on_threads, [&](int64_t chunk) {
+      on_best_isa([&]() DX_KERNEL {
+        dispatch_act(g.act, [&](auto act) DX_KERNEL {
+          write_chunk<decltype(act)::value>(slab, channels, correction, t, slab.chunk(chunk));
         });
       });
     });
@@ -203,10 +245,7 @@ struct Cpu {
   void backward(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd,
                 T* dx, const Gradients& out) const {
     ParameterGradients gradients(g, out);
-    if (g.layout == Layout::contiguous)
-      run<Layout::contiguous>(g, dy, x, mean, rstd, dx, gradients);
-    else
-      run<Layout::channels_last>(g, dy, x, mean, rstd, dx, gradients);
+    run(g, dy, x, mean, rstd, dx, gradients);
     gradients.finish();
   }
 };
