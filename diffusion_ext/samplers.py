@@ -86,7 +86,8 @@ class StepTable:
         if key in self._tensors:
             return self._tensors[key]
         values = self.weights if dtype == torch.float64 else self.coefficients
-        tensors = torch.tensor(values, device=device), torch.tensor(self.timesteps, device=device)
+        arrays = values, self.timesteps
+        tensors = tuple(torch.from_numpy(array.copy()).to(device) for array in arrays)
         if is_lasting(tensors[0]):
             self._tensors[key] = tensors
         return tensors

@@ -21,12 +21,14 @@ class NoiseSchedule:
         alpha_bar: float64 [T+1], the fraction of signal variance left; `alpha_bar[0]` is 1.
         signal: float64 [T+1], √ᾱ, the factor of x_0 in x_t.
         sigma: float64 [T+1], √(1-ᾱ), the standard deviation of the noise in x_t.
+        timesteps: T, the number of noising steps; timesteps run from 1 to T, and 0 is clean data.
     """
 
     beta: np.ndarray
     alpha_bar: np.ndarray
     signal: np.ndarray = field(init=False, repr=False)
     sigma: np.ndarray = field(init=False, repr=False)
+    timesteps: int = field(init=False)
     _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -39,11 +41,7 @@ class NoiseSchedule:
         for name, table in tables.items():
             table.setflags(write=False)
             object.__setattr__(self, name, table)
-
-    @property
-    def timesteps(self) -> int:
-        """T, the number of noising steps; timesteps run from 1 to T, and 0 is clean data."""
-        return len(self.alpha_bar) - 1
+        object.__setattr__(self, "timesteps", len(self.alpha_bar) - 1)
 
     def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
         """A table of this schedule ("signal", "sigma" or "variance" = σ²) on `device`, kept there.

@@ -58,18 +58,22 @@ def sampler_step(
 
     Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
     """
-    _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
+    _check_samples(x, model_output, noise, seeds, history)
+    _check_table(x, coefficients, timesteps, row)
     check_clip(clip)
     check_number("guidance", guidance)
+    native = serves(x) and not needs_grad(x, model_output, noise, history, coefficients)
     args = (coefficients, timesteps, row, noise, seeds, history, clip, guidance)
-    if serves(x) and not needs_grad(x, model_output, noise, history, coefficients):
-        out, x0 = kernels().sampler_step(x, model_output, *args, return_x0)
-    else:
-        out, x0 = reference.sampler_step(x, model_output, *args)
+    out, x0 = _apply(native, x, model_output, *args, return_x0)
     return (out, x0) if return_x0 else out
 
 
-def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history) -> None:
+def _apply(native: bool, *args):
+    """(x', x0) of checked arguments, in the op's order; the last is whether x0 is wanted."""
+    return kernels().sampler_step(*args) if native else reference.sampler_step(*args[:-1])
+
+
+def _check_samples(x, model_output, noise, seeds, history) -> None:
     check_sample("x", x)
     check_sample("model_output", model_output)
     batch = x.shape[0]
@@ -79,6 +83,16 @@ def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
             f"got {list(model_output.shape)}"
         )
     check_same_kind("model_output", model_output, "x", x)
+    if noise is not None and seeds is not None:
+        raise ValueError("noise, seeds: wanted one of them, got both")
+    for name, tensor in (("noise", noise), ("history", history)):
+        if tensor is not None:
+            check_like(name, tensor, "x", x)
+    if seeds is not None:
+        check_indices("seeds", seeds, batch, x.device)
+
+
+def _check_table(x, coefficients, timesteps, row) -> None:
     check_floating("coefficients", coefficients)
     if coefficients.dim() != 2 or coefficients.shape[1] != len(samplers.COLUMNS):
         raise ValueError(f"coefficients: wanted shape [n, 7], got {list(coefficients.shape)}")
@@ -88,16 +102,9 @@ def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history)
     check_device("coefficients", coefficients, x.device)
     check_indices("timesteps", timesteps, coefficients.shape[0], x.device)
     check_int64("row", row, x.device)
-    if row.dim() and row.shape != (batch,):
-        raise ValueError(f"row: wanted shape [] or [{batch}], got {list(row.shape)}")
+    if row.dim() and row.shape != x.shape[:1]:
+        raise ValueError(f"row: wanted shape [] or [{len(x)}], got {list(row.shape)}")
     check_in_range("row", row, 0, coefficients.shape[0] - 1)
-    if noise is not None and seeds is not None:
-        raise ValueError("noise, seeds: wanted one of them, got both")
-    for name, tensor in (("noise", noise), ("history", history)):
-        if tensor is not None:
-            check_like(name, tensor, "x", x)
-    if seeds is not None:
-        check_indices("seeds", seeds, batch, x.device)
 
 
 def ddpm_step(
@@ -120,9 +127,11 @@ def ddpm_step(
     """
     check_sample("x", x)
     check_schedule(schedule)
-    table = _ddpm_table(schedule)
+    table = _ddpm_tensors(schedule, x.device, x.dtype)
     if isinstance(t, Tensor):
         check_int64("t", t, x.device)
+        if t.dim() and t.shape != x.shape[:1]:
+            raise ValueError(f"t: wanted shape [] or [{len(x)}], got {list(t.shape)}")
         check_in_range("t", t, 1, schedule.timesteps)
         row, needs_noise = schedule.timesteps - t, True
     else:
@@ -157,18 +166,24 @@ def ddim_step(
     _check_timestep("t", t, 1, schedule.timesteps)
     _check_timestep("t_prev", t_prev, 0, t - 1)
     check_number("eta", eta)
-    table = _ddim_table(schedule, t, t_prev, eta)
+    numbers = _constant(t), _constant(t_prev), _constant(eta)
+    table = _ddim_tensors(schedule, *numbers, x.device, x.dtype)
     row = torch.zeros((), dtype=torch.int64, device=x.device)
     return _step(x, model_output, table, row, noise, seeds, eta > 0 and t_prev > 0)
 
 
 def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
+    """A step by a table (coefficients, timesteps) of our own and a row of it: x'.
+
+    Neither is checked, nor asked for requires_grad, which torch.compile cannot read off a constant.
+    """
     if needs_noise:
         noise, seeds = resolve_noise(x, noise, seeds)
     else:
         noise = seeds = None
-    coefficients, timesteps = table.tensors(x.device, x.dtype)
-    return sampler_step(x, model_output, coefficients, timesteps, row, noise, seeds)
+    _check_samples(x, model_output, noise, seeds, None)
+    native = serves(x) and not needs_grad(x, model_output, noise)
+    return _apply(native, x, model_output, *table, row, noise, seeds, None, None, 1.0, False)[0]
 
 
 def _check_timestep(name: str, t, low: int, high: int) -> None:
@@ -176,6 +191,24 @@ def _check_timestep(name: str, t, low: int, high: int) -> None:
         raise TypeError(f"{name}: wanted an int, got {type(t).__name__}")
     if not low <= t <= high:
         raise ValueError(f"{name}: wanted from {low} to {high}, got {t}")
+
+
+def _constant(number):
+    """number, which torch.compile makes a symbol where it changes; hashing it gives its value."""
+    (value,) = {number}
+    return value
+
+
+# torch.compile cannot trace numpy. It takes what these return as constants of the schedule and the
+# numbers, and compiles again where those are others.
+@torch.compiler.assume_constant_result
+def _ddpm_tensors(schedule, device, dtype) -> tuple[Tensor, Tensor]:
+    return _ddpm_table(schedule).tensors(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _ddim_tensors(schedule, t, t_prev, eta, device, dtype) -> tuple[Tensor, Tensor]:
+    return _ddim_table(schedule, t, t_prev, eta).tensors(device, dtype)
 
 
 @functools.lru_cache(maxsize=16)

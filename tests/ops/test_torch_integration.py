@@ -51,6 +51,9 @@ def compiled_calls():
     fresh = dx.NoiseSchedule.linear(100)  # whose tables are first asked for while compiling
     return {
         "sampler_step": (lambda: dx.sampler_step(x * 2, m, *tensors, row, seeds=seeds) + 1),
+        "ddpm_step": (lambda: dx.ddpm_step(x * 2, m, 40, fresh, seeds=seeds) + 1),
+        "ddpm_step of tensors": (lambda: dx.ddpm_step(x * 2, m, t, fresh, noise=m) + 1),
+        "ddim_step": (lambda: dx.ddim_step(x * 2, m, 40, 30, fresh, eta=0.5, seeds=seeds) + 1),
         "perturb": (lambda: dx.perturb(x * 2, t, fresh, seeds=seeds, target="v")[0] + 1),
         "perturb of a training step": (lambda: dx.perturb(x * 2, t, fresh)[0].mul(0) + 1),
         "philox_normal": (lambda: dx.philox_normal(seeds, (2, 5)) + 1),
