@@ -40,6 +40,21 @@ def test_blocks_of_every_kind(options, time_embedding_norm):
         assert_same_results(results(fused, inputs), expected, 1e-5)
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inductors_code_around_the_fused_op(layout):
+    """Forward and backward: inductor may choose other strides for what it hands to the op."""
+    block = ResnetBlock2D(
+        in_channels=8, out_channels=4, temb_channels=5, groups=2, time_embedding_norm="scale_shift"
+    )
+    block = vary_gently(block).to(memory_format=layout)
+    inputs = [torch.randn(2, 8, 4, 4).to(memory_format=layout), torch.randn(2, 5)]
+    expected = results(block, inputs)
+    dx.fuse(block)
+    block.compile(fullgraph=True)
+    assert_same_results(results(block, inputs), expected, 1e-5)
+
+
 def test_a_block_without_embedding_and_its_errors():
     block = vary_gently(ResnetBlock2D(in_channels=8, temb_channels=None, groups=2))
     x = torch.randn(2, 8, 4, 4)

@@ -92,6 +92,20 @@ def test_compiles_whole_with_gradients(name):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("name", ["silu", "guided"])
+def test_inductors_code_around_the_fused_op(name):
+    """The default backend, forward and backward, and forward alone."""
+    model, inputs = cases()[name]
+    expected = results(model, inputs)
+    dx.fuse(model)
+    model.compile(fullgraph=True)
+    assert_same_results(results(model, inputs), expected, 1e-5)
+    with torch.no_grad():
+        y = model(*inputs)
+    torch.testing.assert_close(y, expected["output"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", TRACED)
 def test_exports_with_the_fused_op(name, strict):
