@@ -61,13 +61,15 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if self.time_emb_proj is None:
             return temb is None and self.time_embedding_norm != "scale_shift"
         embedded = self.time_embedding_norm in ("default", "scale_shift")
-        return embedded and temb is not None and temb.dim() == 2 and len(temb) in (1, len(x))
+        return (
+            embedded and temb is not None and temb.dim() == 2 and temb.shape[0] in (1, x.shape[0])
+        )
 
     def fused_forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         """x [N, C, H, W], temb [N or 1, T] or None -> [N, out, H', W']"""
         h = norm_act(self.norm1, self.nonlinearity, x, rounded_after=True)
         if self.upsample is not None:
-            if len(x) >= 64:  # diffusers' way round a fault of channels_last upsampling
+            if x.shape[0] >= 64:  # diffusers' way round a fault of channels_last upsampling
                 x, h = x.contiguous(), h.contiguous()
             x, h = self.upsample(x), self.upsample(h)
         elif self.downsample is not None:

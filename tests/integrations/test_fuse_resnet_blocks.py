@@ -55,6 +55,22 @@ def test_inductors_code_around_the_fused_op(layout):
     assert_same_results(results(block, inputs), expected, 1e-5)
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("time_embedding_norm", ["default", "scale_shift"])
+def test_exports_with_a_batch_and_a_size_left_open(time_embedding_norm, strict):
+    sizes = {"in_channels": 8, "temb_channels": 5, "groups": 2}
+    block = vary_gently(ResnetBlock2D(**sizes, time_embedding_norm=time_embedding_norm))
+    x, temb = torch.randn(7, 8, 10, 4), torch.randn(7, 5)
+    expected = block(x, temb)
+    dx.fuse(block)
+    batch, height = torch.export.Dim("batch", max=512), torch.export.Dim("height", min=2, max=512)
+    shapes = {0: batch, 2: height}, {0: batch}
+    example = torch.randn(2, 8, 6, 4), torch.randn(2, 5)
+    program = torch.export.export(block, example, dynamic_shapes=shapes, strict=strict)
+    torch.testing.assert_close(program.module()(x, temb), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_block_without_embedding_and_its_errors():
     block = vary_gently(ResnetBlock2D(in_channels=8, temb_channels=None, groups=2))
     x = torch.randn(2, 8, 4, 4)
