@@ -19,37 +19,25 @@ CLIP = 1.0
 GUIDANCE = 7.5
 
 
-def ddpm_mean(x, eps):
-    """The mean of the update from eps alone (Ho et al. 2020, algorithm 2): 7 passes."""
-    alpha, alpha_bar = 1 - BETA, SIGNAL**2
-    return (x - eps * ((1 - alpha) / (1 - alpha_bar) ** 0.5)) / alpha**0.5
+def guided(both):
+    """8 passes: both [2B, *] has the unconditional half first."""
+    without, given = both.chunk(2)
+    return without + GUIDANCE * (given - without)
 
 
-def predicted_x0(x, eps):
-    """7 passes."""
-    return (x - SIGMA * eps) / SIGNAL
-
-
-def ddim_clipped(x, eps):
-    """DDIM with the data prediction clipped, as samplers' code has it: 16 passes."""
-    x0 = predicted_x0(x, eps).clamp(-CLIP, CLIP)
-    return NEXT_SIGNAL * x0 + NEXT_SIGMA * eps
+# --- as the source has them -----------------------------------------------------------------------
 
 
 def ddpm(x, eps, z=None):
-    """The posterior by x0 (eq. 7), as schedulers have it: 19 passes, and one where z is drawn."""
-    alpha_bar, alpha = SIGNAL**2, 1 - BETA
-    before = alpha_bar / alpha  # alpha_bar of the step before
-    of_x0 = before**0.5 * BETA / (1 - alpha_bar)
-    of_x = alpha**0.5 * (1 - before) / (1 - alpha_bar)
-    mean = of_x0 * predicted_x0(x, eps) + of_x * x
+    """Ho et al. 2020, algorithm 2, from eps alone: 12 passes, and one where z is drawn."""
+    alpha, alpha_bar = 1 - BETA, SIGNAL**2
+    mean = (x - eps * ((1 - alpha) / (1 - alpha_bar) ** 0.5)) / alpha**0.5
     return mean + BETA**0.5 * (torch.randn_like(x) if z is None else z)
 
 
-def guided_ddpm(x, both, z=None):
-    """8 passes more than ddpm: both [2B, *] has the unconditional half first."""
-    without, given = both.chunk(2)
-    return ddpm(x, without + GUIDANCE * (given - without), z)
+def ddim(x, eps):
+    """Song et al. 2021, eq. 12, without clipping: 12 passes."""
+    return NEXT_SIGNAL / SIGNAL * (x - SIGMA * eps) + NEXT_SIGMA * eps
 
 
 def perturb(x0, signal, sigma, z=None):
@@ -62,3 +50,27 @@ def perturb(x0, signal, sigma, z=None):
 def group_norm_silu(x, groups, weight, bias):
     """5 passes: x for its statistics, x and y, y and the result."""
     return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+# --- as schedulers have them, by x0 ---------------------------------------------------------------
+
+
+def predicted_x0(x, eps):
+    """7 passes."""
+    return (x - SIGMA * eps) / SIGNAL
+
+
+def ddim_clipped(x, eps):
+    """DDIM with the data prediction clipped: 16 passes."""
+    x0 = predicted_x0(x, eps).clamp(-CLIP, CLIP)
+    return NEXT_SIGNAL * x0 + NEXT_SIGMA * eps
+
+
+def ddpm_by_x0(x, eps, z=None):
+    """The posterior (Ho et al. 2020, eq. 7): 19 passes, and one where z is drawn."""
+    alpha_bar, alpha = SIGNAL**2, 1 - BETA
+    before = alpha_bar / alpha  # alpha_bar of the step before
+    of_x0 = before**0.5 * BETA / (1 - alpha_bar)
+    of_x = alpha**0.5 * (1 - before) / (1 - alpha_bar)
+    mean = of_x0 * predicted_x0(x, eps) + of_x * x
+    return mean + BETA**0.5 * (torch.randn_like(x) if z is None else z)

@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass, field
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BENCHMARKS, OPS = ROOT / "benchmarks", ROOT / "tests" / "ops"
+RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
 STAGES = ("build", "test", "sanitize", "bench")
 SECONDS = 525  # of all stages together
 
@@ -106,15 +106,16 @@ def test_steps(device: str, folder: pathlib.Path) -> list[Step]:
 
 
 def sanitize_steps(device: str, folder: pathlib.Path) -> list[Step]:
-    script = [sys.executable, BENCHMARKS / "sanitized.py", "--device", device]
+    script = [sys.executable, "-m", "benchmarks.gpu.sanitized", "--device", device]
     # Each tensor an allocation of its own, so that one byte too far is seen.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **using(folder, OPS)}
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **using(folder, OPS, ROOT)}
+    lib = folder / "lib"
     if device == "cpu":
-        return [Step("sanitize", "without a tool", ["env", *script], 0.5, environment)]
+        return [Step("sanitize", "without a tool", ["env", *script], 0.5, environment, lib)]
     tool, options = sanitizer()
     why = "" if tool else "compute-sanitizer is not installed"
     return [
-        Step("sanitize", name, [tool, "--tool", name, *options, *script], 0.5, environment,
+        Step("sanitize", name, [tool, "--tool", name, *options, *script], 0.5, environment, lib,
              skipped=why)
         for name in TOOLS
     ]  # fmt: skip
@@ -137,8 +138,9 @@ def sanitizer() -> tuple[str | None, list[str]]:
 
 
 def bench_steps(device: str, folder: pathlib.Path, results: pathlib.Path) -> list[Step]:
-    command = [sys.executable, BENCHMARKS / "gpu_bench.py", "--device", device]
-    return [Step("bench", "ops", [*command, "--results", results], 5, using(folder, OPS))]
+    command = [sys.executable, "-m", "benchmarks.gpu.bench", "--device", device]
+    command += ["--results", results]
+    return [Step("bench", "ops", command, 5, using(folder, OPS, ROOT), folder / "lib")]
 
 
 # --- running them ---------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device, stages = arguments.device, chosen_stages()
     folder = ROOT / "build" / "gpu_check" / device
-    results = BENCHMARKS / "results" if device == "cuda" else folder / "results"
+    results = RESULTS if device == "cuda" else folder / "results"
     results = (arguments.results or results).resolve()
     if "build" in stages:
         shutil.rmtree(folder / "lib", ignore_errors=True)

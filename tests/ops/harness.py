@@ -74,18 +74,19 @@ def lay(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype=None, factor=1.0) -> None:
-    """actual agrees with the float64 reference to the tolerance of its dtype."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype=None, factor=1.0) -> float:
+    """actual agrees with the float64 reference to the tolerance of its dtype; the largest error."""
     dtype = dtype or actual.dtype
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     assert actual.device == expected.device == torch.empty(0).device, "not on the backend's device"
     if expected.numel() == 0:
-        return
+        return 0.0
     error = (actual.double() - expected.double()).abs().max().item()
     limit = factor * TOLERANCE[dtype] * max(expected.abs().max().item(), 0.1)
     assert math.isfinite(error), "not finite"
     assert error <= limit, f"error {error:.2e} above {limit:.2e}"
+    return error
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,14 +16,16 @@ import time
 import warnings
 
 import torch
-from gpu_device import facts, limits
-from gpu_report import Report
-from gpu_targets import summary
-from gpu_timing import CudaClock, HostClock, measure, sets_for
-from gpu_work import DTYPES, GROUPS, Work, all_work, compiled
-from harness import assert_close
 
 from diffusion_ext import _C
+
+from ..device import facts, limits
+from ..norms import GROUPS
+from ..work import DTYPES, Check, Work
+from .report import Report
+from .targets import summary
+from .timing import CudaClock, HostClock, measure, sets_for
+from .work import all_work, baseline
 
 COMPILE_SECONDS = 60  # for one baseline
 
@@ -34,25 +36,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(said.split())[:100]}"
 
 
-def outputs(result) -> tuple:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def check(work: Work, call, inputs, factor: float = 1) -> None:
-    """The result is the float64 reference's, to the tolerance of the tests."""
-    results, exact = outputs(call(*inputs)), outputs(work.expected(*inputs))
-    with inputs[0].device:
-        for i, (ours, expected) in enumerate(zip(results, exact, strict=True)):
-            assert_close(ours, expected.detach(), factor=factor * (4 if i and work.backward else 1))
-
-
 def compile_rank(work: Work) -> int:
     """The order in which torch.compile is tried: what a target is about, as it is mostly run."""
-    if work.layout != "contiguous":
-        return 5 if work.scale == "norm" and not work.backward else 6
-    if work.scale != "norm":
-        return 1 if work.scale == "latent" else 3
-    return (4 if work.backward else 2) if work.dtype == "bfloat16" else 5
+    scale = work.case.scale
+    if work.case.layout != "contiguous":
+        return 5 if scale == "norm" and not work.backward else 6
+    if scale != "norm":
+        return 1 if scale == "latent" else 3
+    return (4 if work.backward else 2) if work.case.dtype == "bfloat16" else 5
 
 
 class Bench:
@@ -69,21 +60,21 @@ class Bench:
         return [work.inputs() for _ in range(sets_for(self.clock, work.bytes))]
 
     def row(self, work: Work) -> dict:
-        fields = ("op", "variant", "scale", "shape", "dtype", "layout", "passes", "eager_passes")
+        fields = ("op", "variant", "passes", "eager_passes", "backward", "bytes")
         row = {name: getattr(work, name) for name in fields}
-        row |= {"backward": work.backward, "bytes": work.bytes}
+        row |= {name: getattr(work.case, name) for name in ("scale", "shape", "dtype", "layout")}
         if work.op == "group_norm_act":
             row |= {"groups": GROUPS, "plan": self.plans(work)}
         row |= {"compile": "not tried", "note": ""}
         return row
 
     def plans(self, work: Work) -> dict[str, dict]:
-        size, last = DTYPES[work.dtype].itemsize, work.layout == "channels_last"
-        shape, of = list(work.shape), limits(self.device)
+        case, of = work.case, limits(self.device)
+        size, last = DTYPES[case.dtype].itemsize, case.layout == "channels_last"
         plans = {}
         for name, backward in (("forward", False), ("backward", True))[: 1 + work.backward]:
             options = {"channels_last": last, "backward": backward, **of}
-            plans[name] = _C.group_norm_plan(shape, GROUPS, size, **options)
+            plans[name] = _C.group_norm_plan(list(case.shape), GROUPS, size, **options)
         return plans
 
     def take(self, row: dict, name: str, call, sets) -> None:
@@ -95,27 +86,24 @@ class Bench:
 
     def measure(self, work: Work, row: dict) -> None:
         sets = self.sets(work)
-        check(work, work.fused, sets[0])
-        if not work.random:  # 16: a formula of torch's rounds after every operation
-            check(work, work.baseline, sets[0], factor=16)
+        check = Check(work, sets[0])
         copies = [(torch.empty_like(s[0].detach()), s[0].detach()) for s in sets]
         self.take(row, "copy", torch.Tensor.copy_, copies)
-        self.take(row, "fused", work.fused, sets)
-        self.take(row, "eager", work.baseline, sets)
+        for name, one in (("fused", work.implementations["ours"]), ("eager", baseline(work))):
+            call = one.make(*sets[0])
+            check.error_of(one, call)
+            self.take(row, name, call, sets)
 
     def compile(self, work: Work, row: dict) -> None:
-        torch._dynamo.reset()
-        quick, sets = compiled(work), self.sets(work)
+        sets, quick = self.sets(work), work.implementations["compiled"]
+        call = quick.make(*sets[0])
         signal.signal(signal.SIGALRM, out_of_time)
         signal.setitimer(signal.ITIMER_REAL, min(COMPILE_SECONDS, max(self.left(), 1)))
         try:
-            if work.random:
-                quick.baseline(*sets[0])
-            else:
-                check(work, quick.baseline, sets[0], factor=16)
+            Check(work, sets[0]).error_of(quick, call)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        self.take(row, "compiled", quick.baseline, sets)
+        self.take(row, "compiled", call, sets)
         row["compile"] = "compiled"
 
     def every(self, works: list[Work]) -> list[tuple[Work, dict]]:

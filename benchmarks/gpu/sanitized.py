@@ -1,4 +1,4 @@
-"""Every op once on small tensors, for compute-sanitizer to watch: see gpu_check.py.
+"""Every op once on small tensors, for compute-sanitizer to watch: see gpu_check.py, which runs it.
 
 Inputs are drawn on the CPU and little of torch's own runs on the GPU, so that what a sanitizer says
 is about our kernels. Each result is read as a whole, which is how initcheck notices an element that
@@ -13,9 +13,10 @@ import sys
 
 import torch
 from calls import NORMS, every_call
-from gpu_device import limits
 
 from diffusion_ext import _C
+
+from ..device import limits
 
 # (1, 7, 5, 3): no vector fits. The other two have channels and pixels that vectors divide.
 SHAPES = [(2, 8, 9, 4), (2, 4, 8, 8), (1, 7, 5, 3)]

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 
-import gpu_targets as targets
+from . import targets
 
 LEGEND = """\
 A **pass** is one tensor of x's size, read or written; a **copy** (`y.copy_(x)`, two passes) of the

@@ -1,14 +1,38 @@
-"""What is known of the device at hand."""
+"""What is known of the device at hand, and its clock."""
 
 from __future__ import annotations
 
 import datetime
+import pathlib
 import platform
+import re
 import subprocess
+import time
+from importlib import metadata
 
 import torch
 
 import diffusion_ext as dx
+
+LIBRARIES = ("numpy", "diffusers", "apex", "liger-kernel")
+
+
+def clock() -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def cpu_name() -> str:
+    """Such as "AMD EPYC, 2 threads, AVX512": torch's threads, and the instructions it uses."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    model = found[1].strip() if found else f"CPU {platform.machine()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {torch.get_num_threads()} threads, {capability}"
 
 
 def driver() -> str:
@@ -19,14 +43,22 @@ def driver() -> str:
         return "unknown"
 
 
+def version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
 def facts(device: str) -> dict[str, str]:
     cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "driver": driver() if cuda else "none",
         "diffusion_ext": dx.__version__,
+        **{library: found for library in LIBRARIES if (found := version(library)) != "none"},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,0 +1,1 @@
+"""What diffusion_ext costs beside what it replaces: see docs/benchmarks.md."""

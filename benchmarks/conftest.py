@@ -1,0 +1,107 @@
+"""How the suite runs: a test is a row, one implementation of one work.
+
+DIFFUSION_EXT_BENCH_QUICK=1, or pytest's --benchmark-disable: small tensors, one compilation.
+DIFFUSION_EXT_BENCH_DEVICE=cpu or cuda: default the GPU, where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+from . import suite
+from .device import facts
+from .work import Check, Work
+
+
+def is_quick(config) -> bool:
+    disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+    return disabled or os.environ.get("DIFFUSION_EXT_BENCH_QUICK") == "1"
+
+
+def row_id(work: Work, name: str) -> str:
+    return f"{work.name}: {name}"
+
+
+def pytest_generate_tests(metafunc):
+    test = metafunc.function.__name__.removeprefix("test_")
+    parameters = [
+        pytest.param(
+            work,
+            name,
+            id=row_id(work, name),
+            marks=[pytest.mark.compiles] if work.implementations[name].compiles else [],
+        )
+        for work, name in suite.rows(test, is_quick(metafunc.config))
+    ]
+    metafunc.parametrize("work, implementation", parameters)
+
+
+@functools.lru_cache(maxsize=1)  # the rows of a work come one after the other
+def checked(work: Work) -> Check:
+    return Check(work, work.inputs())
+
+
+@pytest.fixture
+def measure(benchmark):
+    """measure(work, implementation): checks its result, then times it."""
+
+    def run(work: Work, name: str) -> None:
+        implementation = work.implementations[name]
+        if implementation.missing:
+            pytest.skip(f"wants {implementation.missing}")
+        check = checked(work)
+        benchmark.group = work.name
+        benchmark.extra_info = {
+            "op": work.op,
+            "variant": work.variant,
+            "shape": list(work.case.shape),
+            "dtype": work.case.dtype,
+            "layout": work.case.layout,
+            "implementation": name,
+            "baseline": work.baseline,
+            "bytes": work.bytes,
+            "copied_bytes": 2 * work.case.bytes,
+        }
+        with implementation.around():
+            call = implementation.make(*check.inputs)
+            benchmark.extra_info["max_error"] = check.error_of(implementation, call)
+            benchmark(call, *check.inputs)
+
+    return run
+
+
+# --- the JSON file --------------------------------------------------------------------------------
+
+PARTIAL = pytest.StashKey[bool]()
+
+
+def pytest_collection_finish(session):
+    """Notes whether the run leaves rows of `make bench` out, for the report to say."""
+    whole = {
+        f"test_{test}[{row_id(work, name)}]"
+        for test in suite.TESTS
+        for work, name in suite.rows(test, quick=False)
+    }
+    session.config.stash[PARTIAL] = not whole <= {item.name for item in session.items}
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.update(facts(suite.DEVICE))
+    machine_info["node"] = ""  # the host's name says nothing
+
+
+def pytest_benchmark_update_json(config, output_json):
+    """Adds what only the whole run knows, and drops what is long and not read."""
+    rows = output_json["benchmarks"]
+    output_json["partial"] = config.stash[PARTIAL]
+    copies = {row["group"]: row for row in rows if row["extra_info"]["implementation"] == "copy"}
+    for row in rows:
+        row["params"] = row["stats"]["data"] = None
+        info = row["extra_info"]
+        info["gb_per_s"] = info["bytes"] / row["stats"]["min"] / 1e9
+        if copy := copies.get(row["group"]):
+            copied = info["copied_bytes"] / copy["stats"]["min"] / 1e9
+            info["percent_of_copy"] = 100 * info["gb_per_s"] / copied
