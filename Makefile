@@ -1,6 +1,6 @@
 # make demo   sets up, builds, trains on real digits, samples them, shows pictures
 # make test   sets up, builds, lints, runs every test
-# make bench  sets up, builds, compares the kernels with eager torch
+# make bench  sets up, builds, times every implementation beside the others, judges the ratios
 # make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
 # make sanitized  runs them there under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-check  proves and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
@@ -25,8 +25,14 @@ demo: build
 test: build lint emulated sanitized
 	DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest --benchmark-disable tests benchmarks
 
+# Ten minutes on two cores. benchmarks/results/<device> has the results; a missed target is an error.
+# On a GPU, for which there are no targets here (gpu-check has some): make bench BENCH_REPORT=
+BENCH_REPORT ?= --fail-below benchmarks/targets/cpu.json
 bench: build
-	$(BIN)/python -m pytest benchmarks --benchmark-group-by=group --benchmark-columns=min,median,rounds
+	$(BIN)/python -m pytest -v benchmarks --benchmark-max-time=0.3 \
+	    --benchmark-json=build/benchmarks.json --benchmark-group-by=group \
+	    --benchmark-columns=min,median,rounds --benchmark-sort=min
+	$(BIN)/python -m benchmarks.report build/benchmarks.json $(BENCH_REPORT)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ import pytest
 
 from . import suite
 from .device import facts
-from .work import Check, Work
+from .turns import Turns, replay
+from .work import Work
 
 
 def is_quick(config) -> bool:
@@ -40,19 +41,22 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)  # the rows of a work come one after the other
-def checked(work: Work) -> Check:
-    return Check(work, work.inputs())
+def turns_of(work: Work, session) -> Turns:
+    parameters = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    asked = [p["implementation"] for p in parameters if p.get("work") is work]
+    names = [name for name in asked if not work.implementations[name].missing]
+    return Turns(work, names, float(session.config.getoption("benchmark_max_time")))
 
 
 @pytest.fixture
-def measure(benchmark):
+def measure(benchmark, request):
     """measure(work, implementation): checks its result, then times it."""
 
     def run(work: Work, name: str) -> None:
-        implementation = work.implementations[name]
-        if implementation.missing:
-            pytest.skip(f"wants {implementation.missing}")
-        check = checked(work)
+        if missing := work.implementations[name].missing:
+            pytest.skip(f"wants {missing}")
+        turns = turns_of(work, request.session)
+        call, error = turns.checked(name)
         benchmark.group = work.name
         benchmark.extra_info = {
             "op": work.op,
@@ -64,11 +68,12 @@ def measure(benchmark):
             "baseline": work.baseline,
             "bytes": work.bytes,
             "copied_bytes": 2 * work.case.bytes,
+            "max_error": error,
         }
-        with implementation.around():
-            call = implementation.make(*check.inputs)
-            benchmark.extra_info["max_error"] = check.error_of(implementation, call)
-            benchmark(call, *check.inputs)
+        if benchmark.enabled:
+            benchmark.pedantic(int, **replay.of(turns.rounds(name)))
+        else:
+            benchmark(call)
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import pathlib
 import platform
@@ -22,6 +24,21 @@ def clock() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def grow_heap() -> None:
+    """glibc keeps the memory that it has, as it does in a process that has run for a while.
+
+    At first it gives 4 MB back to Linux when they are freed, and asks for them anew; every freed
+    block of up to 32 MB makes it keep more. Eager torch, with its temporaries, can take 8 times as
+    long before than after, so that ratios would hang on what ran earlier. Larger blocks are always
+    asked for anew.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def cpu_name() -> str:

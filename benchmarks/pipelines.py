@@ -34,7 +34,7 @@ def unet_of(case: Case, channels: tuple[int, ...]):
 SCHEDULE = {"beta_end": 0.005}
 
 
-def pipelines(case: Case, channels: tuple[int, ...] = (64, 128), steps: int = 20) -> list[Work]:
+def pipelines(case: Case, channels: tuple[int, ...], steps: int = 10) -> list[Work]:
     """case: the pictures. None where diffusers is not installed."""
     if importlib.util.find_spec("diffusers") is None:
         return []

@@ -35,8 +35,8 @@ WHOLE = Sizes(
     steps=[(64, 4, 64, 64), (64, 3, 128, 128), (32, 3, 16, 16)],
     norms=dict.fromkeys(NORM_SHAPES, GROUPS) | MORE_SHAPES,
     networks=Networks(DEVICE),
-    pictures=(8, 3, 32, 32),
-    channels=(64, 128),
+    pictures=(4, 3, 32, 32),
+    channels=(32, 64),
 )
 # Every line of code, hardly any arithmetic.
 QUICK = Sizes(

@@ -5,10 +5,10 @@ No test asserts a time: the report compares them with benchmarks/targets.
 
 import pytest
 
-from .device import clock
+from .turns import replay
 
 pytestmark = [
-    pytest.mark.benchmark(timer=clock),
+    pytest.mark.benchmark(timer=replay),
     pytest.mark.filterwarnings("ignore"),  # torch.compile's advice
 ]
 
