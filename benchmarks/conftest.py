@@ -80,17 +80,17 @@ def measure(benchmark, request):
 
 # --- the JSON file --------------------------------------------------------------------------------
 
-PARTIAL = pytest.StashKey[bool]()
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_finish(session):
-    """Notes whether the run leaves rows of `make bench` out, for the report to say."""
+    """Notes which rows of `make bench` this run leaves out, for the report to say."""
     whole = {
         f"test_{test}[{row_id(work, name)}]"
         for test in suite.TESTS
         for work, name in suite.rows(test, quick=False)
     }
-    session.config.stash[PARTIAL] = not whole <= {item.name for item in session.items}
+    session.config.stash[LEFT_OUT] = sorted(whole - {item.name for item in session.items})
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -101,7 +101,7 @@ def pytest_benchmark_update_machine_info(machine_info):
 def pytest_benchmark_update_json(config, output_json):
     """Adds what only the whole run knows, and drops what is long and not read."""
     rows = output_json["benchmarks"]
-    output_json["partial"] = config.stash[PARTIAL]
+    output_json["left_out"] = config.stash[LEFT_OUT]
     copies = {row["group"]: row for row in rows if row["extra_info"]["implementation"] == "copy"}
     for row in rows:
         row["params"] = row["stats"]["data"] = None

@@ -51,6 +51,10 @@ class Networks:
             model = dx.nn.ContextUnet(**self.configuration).eval()
         return model.to(self.device, memory_format=torch.channels_last)
 
+    def for_sampling(self):
+        """The same, optimized for sampling."""
+        return dx.optimize_for_sampling(self.our_model())
+
     def source_model(self, dtype=torch.float32) -> source.ContextUnet:
         with torch.random.fork_rng():
             model = source.ContextUnet(**self.configuration).eval()
@@ -103,9 +107,7 @@ def forwards(networks: Networks) -> list[Work]:
     rows |= twice_compiled(lambda: compile_anew(networks.source_model()), factor=FORWARD)
     rows |= {"reference": referring(ours), "ours": ours}
     if hasattr(dx, "optimize_for_sampling"):
-        rows["ours, optimized"] = built(
-            lambda: dx.optimize_for_sampling(networks.our_model()), **of
-        )
+        rows["ours, optimized"] = built(networks.for_sampling, **of)
     work = Work(
         op="ContextUnet",
         variant="forward",
@@ -154,11 +156,13 @@ def our_training(networks: Networks):
     return step
 
 
-def trainings(networks: Networks) -> list[Work]:
-    def inputs():
-        t = 1 + 15 * networks.case.seeds() % SCHEDULE.timesteps
-        return networks.case.draw(), t, networks.context(), networks.case.seeds()
+def training_inputs(networks: Networks) -> tuple:
+    """x0, t, context, seeds"""
+    t = 1 + 15 * networks.case.seeds() % SCHEDULE.timesteps
+    return networks.case.draw(), t, networks.context(), networks.case.seeds()
 
+
+def trainings(networks: Networks) -> list[Work]:
     def exact(x0, t, c, seeds, draw=None):
         made = draw or (lambda x0: dx.perturb(x0, t, SCHEDULE, seeds=seeds)[1])
         return source_training(networks, torch.float64)(x0, t, c, seeds, made)
@@ -175,7 +179,7 @@ def trainings(networks: Networks) -> list[Work]:
         op="ContextUnet",
         variant="training step",
         case=networks.case,
-        inputs=inputs,
+        inputs=partial(training_inputs, networks),
         implementations=rows,
         exact=exact,
         passes=2,
@@ -193,7 +197,7 @@ def our_sampling(networks: Networks, table) -> dict[str, Implementation]:
     """By every engine, of the network as it is and optimized for sampling."""
     builders = {"ours": networks.our_model}
     if hasattr(dx, "optimize_for_sampling"):
-        builders["ours, optimized"] = lambda: dx.optimize_for_sampling(networks.our_model())
+        builders["ours, optimized"] = networks.for_sampling
     rows = {}
     for name, build in builders.items():
         for engine in ENGINES:
@@ -207,7 +211,7 @@ def our_sampling(networks: Networks, table) -> dict[str, Implementation]:
     return rows
 
 
-def sampler(build, table, engine):
+def sampler(build, table, engine="eager"):
     model = build()
 
     def sample(x_T, c, seeds):

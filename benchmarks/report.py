@@ -46,8 +46,8 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 def markdown(results: Results, verdicts: list[Verdict]) -> str:
     facts = "\n".join(f"* {n}: {results.machine[n]}" for n in FACTS if n in results.machine)
     parts = [f"# Benchmarks on {results.machine['device']}\n\n{facts}\n\n{LEGEND}"]
-    if results.partial:
-        parts.append("**Partial**: this run left rows of the suite out.\n")
+    if results.left_out:
+        parts.append(f"**Partial**: {len(results.left_out)} rows of the suite were left out.\n")
     if verdicts:
         parts.append("## Targets\n\n" + target_table(verdicts))
     for op in dict.fromkeys(group.info["op"] for group in results.groups.values()):
@@ -127,7 +127,7 @@ def thin(results: Results) -> str:
         for row in group.rows.values()
     ]
     machine = {name: results.machine[name] for name in FACTS if name in results.machine}
-    head = json.dumps({"machine_info": machine, "partial": results.partial})
+    head = json.dumps({"machine_info": machine, "left_out": results.left_out})
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f'{head[:-1]}, "benchmarks": [\n{lines}\n]}}\n'
 
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .plot import plot  # matplotlib is slow to import
 
     plot(results, out / "plot.png")
-    failed = failures(verdicts, results.partial)
+    failed = failures(verdicts, partial=bool(results.left_out))
     if verdicts:
         print(said_of(verdicts, failed))
     print(f"{out / 'results.md'}, results.json, plot.png: {len(results.groups)} works")

@@ -37,10 +37,10 @@ class Group:
 
 @dataclass
 class Results:
-    """machine: its facts. partial: rows of the suite were left out on purpose."""
+    """machine: its facts. left_out: the rows of the suite that no run was asked for."""
 
     machine: dict
-    partial: bool
+    left_out: list[str]
     groups: dict[str, Group]
 
 
@@ -61,4 +61,5 @@ def load(paths: Iterable[pathlib.Path]) -> Results:
             before, name = group.rows.get(info["implementation"]), info["implementation"]
             if before is None or stats["min"] < before.seconds:
                 group.rows[name] = Row(stats["min"], stats["median"], info)
-    return Results(files[-1]["machine_info"], all(file["partial"] for file in files), groups)
+    left_out = set.intersection(*(set(file["left_out"]) for file in files))
+    return Results(files[-1]["machine_info"], sorted(left_out), groups)

@@ -95,11 +95,17 @@ def compiled_too(work: Work, quick: bool) -> bool:
     return case.shape == large if work.op in ("perturb", "philox_normal") else True
 
 
+def is_worthwhile(work: Work, name: str, quick: bool) -> bool:
+    if name == "reference":  # of large tensors it takes seconds, and nobody runs it for its speed
+        return work.case.bytes <= 1 << 24
+    return compiled_too(work, quick) or not work.implementations[name].compiles
+
+
 def rows(test: str, quick: bool) -> list[tuple[Work, str]]:
     """(work, implementation), those of a work one after the other."""
     return [
         (work, name)
         for work in TESTS[test](QUICK if quick else WHOLE)
-        for name, implementation in work.implementations.items()
-        if compiled_too(work, quick) or not implementation.compiles
+        for name in work.implementations
+        if is_worthwhile(work, name, quick)
     ]
