@@ -80,17 +80,21 @@ def measure(benchmark, request):
 
 # --- the JSON file --------------------------------------------------------------------------------
 
-LEFT_OUT = pytest.StashKey[list[str]]()
+ASKED = pytest.StashKey[set[str]]()
 
 
 def pytest_collection_finish(session):
-    """Notes which rows of `make bench` this run leaves out, for the report to say."""
+    session.config.stash[ASKED] = {item.name for item in session.items}
+
+
+def left_out(asked: set[str]) -> list[str]:
+    """The rows of `make bench` that a run was not asked for."""
     whole = {
         f"test_{test}[{row_id(work, name)}]"
         for test in suite.TESTS
         for work, name in suite.rows(test, quick=False)
     }
-    session.config.stash[LEFT_OUT] = sorted(whole - {item.name for item in session.items})
+    return sorted(whole - asked)
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -101,7 +105,7 @@ def pytest_benchmark_update_machine_info(machine_info):
 def pytest_benchmark_update_json(config, output_json):
     """Adds what only the whole run knows, and drops what is long and not read."""
     rows = output_json["benchmarks"]
-    output_json["left_out"] = config.stash[LEFT_OUT]
+    output_json["left_out"] = left_out(config.stash[ASKED])
     copies = {row["group"]: row for row in rows if row["extra_info"]["implementation"] == "copy"}
     for row in rows:
         row["params"] = row["stats"]["data"] = None

@@ -19,6 +19,11 @@ from .work import Case, Implementation, Work, compile_anew, copy_of_x, referring
 CONTEXT = 5
 # Rounding grows through a network's layers, and by 1/signal over a sampler's steps.
 FORWARD, TRAINING, SAMPLING = 16, 64, 256
+TF32 = 64  # times more, in which cuDNN's convolutions round float32 by default
+
+
+def tolerance(factor: float, device: str) -> float:
+    return factor * (TF32 if device == "cuda" else 1)
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,10 @@ def forwards(networks: Networks) -> list[Work]:
         t = torch.linspace(0.05, 1, networks.batch, device=networks.device)
         return networks.case.draw(), t, networks.context()
 
-    of = {"around": torch.no_grad, "factor": FORWARD}
+    of = {"around": torch.no_grad, "factor": tolerance(FORWARD, networks.device)}
     ours = built(networks.our_model, **of)
     rows = {"copy": copy_of_x(), "eager": built(networks.source_model, **of)}
-    rows |= twice_compiled(lambda: compile_anew(networks.source_model()), factor=FORWARD)
+    rows |= twice_compiled(lambda: compile_anew(networks.source_model()), factor=of["factor"])
     rows |= {"reference": referring(ours), "ours": ours}
     if hasattr(dx, "optimize_for_sampling"):
         rows["ours, optimized"] = built(networks.for_sampling, **of)
@@ -170,7 +175,7 @@ def trainings(networks: Networks) -> list[Work]:
     def compiled():
         return source_training(networks, loss_of=compile_anew(source.loss_of))
 
-    of = {"factor": TRAINING}
+    of = {"factor": tolerance(TRAINING, networks.device)}
     ours = built(partial(our_training, networks), noise="seeds", **of)
     rows = {"copy": copy_of_x(), "eager": built(partial(source_training, networks), **of)}
     rows |= {"compiled": built(compiled, compiles=True, **of)}
@@ -204,7 +209,7 @@ def our_sampling(networks: Networks, table) -> dict[str, Implementation]:
             rows[name if engine == "eager" else f"{name}, {engine}"] = built(
                 partial(sampler, build, table, engine),
                 noise="seeds",
-                factor=SAMPLING,
+                factor=tolerance(SAMPLING, networks.device),
                 compiles=engine == "compile",
                 missing="CUDA graphs" if (engine, networks.device) == ("graph", "cpu") else "",
             )
@@ -241,8 +246,10 @@ def samplings(networks: Networks) -> list[Work]:
         "weights": steps * networks.bytes,
     }
 
+    factor = tolerance(SAMPLING, networks.device)
+
     def rows(by_source):
-        return {"copy": copy_of_x(), "eager": built(partial(by_source, networks), factor=SAMPLING)}
+        return {"copy": copy_of_x(), "eager": built(partial(by_source, networks), factor=factor)}
 
     def compiled_ddim():
         return by_source_ddim(networks, step=compile_anew(source.ddim_step))
@@ -258,7 +265,7 @@ def samplings(networks: Networks) -> list[Work]:
     ddim = Work(
         variant=f"DDIM, {steps} steps",
         implementations=rows(by_source_ddim)
-        | twice_compiled(compiled_ddim, factor=SAMPLING)
+        | twice_compiled(compiled_ddim, factor=factor)
         | our_sampling(networks, dx.ddim(SCHEDULE, steps)),
         exact=lambda *inputs: by_source_ddim(networks, torch.float64)(*inputs),
         **common,

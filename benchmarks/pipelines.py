@@ -9,7 +9,7 @@ import torch
 
 import diffusion_ext as dx
 
-from .networks import SAMPLING, built
+from .networks import SAMPLING, built, tolerance
 from .work import Case, Work
 
 
@@ -75,7 +75,7 @@ def pipelines(case: Case, channels: tuple[int, ...], steps: int = 10) -> list[Wo
             x = scheduler.step(model(x, t).sample, t, x).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
 
-    of = {"factor": SAMPLING}
+    of = {"factor": tolerance(SAMPLING, case.device)}
     work = Work(
         op="diffusers pipeline",
         variant=f"DDIM, {steps} steps",

@@ -82,76 +82,79 @@ def from_diffusers(case: Case, name: str, **options) -> dict[str, Implementation
     return {"diffusers": formula(step, factor=64)}  # its tables are products in float32
 
 
+def ddim(case: Case, name: str, by, passes: int, **options) -> Work:
+    step = stepper(name, case.device)
+    return Work(
+        op="sampler_step",
+        variant=f"{name}, no noise",
+        case=case,
+        inputs=lambda: (case.draw(), case.draw()),
+        implementations=baselines(by, case)
+        | from_diffusers(case, "DDIMScheduler", **options)
+        | ours(step),
+        exact=step,
+        passes=3,
+        eager_passes=passes,
+    )
+
+
+def ddpm_given(case: Case) -> Work:
+    step = stepper("DDPM", case.device)
+    return Work(
+        op="sampler_step",
+        variant="DDPM, noise given",
+        case=case,
+        inputs=lambda: (case.draw(), case.draw(), case.draw()),
+        implementations=baselines(eager.ddpm, case)
+        | {BY_X0: formula(eager.ddpm_by_x0)}
+        | ours(step),
+        exact=step,
+        passes=4,
+        eager_passes=19,
+    )
+
+
+def ddpm_made(case: Case, guided: bool) -> Work:
+    """With guidance the model's output has two halves; a scheduler of diffusers leaves that out."""
+    step = stepper("DDPM", case.device)
+    guidance, halves = (eager.GUIDANCE, 2) if guided else (1.0, 1)
+    combined = eager.guided if guided else lambda m: m
+
+    def by_kernel(x, m, seeds):
+        return step(x, m, seeds=seeds, guidance=guidance)
+
+    def exact(x, m, seeds, draw=None):
+        noise = {"noise": draw(x)} if draw else {"seeds": seeds}
+        return step(x, m, **noise, guidance=guidance)
+
+    theirs = {} if guided else from_diffusers(case, "DDPMScheduler", variance_type="fixed_large")
+    return Work(
+        op="sampler_step",
+        variant=f"DDPM{' + guidance' if guided else ''}, noise made",
+        case=case,
+        inputs=lambda: (
+            case.draw(),
+            case.draw((halves * case.shape[0], *case.shape[1:])),
+            case.seeds(),
+        ),
+        implementations=baselines(lambda x, m, _: eager.ddpm(x, combined(m)), case, noise="own")
+        | {BY_X0: formula(lambda x, m, _: eager.ddpm_by_x0(x, combined(m)))}
+        | theirs
+        | ours(by_kernel),
+        exact=exact,
+        passes=2 + halves,
+        eager_passes=28 if guided else 20,
+        random=True,
+    )
+
+
 def sampler_steps(case: Case) -> list[Work]:
-    ddpm = stepper("DDPM", case.device)
-    common = {"op": "sampler_step", "case": case}
-
-    def seeded(guidance):
-        def step(x, m, seeds):
-            return ddpm(x, m, seeds=seeds, guidance=guidance)
-
-        def exact(x, m, seeds, draw=None):
-            noise = {"noise": draw(x)} if draw else {"seeds": seeds}
-            return ddpm(x, m, **noise, guidance=guidance)
-
-        return step, exact
-
-    def without_noise(name, by, passes, **options):
-        step = stepper(name, case.device)
-        implementations = baselines(by, case)
-        implementations |= from_diffusers(case, "DDIMScheduler", **options)
-        return Work(
-            variant=f"{name}, no noise",
-            inputs=lambda: (case.draw(), case.draw()),
-            implementations=implementations | ours(step),
-            exact=step,
-            passes=3,
-            eager_passes=passes,
-            **common,
-        )
-
-    def noise_made(variant, guidance, by, by_x0, passes, theirs):
-        step, exact = seeded(guidance)
-        halves = 1 if guidance == 1 else 2
-        shape = (halves * case.shape[0], *case.shape[1:])
-        return Work(
-            variant=f"{variant}, noise made",
-            inputs=lambda: (case.draw(), case.draw(shape), case.seeds()),
-            implementations=baselines(lambda x, m, _: by(x, m), case, noise="own")
-            | {BY_X0: formula(lambda x, m, _: by_x0(x, m))}
-            | theirs
-            | ours(step),
-            exact=exact,
-            passes=2 + halves,
-            eager_passes=passes,
-            random=True,
-            **common,
-        )
-
-    theirs = from_diffusers(case, "DDPMScheduler", variance_type="fixed_large")
     return [
-        without_noise("DDIM", eager.ddim, 12),
-        without_noise("DDIM + clip", eager.ddim_clipped, 16, clip_sample=True),
-        Work(
-            variant="DDPM, noise given",
-            inputs=lambda: (case.draw(), case.draw(), case.draw()),
-            implementations=baselines(eager.ddpm, case)
-            | {BY_X0: formula(eager.ddpm_by_x0)}
-            | ours(ddpm),
-            exact=ddpm,
-            passes=4,
-            eager_passes=19,
-            **common,
-        ),
-        noise_made("DDPM", 1.0, eager.ddpm, eager.ddpm_by_x0, 20, theirs),
-        noise_made(
-            "DDPM + guidance",
-            eager.GUIDANCE,
-            lambda x, both: eager.ddpm(x, eager.guided(both)),
-            lambda x, both: eager.ddpm_by_x0(x, eager.guided(both)),
-            28,
-            {},
-        ),
+        ddim(case, "DDIM", eager.ddim, 12),
+        ddim(case, "DDIM + clip", eager.ddim_clipped, 16, clip_sample=True),
+        ddpm_given(case),
+        ddpm_made(case, guided=False),
+        ddpm_made(case, guided=True),
     ]
 
 
