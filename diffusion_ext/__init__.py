@@ -2,7 +2,7 @@
 
 from . import nn
 from .information import info
-from .nn import fuse, unfuse
+from .nn import fuse, optimize_for_sampling, unfuse
 from .ops import (
     ddim_step,
     ddpm_step,
@@ -44,6 +44,7 @@ __all__ = [
     "group_norm_act",
     "info",
     "nn",
+    "optimize_for_sampling",
     "perturb",
     "philox_normal",
     "sample",

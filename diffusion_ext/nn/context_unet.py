@@ -53,15 +53,17 @@ class ResidualConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
         x1 = self.conv1(x)
         x2 = self.conv2(x1)
-        if not self.is_res:
-            return x2
+        return self.residual(x, x1, x2) / RESIDUAL_SCALE if self.is_res else x2
+
+    def residual(self, x: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+        """The shortcut and x2, the second convolution; it and the first, x1, are [B, out, H, W]."""
         if self.same_channels:
-            return (x + x2) / RESIDUAL_SCALE
+            return x + x2
         if self.shortcut == "scaled":
-            return (x1 + x2) / RESIDUAL_SCALE
+            return x1 + x2
         if self.shortcut == "random":
-            return (_untrained_conv1x1(x, x2.shape[1]) + x2) / RESIDUAL_SCALE
-        return x2 / RESIDUAL_SCALE
+            return _untrained_conv1x1(x, x2.shape[1]) + x2
+        return x2
 
 
 def _untrained_conv1x1(x: Tensor, out_channels: int) -> Tensor:
@@ -116,7 +118,72 @@ class EmbedFC(nn.Module):
         return self.model(x)
 
 
-class ContextUnet(nn.Module):
+class UnetForward(nn.Module):
+    """What a ContextUnet computes, of modules and sizes that are named as its own.
+
+    A run of many steps can have them at once: `prepare` its times and its context, then `predict`
+    at each step from one row of the times' embeddings.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Predicts the noise in x.
+
+        Args:
+            x: [B, in_channels, height, height] noised images.
+            t: [B], or one value for all (such as [1, 1, 1, 1]): timestep / T, in (0, 1].
+            c: [B, n_cfeat] context; None means no context, a vector of zeros.
+
+        Returns:
+            [B, in_channels, height, height], in x's memory format.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is wanted.
+        """
+        self._check_input(x, t, c)
+        c = c if c is None else c.to(x.dtype)
+        return self.predict(x, *self.prepare(t.to(x.dtype), c))
+
+    def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[tuple[Tensor, ...], ...]:
+        """The embeddings of times t [n] and of a context c [B, n_cfeat], in the network's dtype.
+
+        Returns: (shift1 [n, 2·n_feat], shift2 [n, n_feat]) of the times, and
+        (scale1 [B, 2·n_feat], scale2 [B, n_feat]) of the context, of one row where it is None.
+        """
+        t = t.reshape(-1, 1)
+        c = t.new_zeros(1, self.n_cfeat) if c is None else c
+        shifts = self.timeembed1(t), self.timeembed2(t)
+        return shifts, (self.contextembed1(c), self.contextembed2(c))
+
+    def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
+        """The noise in x [B, in_channels, height, height], from embeddings of B rows or of one."""
+        batch = x.shape[0]
+        shift1, scale1 = (rows[0].expand(batch, -1) for rows in (shifts, scales))
+        shift2, scale2 = (rows[1][:, :, None, None] for rows in (shifts, scales))
+
+        x = self.init_conv(x)  # [B, n, H, H]
+        down1 = self.down1(x)  # [B, n, H/2, H/2]
+        down2 = self.down2(down1)  # [B, 2n, H/4, H/4]
+        hidden = self.to_vec(down2)  # [B, 2n, 1, 1]
+        unpool, norm = self.up0
+        up1 = norm(unpool(hidden), post_scale=scale1, post_shift=shift1)  # [B, 2n, H/4, H/4]
+        up2 = self.up1(up1, down2)  # [B, n, H/2, H/2]
+        up3 = self.up2(scale2 * up2 + shift2, down1)  # [B, n, H, H]
+        return self.out(torch.cat((up3, x), dim=1))
+
+    def _check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
+        for name, tensor in {"x": x, "t": t, "c": c}.items():
+            if tensor is not None and not tensor.is_floating_point():
+                raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")
+        batch, image = x.shape[0], [self.in_channels, self.height, self.height]
+        if list(x.shape[1:]) != image:
+            raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
+        if t.numel() != 1 and list(t.shape) != [batch]:
+            raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
+        if c is not None and list(c.shape) != [batch, self.n_cfeat]:
+            raise ValueError(f"c: wanted shape {[batch, self.n_cfeat]}, got {list(c.shape)}")
+
+
+class ContextUnet(UnetForward):
     """U-Net for square images, conditioned on the time t/T and on a context vector.
 
     Args:
@@ -188,52 +255,6 @@ class ContextUnet(nn.Module):
         """The arguments that build this model again: ContextUnet(**model.configuration)."""
         sizes = ("in_channels", "n_feat", "n_cfeat", "height")
         return {name: getattr(self, name) for name in sizes} | self.options
-
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
-        """Predicts the noise in x.
-
-        Args:
-            x: [B, in_channels, height, height] noised images.
-            t: [B], or one value for all (such as [1, 1, 1, 1]): timestep / T, in (0, 1].
-            c: [B, n_cfeat] context; None means no context, a vector of zeros.
-
-        Returns:
-            [B, in_channels, height, height], in x's memory format.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what came and what is wanted.
-        """
-        self._check_input(x, t, c)
-        batch = x.shape[0]
-        t = t.to(x.dtype).reshape(-1, 1)  # [B or 1, 1]
-        c = x.new_zeros(1, self.n_cfeat) if c is None else c.to(x.dtype)
-        # Embeddings are [B or 1, features]; one row serves the whole batch by expansion.
-        scale1 = self.contextembed1(c).expand(batch, -1)
-        shift1 = self.timeembed1(t).expand(batch, -1)
-        scale2 = self.contextembed2(c)[:, :, None, None]
-        shift2 = self.timeembed2(t)[:, :, None, None]
-
-        x = self.init_conv(x)  # [B, n, H, H]
-        down1 = self.down1(x)  # [B, n, H/2, H/2]
-        down2 = self.down2(down1)  # [B, 2n, H/4, H/4]
-        hidden = self.to_vec(down2)  # [B, 2n, 1, 1]
-        unpool, norm = self.up0
-        up1 = norm(unpool(hidden), post_scale=scale1, post_shift=shift1)  # [B, 2n, H/4, H/4]
-        up2 = self.up1(up1, down2)  # [B, n, H/2, H/2]
-        up3 = self.up2(scale2 * up2 + shift2, down1)  # [B, n, H, H]
-        return self.out(torch.cat((up3, x), dim=1))
-
-    def _check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
-        for name, tensor in {"x": x, "t": t, "c": c}.items():
-            if tensor is not None and not tensor.is_floating_point():
-                raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")
-        batch, image = x.shape[0], [self.in_channels, self.height, self.height]
-        if list(x.shape[1:]) != image:
-            raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
-        if t.numel() != 1 and list(t.shape) != [batch]:
-            raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
-        if c is not None and list(c.shape) != [batch, self.n_cfeat]:
-            raise ValueError(f"c: wanted shape {[batch, self.n_cfeat]}, got {list(c.shape)}")
 
 
 def _check_configuration(

@@ -1,0 +1,113 @@
+"""The convolutions of a network that only infers, without gradients.
+
+Their weights lie as the memory format of the network wants them; where torch has oneDNN's
+convolutions with packed weights, which torch.compile uses too, those serve.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packed:
+    """oneDNN's 3x3 convolution with padding 1, and the GELU after it in the same pass.
+
+    Args:
+        weight: [K, C, 3, 3], on the CPU. bias: [K]. gelu: whether GELU follows.
+        shape: of the inputs [B, C, H, W] that the weights are laid out for; others are taken too.
+
+    A copy shares the weights, which nothing writes to.
+    """
+
+    HOW = ([1, 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool, shape: tuple[int, ...]):
+        self.bias, self.act = bias, ("gelu", [], "none") if gelu else ("none", [], "")
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(), *self.HOW, list(shape)
+        )
+
+    @staticmethod
+    def serves(weight: Tensor) -> bool:
+        """Whether this torch and this CPU have it for such weights."""
+        ops, names = torch.ops.mkldnn, ("_convolution_pointwise", "_reorder_convolution_weight")
+        if weight.device.type != "cpu" or not all(hasattr(ops, name) for name in names):
+            return False
+        if weight.dtype == torch.bfloat16:
+            return ops._is_mkldnn_bf16_supported()
+        return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W], B > 0 -> [B, K, H, W], channels_last"""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.HOW, *self.act
+        )
+
+    def __deepcopy__(self, memo) -> Packed:
+        return self
+
+
+class Conv3x3(nn.Module):
+    """A 3x3 convolution with padding 1, and the GELU after it.
+
+    Args:
+        weight: [K, C, 3, 3]. bias: [K]. gelu: whether GELU follows.
+        layout: the memory format of its inputs. batch, side: of the images that it is packed for.
+    """
+
+    def __init__(
+        self, weight, bias, gelu: bool, layout: torch.memory_format, batch: int, side: int
+    ):
+        super().__init__()
+        self.weight = frozen(weight.contiguous(memory_format=layout))
+        self.bias, self.gelu, self.packed = frozen(bias), gelu, None
+        if layout == torch.channels_last and Packed.serves(weight):
+            shape = (batch, weight.shape[1], side, side)
+            self.packed = Packed(self.weight, self.bias, gelu, shape)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H, W]
+        if self.packed is not None and len(x):
+            return self.packed(x)
+        y = F.conv2d(x, self.weight, self.bias, padding=1)
+        return torch.ops.aten.gelu_(y) if self.gelu else y
+
+
+class Unpool(nn.Module):
+    """A transposed convolution whose stride is the side of its kernel: one product of matrices.
+
+    Args: conv: such a ConvTranspose2d. layout: the memory format of its outputs. dtype: of both.
+    """
+
+    def __init__(self, conv: nn.ConvTranspose2d, layout: torch.memory_format, dtype: torch.dtype):
+        super().__init__()
+        channels, self.out_channels, self.side, _ = conv.weight.shape
+        self.layout = layout
+        weight = conv.weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        self.weight = frozen(weight.to(dtype, copy=True))  # [C, side·side·K]
+        self.bias = frozen(conv.bias.repeat(self.side**2).to(dtype))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, side·H, side·W]"""
+        batch, channels, height, width = x.shape
+        side, out_channels = self.side, self.out_channels
+        y = torch.addmm(self.bias, _pixels(x), self.weight[:channels])
+        if skip is not None:
+            y.addmm_(_pixels(skip), self.weight[channels:])
+        y = y.view(batch, height, width, side, side, out_channels)
+        height, width = side * height, side * width
+        if self.layout == torch.contiguous_format:
+            y = y.permute(0, 5, 1, 3, 2, 4).contiguous()
+            return y.view(batch, out_channels, height, width)
+        y = y.transpose(2, 3).contiguous().view(batch, height, width, out_channels)
+        return y.permute(0, 3, 1, 2)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B·H·W, C], a view of what is channels_last"""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
