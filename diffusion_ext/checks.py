@@ -129,4 +129,9 @@ def as_seeds(seeds, batch: int, device: torch.device) -> Tensor:
             raise ValueError(f"seeds: wanted an int of 64 bits, got {seeds}")
         return torch.full((batch,), seeds, device=device) + torch.arange(batch, device=device)
     check_indices("seeds", seeds, batch, seeds.device)
-    return seeds.to(device)
+    return moved(seeds, device)
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on that device. On its way to a GPU it is not waited for."""
+    return tensor.to(device, dtype, non_blocking=torch.device(device).type == "cuda")

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .checks import moved
+
 
 def as_context(model, context, batch: int, device, dtype, name: str = "context"):
     """A context on the sample's device, its floats in the sample's dtype.
@@ -36,7 +38,7 @@ def as_context(model, context, batch: int, device, dtype, name: str = "context")
             f"{name}: wanted floats [B, n] or int64 labels [B], "
             f"got {context.dtype} {list(context.shape)}"
         )
-    return context.to(device, dtype)
+    return moved(context, device, dtype)
 
 
 def _one_hot(model, labels: Tensor, name: str) -> Tensor:
@@ -56,7 +58,7 @@ def _placed(name: str, leaf, batch: int, device, dtype):
         return leaf
     if leaf.shape[:1] != (batch,):
         raise ValueError(f"{name}: wanted {batch} rows (the batch), got {list(leaf.shape)}")
-    return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+    return moved(leaf, device, dtype if leaf.is_floating_point() else leaf.dtype)
 
 
 def doubled(context, null_context):

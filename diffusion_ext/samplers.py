@@ -13,84 +13,22 @@ dtype (in half precision the noise of the last steps would vanish).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from . import grids
 from .checks import check_clip, check_number, check_schedule
 from .grids import SPACINGS, Grid, spaced_timesteps
-from .schedules import NoiseSchedule, is_lasting
+from .schedules import NoiseSchedule
+from .step_table import COLUMNS, StepTable
 
 __all__ = [
     "COLUMNS", "PREDICTIONS", "SPACINGS", "StepTable", "ddim", "ddim_inversion", "ddpm", "dpmpp_2m",
     "euler", "euler_ancestral", "flow_euler", "spaced_timesteps",
 ]  # fmt: skip
 
-COLUMNS = ("kx", "km", "ax", "am", "a0", "ah", "az")
 PREDICTIONS = ("epsilon", "v", "x0", "flow")
-
-
-@dataclass(frozen=True, eq=False)
-class StepTable:
-    """A sampler, ready to run: the timesteps and one row of coefficients per step.
-
-    Attributes:
-        timesteps: int64 [n], the step word of each step's noise: on a schedule its timestep.
-        weights: float64 [n, 7], in the order of `COLUMNS`.
-        clip: x0 is clipped to [-clip, clip]; None for no clipping.
-        train_timesteps: T of the schedule.
-        times: float64 [n], what the model is given before each step; by default timesteps/T.
-        levels: float64 [n+1, 2], signal and sigma of the sample before each step and after the
-            last: x = signal·x0 + sigma·ε. None where they are not known.
-    """
-
-    timesteps: np.ndarray
-    weights: np.ndarray
-    clip: float | None
-    train_timesteps: int
-    times: np.ndarray | None = None
-    levels: np.ndarray | None = None
-    _tensors: dict = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.times is None:
-            object.__setattr__(self, "times", self.timesteps / self.train_timesteps)
-        for name in ("timesteps", "weights", "times", "levels"):
-            if getattr(self, name) is None:
-                continue
-            frozen = getattr(self, name).copy()
-            frozen.setflags(write=False)
-            object.__setattr__(self, name, frozen)
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def multistep(self) -> bool:
-        """Whether a step looks back at the data prediction of the one before."""
-        return bool((self.weights[:, COLUMNS.index("ah")] != 0).any())
-
-    @property
-    def coefficients(self) -> np.ndarray:
-        """float32 [n, 7]: the weights as the kernels read them, whatever the sample's dtype."""
-        return self.weights.astype(np.float32)
-
-    def tensors(self, device, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """(coefficients [n, 7], timesteps int64 [n]) on `device`, copied there once.
-
-        The coefficients are float32, or float64 where the samples' dtype is.
-        """
-        key = (torch.device(device), dtype == torch.float64)
-        if key in self._tensors:
-            return self._tensors[key]
-        values = self.weights if dtype == torch.float64 else self.coefficients
-        arrays = values, self.timesteps
-        tensors = tuple(torch.from_numpy(array.copy()).to(device) for array in arrays)
-        if is_lasting(tensors[0]):
-            self._tensors[key] = tensors
-        return tensors
 
 
 def ddpm(schedule: NoiseSchedule, clip: float | None = None, prediction: str = "epsilon"):

@@ -139,18 +139,18 @@ class UnetForward(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is wanted.
         """
-        self._check_input(x, t, c)
-        c = c if c is None else c.to(x.dtype)
-        return self.predict(x, *self.prepare(t.to(x.dtype), c))
+        self.check_input(x, t, c)
+        return self.predict(x, *self.prepare(t, c))
 
     def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[tuple[Tensor, ...], ...]:
-        """The embeddings of times t [n] and of a context c [B, n_cfeat], in the network's dtype.
+        """The embeddings of times t [n] and of a context c [B, n_cfeat], in the parameters' dtype.
 
         Returns: (shift1 [n, 2·n_feat], shift2 [n, n_feat]) of the times, and
         (scale1 [B, 2·n_feat], scale2 [B, n_feat]) of the context, of one row where it is None.
         """
-        t = t.reshape(-1, 1)
-        c = t.new_zeros(1, self.n_cfeat) if c is None else c
+        dtype = next(self.parameters()).dtype
+        t = t.to(dtype).reshape(-1, 1)
+        c = t.new_zeros(1, self.n_cfeat) if c is None else c.to(dtype)
         shifts = self.timeembed1(t), self.timeembed2(t)
         return shifts, (self.contextembed1(c), self.contextembed2(c))
 
@@ -170,7 +170,7 @@ class UnetForward(nn.Module):
         up3 = self.up2(scale2 * up2 + shift2, down1)  # [B, n, H, H]
         return self.out(torch.cat((up3, x), dim=1))
 
-    def _check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
+    def check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
         for name, tensor in {"x": x, "t": t, "c": c}.items():
             if tensor is not None and not tensor.is_floating_point():
                 raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")

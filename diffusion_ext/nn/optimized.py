@@ -90,11 +90,9 @@ class OptimizedContextUnet(UnetForward):
 
     @torch.no_grad()
     def prepare(self, t: Tensor, c: Tensor | None = None):
-        dtype = self.timeembed1.model[0].weight.dtype
-        embeddings = super().prepare(t.to(dtype), c if c is None else c.to(dtype))
+        embeddings = super().prepare(t, c)  # in the model's dtype
         return tuple(tuple(e.to(self.dtype) for e in part) for part in embeddings)
 
-    @torch.compiler.disable  # oneDNN's packed weights are nothing that torch.compile knows
     @torch.no_grad()
     def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
         inputs = x.to(self.dtype, memory_format=self.memory_format)
