@@ -58,19 +58,51 @@ def sampler_step(
 
     Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
     """
-    _check_samples(x, model_output, noise, seeds, history)
-    _check_table(x, coefficients, timesteps, row)
     check_clip(clip)
     check_number("guidance", guidance)
-    native = serves(x) and not needs_grad(x, model_output, noise, history, coefficients)
-    args = (coefficients, timesteps, row, noise, seeds, history, clip, guidance)
-    out, x0 = _apply(native, x, model_output, *args, return_x0)
+    out, x0 = _apply(
+        (coefficients,),
+        *(x, model_output, coefficients, timesteps, row, noise, seeds, history),
+        *(clip, guidance, return_x0),
+    )
     return (out, x0) if return_x0 else out
 
 
-def _apply(native: bool, *args):
-    """(x', x0) of checked arguments, in the op's order; the last is whether x0 is wanted."""
-    return kernels().sampler_step(*args) if native else reference.sampler_step(*args[:-1])
+# What a kernel's own checks raise, and what our look at arguments that are no tensors does.
+_REFUSALS = (RuntimeError, TypeError, AttributeError)
+
+
+def _apply(weights, x, model_output, coefficients, timesteps, row, noise, seeds, history, *options):
+    """(x', x0) of the arguments in the op's order; weights: tables that may ask for gradients.
+
+    A kernel checks its arguments before it runs, so ours, which took as long as a small step, are
+    made only where it refuses, to say which argument was wrong; and before the reference.
+    """
+
+    def check():
+        _check_samples(x, model_output, noise, seeds, history)
+        _check_table(x, coefficients, timesteps, row)
+
+    args = (x, model_output, coefficients, timesteps, row, noise, seeds, history, *options)
+    if torch.compiler.is_compiling():  # the op is then a fake, which checks nothing
+        check()
+    try:
+        # With a tensor on "meta" the op's fake would be called, which checks nothing.
+        refused = _any_meta(model_output, coefficients, timesteps, row, noise, seeds, history)
+        if serves(x) and not refused and not needs_grad(x, model_output, noise, history, *weights):
+            return kernels().sampler_step(*args)
+    except _REFUSALS:
+        check()
+        raise
+    check()
+    return reference.sampler_step(*args[:-1])
+
+
+def _any_meta(*tensors) -> bool:
+    for tensor in tensors:  # noqa: SIM110 (any of a generator takes twice as long)
+        if tensor is not None and tensor.is_meta:
+            return True
+    return False
 
 
 def _check_samples(x, model_output, noise, seeds, history) -> None:
@@ -181,9 +213,7 @@ def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
         noise, seeds = resolve_noise(x, noise, seeds)
     else:
         noise = seeds = None
-    _check_samples(x, model_output, noise, seeds, None)
-    native = serves(x) and not needs_grad(x, model_output, noise)
-    return _apply(native, x, model_output, *table, row, noise, seeds, None, None, 1.0, False)[0]
+    return _apply((), x, model_output, *table, row, noise, seeds, None, None, 1.0, False)[0]
 
 
 def _check_timestep(name: str, t, low: int, high: int) -> None:
