@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import group_norm_act
 from ..ops.backend import serves
+from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
 
 FUSED_FROM = "_fused_from"
@@ -65,9 +66,8 @@ class FusedGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         act = carried(self)
-        if kernel_serves(self, x):
-            return run(self, promoted(self, x), act)
-        return ACTIVATIONS[act](self.unfused(x))
+        y = fused_op(self, x, act)
+        return ACTIVATIONS[act](self.unfused(x)) if y is None else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.carries == "identity" else f", {self.carries}")
@@ -128,8 +128,10 @@ def absorb(norm: FusedGroupNorm, activation: nn.Module) -> None:
 
 
 def carried(norm: FusedGroupNorm) -> str:
-    """The activation that norm computes now: none while it is hooked, for hooks see norms alone."""
-    return "identity" if norm.carries == "identity" or hooked(norm) else norm.carries
+    """The activation that norm computes now: none while hooks watch, for they see norms alone."""
+    if norm.carries == "identity" or hooked(norm) or _has_any_global_hook():
+        return "identity"
+    return norm.carries
 
 
 def norm_act(
@@ -144,29 +146,23 @@ def norm_act(
 ) -> Tensor:
     """activation((1 + scale)·norm(x + pre_shift) + shift) [N, C, *spatial]: one op where it can be.
 
-    It can where `fuse` has taken norm, neither module is hooked and a kernel serves x. Otherwise
+    It can where `fuse` has taken norm, no hook watches a module and a kernel serves x. Otherwise
     the modules are called one after the other.
 
     Args:
         pre_shift, scale, shift: [N or 1, C] or None; scale and shift come together.
         rounded_after: what follows rounds to autocast's dtype, so that no float32 is made for it.
     """
-    modulation = {"pre_shift": pre_shift, "scale": scale, "shift": shift}
-    modulation = {name: t for name, t in modulation.items() if t is not None}
     act = act_of(activation)
     if (
         act is not None
         and isinstance(norm, FusedGroupNorm)
         and norm.carries == "identity"
-        and not hooked(norm)
-        and not hooked(activation)
-        and kernel_serves(norm, x)
-        and all(_per_sample_vector(t, x) for t in modulation.values())
+        and not (hooked(norm) or hooked(activation) or _has_any_global_hook())
     ):
-        x = x if rounded_after else promoted(norm, x)
-        if x.shape[0] != 1:
-            modulation = {name: t.expand(x.shape[0], -1) for name, t in modulation.items()}
-        return run(norm, x, act, **modulation)
+        y = fused_op(norm, x, act, pre_shift, scale, shift, rounded_after)
+        if y is not None:
+            return y
 
     def over_space(t: Tensor) -> Tensor:
         return t[(...,) + (None,) * (x.dim() - 2)]
@@ -177,28 +173,57 @@ def norm_act(
     return activation(y)
 
 
-def _per_sample_vector(t: Tensor, x: Tensor) -> bool:
-    """t [N or 1, C] leaves the result in x's dtype and shape."""
-    return t.shape in (x.shape[:2], (1, x.shape[1])) and t.dtype == x.dtype
+def fused_op(
+    norm: FusedGroupNorm,
+    x: Tensor,
+    act: str,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    rounded_after: bool = False,
+) -> Tensor | None:
+    """`norm_act` as the op; None where that is not for the op to do, but for torch's, or to refuse.
+
+    These are all the checks of a call: the op's own would double them.
+    """
+    if (
+        not isinstance(x, Tensor)
+        or not 3 <= x.dim() <= 5
+        or not serves(x)
+        or x.layout is not torch.strided
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape
+    samples, channels = shape[0], shape[1]
+    if channels != norm.num_channels or not (
+        _is_per_channel(weight, channels, device) and _is_per_channel(bias, channels, device)
+    ):
+        return None
+    modulation = [scale, shift, None, None, pre_shift]
+    for i, t in enumerate(modulation):
+        if t is None:
+            continue
+        rows = t.shape[0]  # one each, or one for all
+        if t.shape != (rows, channels) or t.dtype != x.dtype or t.device != device:
+            return None
+        if rows != samples:
+            if rows != 1:
+                return None
+            modulation[i] = t.expand(samples, -1)
+    x = x if rounded_after else promoted(norm, x)
+    return group_norm_act_unchecked(x, norm.num_groups, weight, bias, norm.eps, act, *modulation)
 
 
-def kernel_serves(norm: nn.GroupNorm, x) -> bool:
-    """Whether the fused op takes x from norm to a kernel. What it does not, torch's op is for."""
-    return (
-        isinstance(x, Tensor)
-        and 3 <= x.dim() <= 5
-        and x.shape[1] == norm.num_channels
-        and serves(x)
-        and not torch._C._are_functorch_transforms_active()
-    )
+def _is_per_channel(parameter: Tensor | None, channels: int, device: torch.device) -> bool:
+    """parameter is [C], on x's device, or there is none."""
+    return parameter is None or (parameter.shape == (channels,) and parameter.device == device)
 
 
 def promoted(norm: FusedGroupNorm, x: Tensor) -> Tensor:
     """x in the dtype that norm's result has under the autocast of the moment."""
-    if not norm.casts_to_float32 or x.device.type not in AUTOCAST_TO_FLOAT32:
+    if x.dtype == torch.float32 or not norm.casts_to_float32:
+        return x
+    if x.device.type not in AUTOCAST_TO_FLOAT32:
         return x
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
-
-
-def run(norm: nn.GroupNorm, x: Tensor, act: str, **modulation: Tensor | None) -> Tensor:
-    return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **modulation)

@@ -11,6 +11,7 @@ from .backend import kernels, needs_grad, register_fake, serves
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+MODULATIONS = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
 
 
 def group_norm_act(
@@ -47,12 +48,18 @@ def group_norm_act(
     """
     modulation = (scale, shift, post_scale, post_shift, pre_shift)
     _check(x, num_groups, weight, bias, eps, act, modulation)
-    if not serves(x):
-        return reference.group_norm_act(x, num_groups, weight, bias, eps, act, *modulation)
+    args = (x, num_groups, weight, bias, eps, act, *modulation)
+    return group_norm_act_unchecked(*args) if serves(x) else reference.group_norm_act(*args)
+
+
+def group_norm_act_unchecked(x, num_groups, weight, bias, eps, act, *modulation) -> Tensor:
+    """`group_norm_act` of arguments that are known to be right, with an x that a kernel serves.
+
+    What a kernel would read out of bounds it refuses itself.
+    """
     if needs_grad(x, weight, bias, *modulation):
         return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
-    act_index = ACTIVATIONS.index(act)
-    args = (x, num_groups, weight, bias, eps, act_index, *modulation)
+    args = (x, num_groups, weight, bias, eps, ACTIVATIONS.index(act), *modulation)
     return kernels().group_norm_act(*args)[0]
 
 
@@ -98,9 +105,10 @@ def _reference_gradients(ctx, dy, inputs, wanted):
 
 def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
     check_floating("x", x)
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(f"x: wanted 3 to 5 dimensions [N, C, *spatial], got {list(x.shape)}")
-    batch, channels = x.shape[:2]
+    shape = x.shape
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(f"x: wanted 3 to 5 dimensions [N, C, *spatial], got {list(shape)}")
+    batch, channels = shape[0], shape[1]
     if isinstance(num_groups, bool) or not isinstance(num_groups, int):
         raise TypeError(f"num_groups: wanted an int, got {type(num_groups).__name__}")
     if num_groups < 1 or channels % num_groups:
@@ -115,8 +123,7 @@ def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check_parameter(name, tensor, (channels,), "[C]", x)
-    names = ("scale", "shift", "post_scale", "post_shift", "pre_shift")
-    for name, tensor in zip(names, modulation, strict=True):
+    for name, tensor in zip(MODULATIONS, modulation, strict=True):
         if tensor is not None:
             _check_parameter(name, tensor, (batch, channels), "[N, C]", x)
 
