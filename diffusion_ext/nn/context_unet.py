@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batch_norm_act import BatchNormAct
 from .group_norm_act import GroupNormAct
 
 RESIDUAL_SCALE = 1.414  # not sqrt(2): the checkpoints were trained with this number
@@ -23,7 +24,7 @@ SHORTCUTS = ("scaled", "zero", "random")
 def _conv_norm_gelu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
     if norm == "batch":
-        return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.GELU())
+        return nn.Sequential(conv, BatchNormAct(out_channels, act="gelu"))
     return nn.Sequential(conv, GroupNormAct(NORM_GROUPS, out_channels, act="gelu"))
 
 

@@ -57,10 +57,16 @@ def group_norm_act_unchecked(x, num_groups, weight, bias, eps, act, *modulation)
 
     What a kernel would read out of bounds it refuses itself.
     """
+    return with_statistics(x, num_groups, weight, bias, eps, act, *modulation)[0]
+
+
+def with_statistics(x, num_groups, weight, bias, eps, act, *modulation):
+    """The same: y, and of each group mean (float64) and 1/√(variance + eps) [N, G], which have no
+    gradients."""
     if needs_grad(x, weight, bias, *modulation):
         return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
     args = (x, num_groups, weight, bias, eps, ACTIVATIONS.index(act), *modulation)
-    return kernels().group_norm_act(*args)[0]
+    return kernels().group_norm_act(*args)
 
 
 class _GroupNormAct(torch.autograd.Function):
@@ -71,10 +77,11 @@ class _GroupNormAct(torch.autograd.Function):
         y, mean, rstd = kernels().group_norm_act(*args)
         ctx.save_for_backward(x, mean, rstd, weight, bias, *modulation)
         ctx.num_groups, ctx.eps, ctx.act = num_groups, eps, act
-        return y
+        ctx.mark_non_differentiable(mean, rstd)
+        return y, mean, rstd
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *_):
         x, mean, rstd, *parameters = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
         if torch.is_grad_enabled():  # create_graph=True: a gradient with a gradient
