@@ -1,9 +1,10 @@
 """Proves and measures the CUDA side on the GPU at hand: `make gpu-check`, in under nine minutes.
 
     build     both libraries, compiled for this GPU into build/gpu_check
-    test      tests/ops on CUDA tensors
+    test      tests/ops on CUDA tensors, and the engine "graph"
     sanitize  compute-sanitizer's four tools over a small call of every op
     bench     benchmarks/results/<device>/ops.json and ops.md
+    sample    benchmarks/results/<device>/sampling.json and sampling.md
 
 GPU_CHECK=build,bench chooses stages; without build, the others use the last one. A stage that fails
 or outlasts its limit does not stop the next ones, but the exit status says so. Needs torch >= 2.10,
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
-STAGES = ("build", "test", "sanitize", "bench")
+STAGES = ("build", "test", "sanitize", "bench", "sample")
 SECONDS = 525  # of all stages together
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -100,9 +101,14 @@ def test_steps(device: str, folder: pathlib.Path) -> list[Step]:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
     command += ["--durations=5", "-p", "no:cacheprovider"]
     command += ["--maxfail=25"]  # after one fault of a GPU every test fails
-    command += [OPS] if device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
     environment = {"DIFFUSION_EXT_TEST_BACKENDS": device, **using(folder)}
-    return [Step("test", "tests/ops", command, 5, environment, folder / "lib")]
+    ops = [OPS] if device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
+    # A CPU skips them. What torch.compile takes would leave little for the rest.
+    engines = [ROOT / "tests" / "test_engines_cuda.py", "-m", "not compiles"]
+    return [
+        Step("test", name, [*command, *files], share, environment, folder / "lib")
+        for name, files, share in (("tests/ops", ops, 5), ("engines", engines, 2))
+    ]
 
 
 def sanitize_steps(device: str, folder: pathlib.Path) -> list[Step]:
@@ -141,6 +147,12 @@ def bench_steps(device: str, folder: pathlib.Path, results: pathlib.Path) -> lis
     command = [sys.executable, "-m", "benchmarks.gpu.bench", "--device", device]
     command += ["--results", results]
     return [Step("bench", "ops", command, 5, using(folder, OPS, ROOT), folder / "lib")]
+
+
+def sample_steps(device: str, folder: pathlib.Path, results: pathlib.Path) -> list[Step]:
+    command = [sys.executable, "-m", "benchmarks.gpu.sampling", "--device", device]
+    command += ["--results", results]
+    return [Step("sample", "runs", command, 4, using(folder, OPS, ROOT), folder / "lib")]
 
 
 # --- running them ---------------------------------------------------------------------------------
@@ -236,8 +248,10 @@ def main() -> int:
         sys.exit("nothing is built: the stage build comes first")
     makers = {"build": build_steps, "test": test_steps, "sanitize": sanitize_steps}
     steps = [step for stage in stages if stage in makers for step in makers[stage](device, folder)]
-    if "bench" in stages:
-        steps += bench_steps(device, folder, results)
+    timed = {"bench": bench_steps, "sample": sample_steps}
+    steps += [
+        step for stage in stages if stage in timed for step in timed[stage](device, folder, results)
+    ]
     outcomes = run_all(steps, arguments.seconds)
     print(f"\n{summary(outcomes)}", flush=True)
     return int(not all(outcome.good for outcome in outcomes))

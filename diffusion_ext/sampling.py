@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from .checks import as_seeds, check_sizes
 from .conditioning import as_context, doubled
-from .engines import check_engine
+from .engines import ENGINES, check_engine
 from .engines import start as start_run
 from .frames import Frames
 from .samplers import StepTable
 from .sampling_inputs import as_known, check_options, initial, memory_format_of, placement
 from .stepping import NoiseSource, draws
 
-__all__ = ["SampleResult", "sample"]
+__all__ = ["ENGINES", "SampleResult", "sample"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.py with the CPU standing in for the GPU: every stage, in small."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
+
+from benchmarks.gpu import sampling_report as report  # noqa: E402
 
 
 def gpu_check(*arguments, **environment):
@@ -38,8 +42,10 @@ STEPS = (
     "build: compile",
     "build: load",
     "test: tests/ops",
+    "test: engines",
     "sanitize: without a tool",
     "bench: ops",
+    "sample: runs",
 )
 
 
@@ -61,7 +67,8 @@ def test_every_stage_runs(whole):
 def test_the_results_are_complete(whole):
     folder, _ = whole
     (device,) = folder.iterdir()
-    assert sorted(path.name for path in device.iterdir()) == ["ops.json", "ops.md"]
+    names = ["ops.json", "ops.md", "sampling.json", "sampling.md"]
+    assert sorted(path.name for path in device.iterdir()) == names
     data = json.loads((device / "ops.json").read_text())
     assert data["complete"]
     assert {"device", "torch", "CUDA", "driver", "date"} <= set(data)
@@ -84,12 +91,45 @@ def test_the_results_are_complete(whole):
     assert "Incomplete" not in text
 
 
+def test_the_sampling_runs_are_complete(whole):
+    folder, _ = whole
+    (device,) = folder.iterdir()
+    data = json.loads((device / "sampling.json").read_text())
+    assert data["complete"]
+    assert data["targets"] == []  # which are about a graph
+    assert {(row["sampler"], row["dtype"]) for row in data["rows"]} == set(
+        itertools.product(("DDIM, 2 steps", "DDPM, 3 steps"), ("float32", "bfloat16"))
+    )
+    for row in data["rows"]:
+        assert "failed" not in row, row
+        assert {"source", "ours", "ours, optimized"} <= set(row["seconds"])
+        assert set(row["missing"]) == {"ours, graph", "ours, optimized, graph"}
+        assert min(row["seconds"].values()) > 0
+        assert set(row["error"]) == set(row["seconds"]) - {"source"}
+    assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1
+    text = (device / "sampling.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_sampling_targets():
+    def row(source, ours, **more):
+        return {"seconds": {report.SOURCE: source, report.BEST: ours, **more}}
+
+    rows = [row(4.0, 1.0), row(2.0, 1.0), {"seconds": {}, "failed": "an error"}]
+    (found,) = report.targets(rows)
+    assert (found["rows"], found["met"], found["worst"]) == (2, 1, 2.0)
+    rows.append(row(4.0, 1.0, **{report.COMPILED: 1.2}))
+    assert [target["met"] for target in report.targets(rows)] == [2, 0]
+
+
 def test_a_stage_that_fails_does_not_stop_the_next(whole, tmp_path):
     status, printed = gpu_check(
         "--results", tmp_path, GPU_CHECK="sanitize,test", PYTEST_ADDOPTS="--no-such-option"
     )
     assert status == 1
-    steps = {"test: tests/ops": "failed (status 4)", "sanitize: without a tool": "passed"}
+    steps = dict.fromkeys(("test: tests/ops", "test: engines"), "failed (status 4)")
+    steps["sanitize: without a tool"] = "passed"
     assert results_of(printed) == steps
 
 
@@ -102,7 +142,7 @@ def test_a_stage_that_outlasts_its_limit(whole, tmp_path):
 def test_a_stage_that_does_not_exist(tmp_path):
     status, printed = gpu_check("--results", tmp_path, GPU_CHECK="tset")
     assert status == 1
-    assert "GPU_CHECK: wanted some of build,test,sanitize,bench, got tset" in printed
+    assert "GPU_CHECK: wanted some of build,test,sanitize,bench,sample, got tset" in printed
 
 
 def test_nothing_runs_without_a_build(tmp_path):

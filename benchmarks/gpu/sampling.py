@@ -1,0 +1,249 @@
+"""Times whole sampling runs of a ContextUnet and writes <device>/sampling.json and sampling.md.
+
+gpu_check.py runs it. Two passes over the runs: everything but torch.compile, then the source's
+loops with their network under torch.compile(mode="reduce-overhead"), as the time allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import pathlib
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import diffusion_ext as dx
+
+from .. import source
+from ..device import clock, facts, grow_heap
+from ..eager import SCHEDULE
+from ..networks import Networks
+from ..work import DTYPES
+from .bench import COMPILE_SECONDS, one_line, out_of_time
+from .sampling_report import COMPILED, SOURCE, SamplingReport
+
+# Of the largest value, after the first two steps. On a GPU convolutions round float32 to TF32.
+TOLERANCES = {"float32": 1e-2, "bfloat16": 1e-1}
+REPETITIONS, LONG = 3, 1.0  # a run of more seconds is not repeated
+
+
+@dataclass(frozen=True)
+class Run:
+    """networks.steps steps of DDIM, or DDPM on a schedule of so many; every call is given
+    (x_T, context, seeds) and returns the images."""
+
+    networks: Networks
+    dtype: str
+    sampler: str
+
+    @property
+    def row(self) -> dict:
+        sizes = {name: getattr(self.networks, name) for name in ("n_feat", "height", "batch")}
+        row = {"sampler": f"{self.sampler}, {self.networks.steps} steps", "dtype": self.dtype}
+        return {**row, **sizes, "compile": "not tried", "missing": {}, "error": {}, "seconds": {}}
+
+    def __str__(self) -> str:
+        row = self.row
+        return ", ".join(str(row[name]) for name in ("sampler", "n_feat", "height", "dtype"))
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.networks.case.draw(), self.networks.context(), self.networks.case.seeds()
+
+    def by_source(self, network: Callable, dtype: torch.dtype, seeded: bool = False) -> Callable:
+        """The source's loop. seeded: with the noise that our samplers make of the seeds."""
+        steps = self.networks.steps
+
+        def ddim(x, c, seeds):
+            return source.ddim(network, x.to(dtype), c.to(dtype), self.networks.tables(), steps)
+
+        def ddpm(x, c, seeds):
+            timesteps = iter(range(steps, 1, -1))
+
+            def draw(x):
+                return dx.philox_normal(seeds, x.shape, next(timesteps), stream=1, dtype=x.dtype)
+
+            tables, noise = self.networks.tables(steps), {"draw": draw} if seeded else {}
+            return source.ddpm(network, x.to(dtype), c.to(dtype), tables, **noise)
+
+        return ddim if self.sampler == "DDIM" else ddpm
+
+    def by_us(self, network: Callable, engine: str) -> Callable:
+        steps = self.networks.steps
+        if self.sampler == "DDIM":
+            table = dx.ddim(SCHEDULE, steps)
+        else:
+            table = dx.ddpm(dx.NoiseSchedule.linear(steps))
+
+        def call(x, c, seeds):
+            options = {"seeds": seeds, "x_T": x, "engine": engine, "progress": False}
+            return dx.sample(network, x.shape, table, c, **options).images
+
+        return call
+
+    def short(self) -> Run:
+        return dataclasses.replace(self, networks=dataclasses.replace(self.networks, steps=2))
+
+
+class Bench:
+    def __init__(self, device: str, report: SamplingReport, seconds: float):
+        self.device, self.report = device, report
+        self.end = time.monotonic() + seconds
+        self.failed = False
+        self._compiled = (None, None)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def ways(self, run: Run) -> dict[str, Callable[[Run], Callable]]:
+        """name -> what makes its call of a run."""
+        dtype, networks = DTYPES[run.dtype], run.networks
+        theirs, plain = networks.source_model(dtype), networks.our_model().to(dtype)
+        fast = dx.optimize_for_sampling(networks.our_model(), networks.batch, dtype)
+        ways = {SOURCE: lambda run: run.by_source(theirs, dtype)}
+        for name, network in (("ours", plain), ("ours, optimized", fast)):
+            for engine in ("eager", "graph"):
+                way = partial(Run.by_us, network=network, engine=engine)
+                ways[name if engine == "eager" else f"{name}, {engine}"] = way
+        return ways
+
+    def check(self, run: Run, row: dict, name: str, call: Callable) -> None:
+        """call, of run.short(), gives what the source's loop does in float32."""
+        exact = run.networks.source_model()
+        inputs = run.inputs()
+        wanted = run.by_source(exact, torch.float32, seeded=True)(*inputs)
+        worst = (call(*inputs).float() - wanted).abs().max() / wanted.abs().max()
+        row["error"][name] = worst = worst.item()
+        if not worst <= TOLERANCES[run.dtype]:
+            raise AssertionError(f"{name}: off by {worst:.3g} of the largest value")
+
+    def measure(self, run: Run, row: dict) -> None:
+        inputs = run.inputs()
+        for name, way in self.ways(run).items():
+            if name.endswith("graph") and self.device == "cpu":
+                row["missing"][name] = "wants a GPU"
+                continue
+            if name != SOURCE:  # whose noise is its own
+                self.check(run.short(), row, name, way(run.short()))
+            row["seconds"][name] = seconds_of(way(run), inputs)
+
+    def compile(self, run: Run, row: dict) -> None:
+        dtype, short, network = DTYPES[run.dtype], run.short(), self.compiled(run)
+        signal.signal(signal.SIGALRM, out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, min(COMPILE_SECONDS, max(self.left(), 1)))
+        try:
+            self.check(short, row, COMPILED, short.by_source(network, dtype, seeded=True))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        row["seconds"][COMPILED] = seconds_of(run.by_source(network, dtype), run.inputs())
+        row["compile"] = "compiled"
+
+    def compiled(self, run: Run) -> Callable:
+        """The source's network, which the two samplers have one after the other."""
+        key = (dataclasses.replace(run.networks, steps=0), run.dtype)
+        if key != self._compiled[0]:
+            torch._dynamo.reset()
+            network = run.networks.source_model(DTYPES[run.dtype])
+            options = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+            self._compiled = key, torch.compile(network, **options)
+        return self._compiled[1]
+
+    def every(self, runs: list[Run]) -> list[tuple[Run, dict]]:
+        """Pass one."""
+        done = []
+        for run in runs:
+            if self.left() < 2:
+                print(f"out of time: {len(runs) - len(done)} rows not measured", flush=True)
+                self.failed = True
+                break
+            row = run.row
+            self.report.rows.append(row)
+            try:
+                self.measure(run, row)
+            except Exception as error:
+                row["failed"], self.failed = one_line(error), True
+            done.append((run, row))
+            self.report.write()
+            print(f"{run}: {said_of(row)}", flush=True)
+        return done
+
+    def every_compiled(self, done: list[tuple[Run, dict]], most: int) -> None:
+        """Pass two."""
+        todo = [(run, row) for run, row in done if "failed" not in row]
+        for i, (run, row) in enumerate(todo):
+            if i >= most or self.left() < 10:
+                print(f"torch.compile not tried for {len(todo) - i} rows", flush=True)
+                break
+            try:
+                self.compile(run, row)
+            except Exception as error:
+                row["compile"] = one_line(error)
+            self.report.write()
+            print(f"{run}: {said_of(row)}", flush=True)
+
+
+def seconds_of(call: Callable, inputs: tuple) -> float:
+    """The least of a few runs; the first makes what later ones find, such as a graph."""
+    call(*inputs)
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        start = clock()
+        call(*inputs)
+        best = min(best, clock() - start)
+        if best > LONG:
+            break
+    return best
+
+
+def said_of(row: dict) -> str:
+    if "failed" in row:
+        return row["failed"]
+    return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in row["seconds"].items())
+
+
+def all_runs(device: str) -> list[Run]:
+    """The two samplers of a network one after the other; the CPU stands in with a small one."""
+    sizes, steps = itertools.product((64, 256), (16, 28)), {"DDIM": 50, "DDPM": 500}
+    if device == "cpu":
+        sizes, steps = [(8, 8)], {"DDIM": 2, "DDPM": 3}
+    batch = 2 if device == "cpu" else 32
+    return [
+        Run(Networks(device, n_feat, height, batch, n), dtype, sampler)
+        for n_feat, height in sizes
+        for dtype in TOLERANCES
+        for sampler, n in steps.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--results", type=pathlib.Path, required=True)
+    seconds = float(os.environ.get("GPU_CHECK_SECONDS", 200))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # torch.compile's advice
+    torch.manual_seed(0)
+    device = arguments.device
+    if device == "cpu":
+        torch.set_num_threads(1)
+        grow_heap()
+    report = SamplingReport(arguments.results, facts(device))
+    bench = Bench(device, report, 0.95 * seconds - 5)
+    done = bench.every(all_runs(device))
+    bench.every_compiled(done, most=len(done) if device == "cuda" else 1)
+    report.write(complete=not bench.failed)
+    print(f"{report.folder.name}/sampling.json and sampling.md: {len(done)} rows")
+    return int(bench.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
