@@ -196,8 +196,10 @@ def fused_op(
         return None
     weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape
     samples, channels = shape[0], shape[1]
-    if channels != norm.num_channels or not (
-        _is_per_channel(weight, channels, device) and _is_per_channel(bias, channels, device)
+    if (
+        channels != norm.num_channels
+        or not _is_per_channel(weight, channels, device)
+        or not _is_per_channel(bias, channels, device)
     ):
         return None
     modulation = [scale, shift, None, None, pre_shift]
@@ -205,11 +207,11 @@ def fused_op(
         if t is None:
             continue
         rows = t.shape[0]  # one each, or one for all
-        if t.shape != (rows, channels) or t.dtype != x.dtype or t.device != device:
+        if t.shape != (rows, channels) or rows not in (1, samples):
+            return None
+        if t.dtype != x.dtype or t.device != device:
             return None
         if rows != samples:
-            if rows != 1:
-                return None
             modulation[i] = t.expand(samples, -1)
     x = x if rounded_after else promoted(norm, x)
     return group_norm_act_unchecked(x, norm.num_groups, weight, bias, norm.eps, act, *modulation)

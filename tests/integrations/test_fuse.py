@@ -4,6 +4,8 @@ import pytest
 import torch
 from fusing import assert_same_results, fused_copy, identity_of, ops_of, results
 from torch import nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
 
 import diffusion_ext as dx
 from diffusion_ext.ops.backend import missing
@@ -191,6 +193,25 @@ def test_hooks_see_what_they_saw():
     assert report.fused[0] == ("1", "alone: the SiLU after it has hooks")
 
 
+def test_hooks_on_every_module_see_what_they_saw():
+    """torch's module trackers and flop counters hook all modules at once."""
+    model, x = sequential(), torch.randn(2, 3, 5, 4)
+
+    def seen():
+        outputs = []
+        hook = register_module_forward_hook(lambda m, args, y: outputs.append((m, y)))
+        model(x)
+        hook.remove()
+        return outputs
+
+    expected = seen()
+    dx.fuse(model)
+    for (module, y), (wanted, y_wanted) in zip(seen(), expected, strict=True):
+        assert module is wanted
+        torch.testing.assert_close(y, y_wanted)
+    assert ops_of(lambda: model(x))["silu"] == 0
+
+
 def test_a_sequential_of_its_own_kind_and_a_replaced_forward_are_left():
     class Reversed(nn.Sequential):
         def forward(self, x):
@@ -220,8 +241,16 @@ def test_inputs_that_no_kernel_serves_run_as_before():
     dx.fuse(norm)
     assert torch.equal(norm(flat), expected[0])
     assert torch.equal(norm(many), expected[1])
-    with pytest.raises(RuntimeError, match="Expected weight to be a vector"):
-        norm(torch.randn(2, 6, 3))
+    x = torch.randn(2, 4, 3)
+    for broken, message in (
+        (lambda: norm(torch.randn(2, 6, 3)), "Expected weight to be a vector"),
+        (lambda: norm(x.to_sparse()), "unsupported memory format"),
+        (lambda: functional_call(norm, {"weight": torch.ones(2, 4)}, x), "weight to be a vector"),
+        (lambda: functional_call(norm, {"bias": torch.ones(3)}, x), "bias to be a vector"),
+        (lambda: functional_call(norm, {"bias": torch.ones(4, device="meta")}, x), "meta"),
+    ):
+        with pytest.raises(RuntimeError, match=message):  # torch's own errors
+            broken()
     assert norm.to("meta")(torch.empty(2, 4, 3, device="meta")).shape == (2, 4, 3)
 
 
