@@ -25,23 +25,29 @@ LABEL = {"va": "center", "fontsize": 6.5}
 
 
 def plot(results: Results, path: pathlib.Path) -> None:
+    with mpl.rc_context({"font.size": 8}):
+        figure_of(results).savefig(path, dpi=110)
+
+
+def figure_of(results: Results) -> Figure:
     """GroupNorm in the right column where there is anything beside it, the rest in the left one."""
     panels = panels_of(results)
     right = [panel for panel in panels if panel[0].startswith("group_norm_act")]
     columns = [c for c in ([p for p in panels if p not in right], right) if c]
     rows = max(sum(len(works) + 2.2 for _, works in column) for column in columns)
     figure = Figure(figsize=(7.5 * len(columns), ROW * rows + 1.4), layout="constrained")
-    with mpl.rc_context({"font.size": 8}):
-        parts = figure.subfigures(1, len(columns), squeeze=False)[0]
-        for part, column in zip(parts, columns, strict=True):
-            heights = [len(works) + 0.8 for _, works in column]
-            axes = part.subplots(len(column), 1, sharex=True, squeeze=False, height_ratios=heights)
-            for ax, (title, works) in zip(axes[:, 0], column, strict=True):
-                draw(ax, title, works)
-            axes[-1, 0].set_xlabel("times as fast (log scale)")
-        add_legend(figure, results)
-        figure.suptitle(f"Times as fast as plain eager torch: {results.machine['device']}")
-        figure.savefig(path, dpi=110)
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        heights = [len(works) + 0.8 for _, works in column]
+        axes = part.subplots(len(column), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for ax, (title, works) in zip(axes[:, 0], column, strict=True):
+            draw(ax, title, works)
+        last = axes[-1, 0]
+        last.set_xlabel("times as fast (log scale)")
+        last.set_xlim(max(last.get_xlim()[0], LEAST))  # of all: drawing more would not widen it
+    add_legend(figure, results)
+    figure.suptitle(f"Times as fast as plain eager torch: {results.machine['device']}")
+    return figure
 
 
 def panels_of(results: Results) -> list[tuple[str, dict[str, list[Group]]]]:
@@ -71,7 +77,6 @@ def draw(ax, title: str, works: dict[str, list[Group]]) -> None:
     ax.set_yticks(range(len(works)), list(works))
     ax.set_ylim(len(works) - 0.4, -0.6)
     ax.set_xscale("log", base=2)
-    ax.set_xlim(left=max(ax.get_xlim()[0], LEAST))
     ax.axvline(1, color="black", linewidth=0.8)
     ax.grid(axis="x", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)

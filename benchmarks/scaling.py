@@ -133,7 +133,8 @@ def cells(cost: Cost) -> list[str]:
 
 def plot(costs: dict[str, list[Cost]], title: str, path: pathlib.Path) -> None:
     """Time an image above memory, an axis of the sweep a column."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(4 * len(costs), 6.5), layout="constrained")
     axes = figure.subplots(2, len(costs), squeeze=False)
@@ -149,6 +150,9 @@ def plot(costs: dict[str, list[Cost]], title: str, path: pathlib.Path) -> None:
         for ax, label in zip(axes[:, column], ("ms an image", "peak memory, MB"), strict=True):
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_xticks(xs, [str(x) for x in xs])
             ax.set_xlabel({"height": "height and width"}.get(axis, axis))
             ax.set_ylabel(label)

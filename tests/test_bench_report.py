@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
 
-from benchmarks import report, results, suite, targets  # noqa: E402
+from benchmarks import plot, report, results, suite, targets  # noqa: E402
 
 WORK = "op, variant, 2x3 float32 contiguous"
 OTHER = "op, other, 2x3 float32 contiguous"
@@ -146,6 +146,21 @@ def test_the_files(run, tmp_path):
     again = results.load([out / "results.json"])
     assert again.groups[WORK].ratio("eager") == 3
     assert again.machine["device"] == "Some CPU"
+
+
+def test_the_plot_shows_every_bar_to_its_end(run):
+    third = WORK.replace("op, variant", "group_norm_act, variant")
+    works = {WORK: {"eager": 1.0, "ours": 1.0}, OTHER: {"eager": 40.0, "ours": 1.0}}
+    figure = plot.figure_of(results.load([run({**works, third: {"eager": 1.0, "ours": 4.0}})]))
+    ends = [
+        (ax.get_xlim(), bar.get_x(), bar.get_x() + bar.get_width())
+        for ax in figure.get_axes()
+        for bar in ax.patches
+    ]
+    assert max(end for _, _, end in ends) == 40
+    for (left, right), start, end in ends:
+        assert left <= start
+        assert end <= right
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "targets").iterdir()), ids=str)
