@@ -26,19 +26,20 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def grow_heap() -> None:
-    """glibc keeps the memory that it has, as it does in a process that has run for a while.
+@contextlib.contextmanager
+def warm_heap():
+    """glibc keeps all memory that is freed, from here on, as it does of its own in some processes.
 
-    At first it gives 4 MB back to Linux when they are freed, and asks for them anew; every freed
-    block of up to 32 MB makes it keep more. Eager torch, with its temporaries, can take 8 times as
-    long before than after, so that ratios would hang on what ran earlier. Larger blocks are always
-    asked for anew.
+    It gives a block of a few MB back to Linux when it is freed, and asks for it anew, until larger
+    ones (up to 32 MB) have been freed: eager torch, with its temporaries, can take 8 times as long
+    before than after. Above 32 MB that remains so, unless there happens to be room.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    yield
 
 
 def cpu_name() -> str:

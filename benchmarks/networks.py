@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.sampling import ENGINES
+from diffusion_ext.engines import ENGINES
 
 from . import source
 from .eager import SCHEDULE
@@ -58,7 +58,7 @@ class Networks:
 
     def for_sampling(self):
         """The same, optimized for sampling."""
-        return dx.optimize_for_sampling(self.our_model())
+        return dx.optimize_for_sampling(self.our_model(), batch=self.batch)
 
     def source_model(self, dtype=torch.float32) -> source.ContextUnet:
         with torch.random.fork_rng():
@@ -111,8 +111,7 @@ def forwards(networks: Networks) -> list[Work]:
     rows = {"copy": copy_of_x(), "eager": built(networks.source_model, **of)}
     rows |= twice_compiled(lambda: compile_anew(networks.source_model()), factor=of["factor"])
     rows |= {"reference": referring(ours), "ours": ours}
-    if hasattr(dx, "optimize_for_sampling"):
-        rows["ours, optimized"] = built(networks.for_sampling, **of)
+    rows["ours, optimized"] = built(networks.for_sampling, **of)
     work = Work(
         op="ContextUnet",
         variant="forward",
@@ -200,9 +199,7 @@ def trainings(networks: Networks) -> list[Work]:
 
 def our_sampling(networks: Networks, table) -> dict[str, Implementation]:
     """By every engine, of the network as it is and optimized for sampling."""
-    builders = {"ours": networks.our_model}
-    if hasattr(dx, "optimize_for_sampling"):
-        builders["ours, optimized"] = networks.for_sampling
+    builders = {"ours": networks.our_model, "ours, optimized": networks.for_sampling}
     rows = {}
     for name, build in builders.items():
         for engine in ENGINES:

@@ -42,9 +42,7 @@ def make_run(task: str, who: str, networks: Networks):
     inputs = networks.case.draw(), networks.context(), networks.case.seeds()
     if who == "source":
         return partial(by_source_ddim(networks), *inputs)
-    optimized = hasattr(dx, "optimize_for_sampling")
-    build = networks.for_sampling if optimized else networks.our_model
-    return partial(sampler(build, dx.ddim(SCHEDULE, networks.steps)), *inputs)
+    return partial(sampler(networks.for_sampling, dx.ddim(SCHEDULE, networks.steps)), *inputs)
 
 
 def peak_bytes(device: str) -> int:

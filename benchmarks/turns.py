@@ -3,19 +3,29 @@
 pytest-benchmark times one test after the other, each in a window of its own; a neighbour's second
 then falls on one implementation and not on the other. So the rows of a work are timed together,
 when the first of them is run, and each test tells pytest-benchmark of its own rounds.
+
+On the CPU each row has a process of its own, because what a call costs there hangs on the heap that
+earlier ones have left: see device.warm_heap.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .device import clock, grow_heap
+import torch
+
+from .device import clock
 from .work import Check, Work
 
 TURNS = 6
 ROUND = 1e-4  # seconds at least: many times what the clock takes
+PRELOADED = ["benchmarks.suite", "diffusers.schedulers", "diffusers.models", "torch._inductor"]
+PATIENCE = 300  # seconds for a process to be ready, compilation and all
 
 
 @dataclass
@@ -26,12 +36,105 @@ class Rounds:
     seconds: list[float] = field(default_factory=list)
 
 
-class Turns:
-    """The implementations of a work, on the same inputs."""
+# --- one row --------------------------------------------------------------------------------------
 
-    def __init__(self, work: Work, names: Iterable[str], seconds: float):
-        """names: of the implementations to be timed together, for so many seconds each."""
-        self.work, self.names, self.seconds = work, list(names), seconds
+
+class Player:
+    """A row in this process."""
+
+    def __init__(self, work: Work, name: str):
+        self.around, self.rounds = work.implementations[name].around, Rounds()
+        torch.manual_seed(0)
+        inputs = work.inputs()
+        with self.around():
+            call = work.implementations[name].make(*inputs)
+            call(*inputs)  # compiles
+        self.call = lambda: call(*inputs)
+
+    def play(self, seconds: float) -> None:
+        """Rounds for so long, after a call that finds the caches as the other rows left them."""
+        collected = gc.isenabled()
+        gc.disable()
+        try:
+            with self.around():
+                self._play(seconds)
+        finally:
+            if collected:
+                gc.enable()
+
+    def _play(self, seconds: float) -> None:
+        rounds, once = self.rounds, self._round(1)
+        if once >= seconds:  # too long to do it twice
+            rounds.seconds.append(once)
+            return
+        if not rounds.seconds:
+            rounds.calls = max(1, round(ROUND / self._round(1)))
+        end = clock() + seconds
+        while clock() < end:
+            rounds.seconds.append(self._round(rounds.calls))
+
+    def _round(self, calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            self.call()
+        return clock() - start
+
+    def end(self) -> None:
+        pass
+
+
+def serve(connection, find: Callable[[], Work], name: str) -> None:
+    """Plays for the seconds that it is sent, and sends its rounds so far, until it is sent None."""
+    player = Player(find(), name)
+    connection.send(player.rounds)
+    while (seconds := connection.recv()) is not None:
+        player.play(seconds)
+        connection.send(player.rounds)
+
+
+class RemotePlayer:
+    """A row in a process of its own, forked from one that has only imported things."""
+
+    def __init__(self, find: Callable[[], Work], name: str):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, find, name), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.rounds = self._received()
+
+    def _received(self) -> Rounds:
+        if not self.connection.poll(PATIENCE):
+            raise TimeoutError("the row's process does not answer")
+        return self.connection.recv()
+
+    def play(self, seconds: float) -> None:
+        self.connection.send(seconds)
+        self.rounds = self._received()
+
+    def end(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+# --- all rows of a work ---------------------------------------------------------------------------
+
+
+class Turns:
+    """The implementations of a work: checked in this process, and then timed."""
+
+    def __init__(
+        self,
+        work: Work,
+        names: Iterable[str],
+        seconds: float,
+        find: Callable[[], Work] | None = None,
+    ):
+        """Args: names of the implementations to be timed together, for so many seconds each;
+        find makes the work anew, in processes of their own; None: in this one."""
+        self.work, self.names, self.seconds, self.find = work, list(names), seconds, find
         self.check = Check(work, work.inputs())
         self._checked: dict[str, tuple[Callable, float | None] | Exception] = {}
         self._rounds: dict[str, Rounds] | None = None
@@ -58,48 +161,26 @@ class Turns:
     def rounds(self, name: str) -> Rounds:
         if self._rounds is None:
             self._rounds = self._time_all()
+        self.checked(name)  # raises what its process could not do
         return self._rounds[name]
 
     def _time_all(self) -> dict[str, Rounds]:
-        grow_heap()
-        calls = {}
+        players = {}
         for name in self.names:
             try:
-                calls[name] = self.checked(name)[0]
-            except Exception:  # its own test tells
-                continue
-        rounds = {name: Rounds() for name in calls}
+                self.checked(name)
+                players[name] = self._player(name)
+            except Exception as error:  # its own test tells
+                self._checked[name] = error
         for _ in range(TURNS):
-            for name, call in calls.items():
-                with self.work.implementations[name].around():
-                    take_turn(call, rounds[name], self.seconds / TURNS)
-        return rounds
+            for player in players.values():
+                player.play(self.seconds / TURNS)
+        for player in players.values():
+            player.end()
+        return {name: player.rounds for name, player in players.items()}
 
-
-def take_turn(call: Callable, rounds: Rounds, seconds: float) -> None:
-    """Rounds for so many seconds, after a call that finds the caches as the others left them."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        once = round_of(call, 1)
-        if once >= seconds:  # too long to do it twice
-            rounds.seconds.append(once)
-            return
-        if not rounds.seconds:
-            rounds.calls = max(1, round(ROUND / round_of(call, 1)))
-        end = clock() + seconds
-        while clock() < end:
-            rounds.seconds.append(round_of(call, rounds.calls))
-    finally:
-        if collected:
-            gc.enable()
-
-
-def round_of(call: Callable, calls: int) -> float:
-    start = clock()
-    for _ in range(calls):
-        call()
-    return clock() - start
+    def _player(self, name: str) -> Player | RemotePlayer:
+        return RemotePlayer(self.find, name) if self.find else Player(self.work, name)
 
 
 class Replay:

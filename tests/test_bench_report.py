@@ -196,7 +196,7 @@ def test_from_a_quick_run_to_a_report(tmp_path):
     data = json.loads(path.read_text())
     assert data["left_out"]
     assert data["machine_info"]["device"]
-    assert len(data["benchmarks"]) == 8  # noise given, noise made
+    assert len(data["benchmarks"]) == 12  # noise given, noise made
     for benchmark in data["benchmarks"]:
         assert benchmark["stats"]["rounds"] >= 2
         assert benchmark["extra_info"]["percent_of_copy"] > 0

@@ -1,5 +1,6 @@
 """The suite's own machinery: a wrong result is never timed, and times are those of the calls."""
 
+import functools
 import pathlib
 import sys
 import time
@@ -10,7 +11,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
 
-from benchmarks import turns, work  # noqa: E402
+from benchmarks import suite, turns, work  # noqa: E402
 
 CASE = work.Case((4, 100))
 
@@ -50,8 +51,21 @@ def test_a_wrong_result_is_an_error_of_its_row_alone():
     assert len(both.rounds("right").seconds) >= turns.TURNS
     with pytest.raises(AssertionError, match="above"):
         both.checked("wrong")
-    with pytest.raises(KeyError):
+    with pytest.raises(AssertionError, match="above"):
         both.rounds("wrong")
+
+
+def test_a_row_in_a_process_of_its_own():
+    (work, _), *_ = suite.rows("philox_normal", quick=True)
+    find = functools.partial(suite.find, "philox_normal", work.name, True)
+    player = turns.RemotePlayer(find, "eager")
+    assert not player.rounds.seconds
+    player.play(0.001)
+    assert player.rounds.seconds
+    player.end()
+    assert player.process.exitcode == 0
+    with pytest.raises(EOFError):
+        turns.RemotePlayer(find, "nobody")
 
 
 @pytest.mark.parametrize("noise", ["torch", "own"])
