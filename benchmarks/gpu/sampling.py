@@ -25,7 +25,7 @@ from torch import Tensor
 import diffusion_ext as dx
 
 from .. import source
-from ..device import clock, facts, grow_heap
+from ..device import clock, facts
 from ..eager import SCHEDULE
 from ..networks import Networks
 from ..work import DTYPES
@@ -235,7 +235,6 @@ def main() -> int:
     device = arguments.device
     if device == "cpu":
         torch.set_num_threads(1)
-        grow_heap()
     report = SamplingReport(arguments.results, facts(device))
     bench = Bench(device, report, 0.95 * seconds - 5)
     done = bench.every(all_runs(device))
