@@ -65,6 +65,13 @@ def test_training_on_channels_last_is_one_kernel():
 
     assert OURS in ops(images((3, 5, 8, 8)))
     assert OURS not in ops(images((3, 5, 8, 8), torch.contiguous_format))
+    x = images((3, 5, 8, 8)).requires_grad_()
+    y, dy = norm(x), images((3, 5, 8, 8))
+    with profile() as profiled:
+        torch.autograd.grad(y, x, dy)
+    keys = {event.key for event in profiled.key_averages()}
+    assert f"{OURS}_backward" in keys
+    assert "aten::copy_" not in keys  # of gradients in another layout: it took longer than the op
     norm.eval()
     assert OURS not in ops(images((3, 5, 8, 8)))
 

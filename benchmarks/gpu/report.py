@@ -1,4 +1,4 @@
-"""ops.json and ops.md of one device: written again after each row, so that an end loses none."""
+"""What is written of one device, again after each row, so that an end loses none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ def slug(device: str) -> str:
 
 
 class Report:
-    """The rows of one device, in folder/<device>/ops.json and ops.md."""
+    """The rows of one device, in folder/<device>/<name>.json and <name>.md.
+
+    Subclasses: name, title, legend; summary(), the targets; and sections() of the Markdown.
+    """
+
+    name: str
+    title: str
+    legend: str
 
     def __init__(self, folder: pathlib.Path, facts: dict[str, str]):
         self.folder = folder / slug(facts["device"])
@@ -38,30 +45,37 @@ class Report:
         self.facts, self.rows = facts, []
 
     def write(self, complete: bool = False) -> None:
-        for row in self.rows:
-            if "error" not in row:
-                row["targets"] = targets.of_row(row)
-        data = {**self.facts, "complete": complete, "rows": self.rows}
-        data["targets"] = targets.summary(self.rows)
-        self._replace("ops.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        self._replace("ops.md", self.markdown(data))
+        found = self.summary()
+        data = {**self.facts, "complete": complete, "rows": self.rows, "targets": found}
+        self._replace(f"{self.name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
+        parts = [f"# {self.title} on {self.facts['device']}\n\n{facts}\n\n{self.legend}"]
+        if not complete:
+            parts.append("**Incomplete**: the run ended before every row was measured.\n")
+        parts.append("## Targets\n\n" + target_table(found))
+        self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
 
     def _replace(self, name: str, text: str) -> None:
         partial = self.folder / f".{name}"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.folder / name)
 
-    def markdown(self, data: dict) -> str:
-        facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
-        parts = [f"# The ops on {self.facts['device']}\n\n{facts}\n\n{LEGEND}"]
-        if not data["complete"]:
-            parts.append("**Incomplete**: the run ended before every row was measured.\n")
-        parts.append("## Targets\n\n" + target_table(data["targets"]))
-        parts.append("## Passes\n\n" + passes_table(self.rows))
+
+class OpsReport(Report):
+    name, title, legend = "ops", "The ops", LEGEND
+
+    def summary(self) -> list[dict]:
+        for row in self.rows:
+            if "error" not in row:
+                row["targets"] = targets.of_row(row)
+        return targets.summary(self.rows)
+
+    def sections(self) -> list[str]:
+        parts = ["## Passes\n\n" + passes_table(self.rows)]
         for title in dict.fromkeys(title_of(row) for row in self.rows):
             rows = [row for row in self.rows if title_of(row) == title]
             parts.append(f"## {title}\n\n" + row_table(rows))
-        return "\n".join(parts)
+        return parts
 
 
 def title_of(row: dict) -> str:

@@ -6,15 +6,9 @@ loops with their network under torch.compile(mode="reduce-overhead"), as the tim
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import os
-import pathlib
-import signal
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +19,11 @@ from torch import Tensor
 import diffusion_ext as dx
 
 from .. import source
-from ..device import clock, facts
+from ..device import clock
 from ..eager import SCHEDULE
 from ..networks import Networks
 from ..work import DTYPES
-from .bench import COMPILE_SECONDS, one_line, out_of_time
+from .passes import Passes, main
 from .sampling_report import COMPILED, SOURCE, SamplingReport
 
 # Of the largest value, after the first two steps. On a GPU convolutions round float32 to TF32.
@@ -52,7 +46,8 @@ class Run:
         row = {"sampler": f"{self.sampler}, {self.networks.steps} steps", "dtype": self.dtype}
         return {**row, **sizes, "compile": "not tried", "missing": {}, "error": {}, "seconds": {}}
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
         row = self.row
         return ", ".join(str(row[name]) for name in ("sampler", "n_feat", "height", "dtype"))
 
@@ -94,15 +89,16 @@ class Run:
         return dataclasses.replace(self, networks=dataclasses.replace(self.networks, steps=2))
 
 
-class Bench:
-    def __init__(self, device: str, report: SamplingReport, seconds: float):
-        self.device, self.report = device, report
-        self.end = time.monotonic() + seconds
-        self.failed = False
-        self._compiled = (None, None)
+class Bench(Passes):
+    report_of, default_seconds, failure = SamplingReport, 200, "failed"
+    _compiled = (None, None)
 
-    def left(self) -> float:
-        return self.end - time.monotonic()
+    @staticmethod
+    def works(device: str) -> list[Run]:
+        return all_runs(device)
+
+    def row(self, run: Run) -> dict:
+        return run.row
 
     def ways(self, run: Run) -> dict[str, Callable[[Run], Callable]]:
         """name -> what makes its call of a run."""
@@ -138,14 +134,9 @@ class Bench:
 
     def compile(self, run: Run, row: dict) -> None:
         dtype, short, network = DTYPES[run.dtype], run.short(), self.compiled(run)
-        signal.signal(signal.SIGALRM, out_of_time)
-        signal.setitimer(signal.ITIMER_REAL, min(COMPILE_SECONDS, max(self.left(), 1)))
-        try:
+        with self.compiling():
             self.check(short, row, COMPILED, short.by_source(network, dtype, seeded=True))
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         row["seconds"][COMPILED] = seconds_of(run.by_source(network, dtype), run.inputs())
-        row["compile"] = "compiled"
 
     def compiled(self, run: Run) -> Callable:
         """The source's network, which the two samplers have one after the other."""
@@ -157,38 +148,8 @@ class Bench:
             self._compiled = key, torch.compile(network, **options)
         return self._compiled[1]
 
-    def every(self, runs: list[Run]) -> list[tuple[Run, dict]]:
-        """Pass one."""
-        done = []
-        for run in runs:
-            if self.left() < 2:
-                print(f"out of time: {len(runs) - len(done)} rows not measured", flush=True)
-                self.failed = True
-                break
-            row = run.row
-            self.report.rows.append(row)
-            try:
-                self.measure(run, row)
-            except Exception as error:
-                row["failed"], self.failed = one_line(error), True
-            done.append((run, row))
-            self.report.write()
-            print(f"{run}: {said_of(row)}", flush=True)
-        return done
-
-    def every_compiled(self, done: list[tuple[Run, dict]], most: int) -> None:
-        """Pass two."""
-        todo = [(run, row) for run, row in done if "failed" not in row]
-        for i, (run, row) in enumerate(todo):
-            if i >= most or self.left() < 10:
-                print(f"torch.compile not tried for {len(todo) - i} rows", flush=True)
-                break
-            try:
-                self.compile(run, row)
-            except Exception as error:
-                row["compile"] = one_line(error)
-            self.report.write()
-            print(f"{run}: {said_of(row)}", flush=True)
+    def said_of(self, row: dict) -> str:
+        return ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in row["seconds"].items())
 
 
 def seconds_of(call: Callable, inputs: tuple) -> float:
@@ -202,12 +163,6 @@ def seconds_of(call: Callable, inputs: tuple) -> float:
         if best > LONG:
             break
     return best
-
-
-def said_of(row: dict) -> str:
-    if "failed" in row:
-        return row["failed"]
-    return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in row["seconds"].items())
 
 
 def all_runs(device: str) -> list[Run]:
@@ -224,25 +179,5 @@ def all_runs(device: str) -> list[Run]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--results", type=pathlib.Path, required=True)
-    seconds = float(os.environ.get("GPU_CHECK_SECONDS", 200))
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # torch.compile's advice
-    torch.manual_seed(0)
-    device = arguments.device
-    if device == "cpu":
-        torch.set_num_threads(1)
-    report = SamplingReport(arguments.results, facts(device))
-    bench = Bench(device, report, 0.95 * seconds - 5)
-    done = bench.every(all_runs(device))
-    bench.every_compiled(done, most=len(done) if device == "cuda" else 1)
-    report.write(complete=not bench.failed)
-    print(f"{report.folder.name}/sampling.json and sampling.md: {len(done)} rows")
-    return int(bench.failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Bench, __doc__))

@@ -1,10 +1,8 @@
-"""sampling.json and sampling.md of one device: written again after each row."""
+"""sampling.json and sampling.md: whole sampling runs."""
 
 from __future__ import annotations
 
-import json
-
-from .report import Report, table, target_table
+from .report import Report, table
 
 SOURCE, COMPILED = "source", "source, reduce-overhead"
 BEST = "ours, optimized, graph"  # which the targets are about
@@ -20,25 +18,16 @@ steps were compared with those of the source's loop in float32.
 
 
 class SamplingReport(Report):
-    """The rows of one device, in folder/<device>/sampling.json and sampling.md."""
+    name, title, legend = "sampling", "Sampling", LEGEND
 
-    def write(self, complete: bool = False) -> None:
-        data = {**self.facts, "complete": complete, "rows": self.rows}
-        data["targets"] = targets(self.rows)
-        self._replace("sampling.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        self._replace("sampling.md", self.markdown(data))
+    def summary(self) -> list[dict]:
+        return targets(self.rows)
 
-    def markdown(self, data: dict) -> str:
-        facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
-        parts = [f"# Sampling on {self.facts['device']}\n\n{facts}\n\n{LEGEND}"]
-        if not data["complete"]:
-            parts.append("**Incomplete**: the run ended before every row was measured.\n")
-        parts.append("## Targets\n\n" + target_table(data["targets"]))
+    def sections(self) -> list[str]:
         names = list(dict.fromkeys(name for row in self.rows for name in row["seconds"]))
         heads = ["sampler", "n_feat", "size", "batch", "dtype", *(f"{name}, ms" for name in names)]
         heads += [f"× {name}" for name in TARGETS]
-        parts.append("## Runs\n\n" + table(heads, [line(row, names) for row in self.rows]))
-        return "\n".join(parts)
+        return ["## Runs\n\n" + table(heads, [line(row, names) for row in self.rows])]
 
 
 def ratio(row: dict, other: str) -> float | None:

@@ -15,6 +15,9 @@ namespace dx {
 constexpr int64_t kChunkElements = 1 << 16;
 constexpr int64_t kLanes = 32;    // sums of a run of neighbours that go on side by side
 constexpr int64_t kColumns = 32;  // channels of channels_last that walk over the pixels together
+static_assert(kColumns <= kLanes);
+// What float32 adds before the sum goes on in float64: neighbours, 128 a lane, or pixels.
+constexpr int64_t kRun = 4096, kPixels = 256;
 
 struct Range {
   int64_t begin, end;
@@ -157,6 +160,7 @@ template <class Body>
 DX_INLINE void for_each_lane(Range range, const Body& body) {
   int64_t begin = range.begin;
   for (; begin + kLanes <= range.end; begin += kLanes)
+#pragma omp simd
     for (int64_t lane = 0; lane < kLanes; ++lane) body(begin + lane, lane);
   for (int64_t lane = 0; begin + lane < range.end; ++lane) body(begin + lane, lane);
 }

@@ -8,8 +8,7 @@
 namespace dx {
 namespace {
 
-// Sums of (x - shift) and (x - shift)^2. Around a shift near the mean float32 loses nothing; the
-// sums of 4096 go on in float64.
+// Sums of (x - shift) and (x - shift)^2. Around a shift near the mean float32 loses nothing.
 struct Moments {
   double first = 0, second = 0;
   Moments& operator+=(const Moments& m) {
@@ -19,14 +18,13 @@ struct Moments {
   }
 };
 
-// Of neighbours. Float32 adds up to 4096, a lane 128 of them.
+// Of neighbours.
 template <class T>
 DX_INLINE Moments moments(const T* __restrict x, int64_t count, float shift) {
-  constexpr int64_t span = 4096;
   Moments total;
-  for (int64_t begin = 0; begin < count; begin += span) {
+  for (int64_t begin = 0; begin < count; begin += kRun) {
     LaneSums<2> sums;
-    for_each_lane({begin, std::min(begin + span, count)}, [&](int64_t i, int64_t lane) DX_KERNEL {
+    for_each_lane({begin, std::min(begin + kRun, count)}, [&](int64_t i, int64_t lane) DX_KERNEL {
       const float d = to_float(x[i]) - shift;
       sums.lanes[0][lane] += d;
       sums.lanes[1][lane] = fma(d, d, sums.lanes[1][lane]);
@@ -96,14 +94,13 @@ void contiguous_statistics(const Slab& slab, bool on_threads, const T* x, double
 }
 
 // The moments of channels k, k + 1, ... over pixels, each around its own shift, added to their
-// sums. Float32 adds up to 256 pixels.
+// sums.
 template <class T, class Count>
 DX_INLINE void add_column(const Slab& slab, const T* __restrict x, Range pixels,
                           const float* __restrict shift, int64_t k, Count count,
                           ChannelSums<2>& sums) {
-  constexpr int64_t span = 256;
-  for (int64_t begin = pixels.begin; begin < pixels.end; begin += span) {
-    const int64_t end = std::min(begin + span, pixels.end);
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kPixels) {
+    const int64_t end = std::min(begin + kPixels, pixels.end);
     float first[kColumns] = {}, second[kColumns] = {};
     for (int64_t r = begin; r < end; ++r)
       for (int64_t i = 0; i < count; ++i) {

@@ -12,26 +12,27 @@ struct Element {
   float xhat, act, dy, da;
 };
 
-// The numbers of a channel that give it.
+// The numbers that give it, of up to N channels.
+template <int N>
 struct Numbers {
-  float centre, rstd, residual, gain, offset, post_scale;
+  float centre[N], rstd[N], residual[N], gain[N], offset[N], post_scale[N];
 
-  DX_INLINE Numbers(const Channels& ch, int64_t k)
-      : centre(ch.centre[k]),
-        rstd(ch.rstd[k]),
-        residual(ch.residual[k]),
-        gain(ch.gain[k]),
-        offset(ch.offset[k]),
-        post_scale(ch.post_scale[k]) {}
+  DX_INLINE Numbers(const Channels& ch, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t k = first + i;
+      centre[i] = ch.centre[k], rstd[i] = ch.rstd[k], residual[i] = ch.residual[k];
+      gain[i] = ch.gain[k], offset[i] = ch.offset[k], post_scale[i] = ch.post_scale[k];
+    }
+  }
 
   template <Act activation, class T>
-  DX_INLINE Element differentiate(T x, T dy) const {
+  DX_INLINE Element differentiate(int64_t i, T x, T dy) const {
     Element e;
     float derivative;
-    e.xhat = fma(to_float(x) - centre, rstd, residual);
-    e.act = activate<activation>(fma(gain, e.xhat, offset), derivative);
+    e.xhat = fma(to_float(x) - centre[i], rstd[i], residual[i]);
+    e.act = activate<activation>(fma(gain[i], e.xhat, offset[i]), derivative);
     e.dy = to_float(dy);
-    e.da = e.dy * post_scale * derivative;
+    e.da = e.dy * post_scale[i] * derivative;
     return e;
   }
 };
@@ -61,36 +62,40 @@ struct Tensors {
   T* __restrict dx;
 };
 
-// Adds up to 4096 elements of a channel in float32, a lane 128 of them.
+// Adds elements of a channel to its sums.
 template <Act activation, int K, class T>
-DX_INLINE void add_run(const Numbers& numbers, const Tensors<T>& t, Range range, int64_t channel,
+DX_INLINE void add_run(const Channels& ch, const Tensors<T>& t, Range range, int64_t channel,
                        Sums& sums) {
-  constexpr int64_t span = 4096;
-  for (int64_t begin = range.begin; begin < range.end; begin += span) {
+  const Numbers<1> numbers(ch, channel, 1);
+  const T* __restrict x = t.x, * __restrict dy = t.dy;
+  T* __restrict dx = t.dx;
+  for (int64_t begin = range.begin; begin < range.end; begin += kRun) {
     LaneSums<K> partial;
-    for_each_lane({begin, std::min(begin + span, range.end)},
+    for_each_lane({begin, std::min(begin + kRun, range.end)},
                   [&](int64_t i, int64_t lane) DX_KERNEL {
-                    const Element e = numbers.differentiate<activation>(t.x[i], t.dy[i]);
-                    if constexpr (kKeepsDa<T>) t.dx[i] = e.da;
+                    const Element e = numbers.template differentiate<activation>(0, x[i], dy[i]);
+                    if constexpr (kKeepsDa<T>) dx[i] = e.da;
                     add<K>(e, partial.lanes, lane);
                   });
     for (int k = 0; k < K; ++k) sums.at(k, channel) += partial.total(k);
   }
 }
 
-// The same for channels k, k + 1, ... of channels_last; float32 adds up to 256 pixels.
+// The same for channels k, k + 1, ... of channels_last.
 template <Act activation, int K, class T, class Count>
 DX_INLINE void add_column(const Channels& ch, const Tensors<T>& t, Range pixels, int64_t width,
                           int64_t k, Count count, Sums& sums) {
-  constexpr int64_t span = 256;
-  for (int64_t begin = pixels.begin; begin < pixels.end; begin += span) {
-    const int64_t end = std::min(begin + span, pixels.end);
+  const Numbers<kColumns> numbers(ch, k, count);
+  const T* __restrict x = t.x, * __restrict dy = t.dy;
+  T* __restrict dx = t.dx;
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kPixels) {
+    const int64_t end = std::min(begin + kPixels, pixels.end);
     float partial[K][kLanes] = {};
     for (int64_t r = begin; r < end; ++r)
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = r * width + k + i;
-        const Element e = Numbers(ch, k + i).differentiate<activation>(t.x[at], t.dy[at]);
-        if constexpr (kKeepsDa<T>) t.dx[at] = e.da;
+        const Element e = numbers.template differentiate<activation>(i, x[at], dy[at]);
+        if constexpr (kKeepsDa<T>) dx[at] = e.da;
         add<K>(e, partial, i);
       }
     for (int s = 0; s < K; ++s)
@@ -102,9 +107,8 @@ template <Act activation, int K, class T>
 DX_INLINE void add_chunk(const Slab& slab, const Channels& ch, const Tensors<T>& t, Range range,
                          Sums& sums) {
   if (slab.g.layout == Layout::contiguous)
-    slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
-      add_run<activation, K>(Numbers(ch, k), t, r, k, sums);
-    });
+    slab.for_each_channel(
+        range, [&](int64_t k, Range r) DX_KERNEL { add_run<activation, K>(ch, t, r, k, sums); });
   else
     slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
       add_column<activation, K>(ch, t, range, slab.width, k, count, sums);
@@ -182,7 +186,7 @@ DX_INLINE void write(const Channels& ch, const Correction& correction, int64_t k
   if constexpr (kKeepsDa<T>)
     da = t.dx[i];
   else
-    da = Numbers(ch, k).differentiate<activation>(t.x[i], t.dy[i]).da;
+    da = Numbers<1>(ch, k, 1).template differentiate<activation>(0, t.x[i], t.dy[i]).da;
   const float of_statistics =
       fma(to_float(t.x[i]) - ch.centre[k], correction.second[k], correction.first[k]);
   round_to(fma(ch.slope[k], da, -of_statistics), t.dx[i]);

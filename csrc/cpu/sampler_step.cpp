@@ -13,8 +13,8 @@ struct StepBlock {
 };
 
 template <bool clipped, bool of_x0, bool history, bool noise, bool keeps_x0>
-DX_INLINE void step_block(const StepCoefficients& c, float limit, const StepBlock& b,
-                          int64_t count) {
+DX_INLINE void step_elements(const StepCoefficients& c, float limit, const StepBlock& b,
+                             int64_t count) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     const float x = b.x[k], m = b.m[k];
@@ -24,6 +24,18 @@ DX_INLINE void step_block(const StepCoefficients& c, float limit, const StepBloc
     b.out[k] = step_sample(c, {of_x0, history, noise}, x, m, x0, h, z);
     if constexpr (keeps_x0) b.x0[k] = x0;
   }
+}
+
+// A loop for each combination of terms, once for every dtype and source of noise.
+void step_block(const StepCoefficients& c, float limit, const StepBlock& b, int64_t count) {
+  on_best_isa([&]() DX_KERNEL {
+    with_constants(
+        [&](auto clipped, auto of_x0, auto history, auto noise, auto keeps_x0) DX_KERNEL {
+          step_elements<clipped, of_x0, history, noise, keeps_x0>(c, limit, b, count);
+        },
+        limit < std::numeric_limits<float>::infinity(), c.a0 != 0.0f, b.history != nullptr,
+        b.noise != nullptr, b.x0 != nullptr);
+  });
 }
 
 // Steps elements [begin, end) of a sample; noise_at(i, count, buffer) is the noise of a block, or
@@ -46,12 +58,7 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepCoeffi
       for (int64_t k = 0; k < count; ++k) guided[k] = guide(b.m[k], cond[k], step.guidance);
       b.m = guided;
     }
-    with_constants(
-        [&](auto clipped, auto of_x0, auto history, auto noise, auto keeps_x0) DX_KERNEL {
-          step_block<clipped, of_x0, history, noise, keeps_x0>(c, step.limit, b, count);
-        },
-        step.limit < std::numeric_limits<float>::infinity(), c.a0 != 0.0f, b.history != nullptr,
-        b.noise != nullptr, b.x0 != nullptr);
+    step_block(c, step.limit, b, count);
     keep(b.out, s.out + at, count);
     if (s.x0 != nullptr) keep(b.x0, s.x0 + at, count);
   });

@@ -13,9 +13,13 @@ from ..ops.reference import ACTIVATIONS
 class BatchNormAct(nn.BatchNorm2d):
     """BatchNorm2d (Ioffe & Szegedy 2015) followed by an activation; a drop-in for the two modules.
 
-    In training on channels_last images it is one kernel, forward and backward: over a batch each
-    channel is a group of its own, so the batch, as one sample of all its pixels, goes to
-    group_norm_act with as many groups as channels. Elsewhere torch's batch_norm serves.
+    In training on channels_last images on the CPU it is one kernel, forward and backward: over a
+    batch each channel is a group of its own, so the batch, as one sample of all its pixels, goes to
+    group_norm_act with as many groups as channels. Elsewhere torch's batch_norm serves; on a GPU,
+    too, where that one sample has not been measured beside it.
+
+    Args: num_features: C. act: "identity", "relu", "silu", "gelu" or "gelu_tanh".
+    Raises: as torch.nn.BatchNorm2d, for one value a channel in training among others.
     """
 
     def __init__(self, num_features: int, act: str) -> None:
@@ -24,14 +28,15 @@ class BatchNormAct(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if not (self.training and serves(x) and pixels.is_contiguous() and x.numel() > x.shape[1]):
+        fused = self.training and x.is_cpu and serves(x) and pixels.is_contiguous()
+        if not fused or x.numel() <= x.shape[1]:  # one value: torch's error
             return ACTIVATIONS[self.act](super().forward(x))
         one_sample = pixels.flatten(0, 2).t().unsqueeze(0)  # [1, C, B·H·W]
         y, mean, rstd = with_statistics(
             one_sample, self.num_features, self.weight, self.bias, self.eps, self.act, *[None] * 5
         )
         self._track(mean, rstd, one_sample.shape[2])
-        return y[0].t().view(pixels.shape).permute(0, 3, 1, 2)
+        return y.squeeze(0).t().view(pixels.shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, rstd: Tensor, count: int) -> None:

@@ -172,6 +172,7 @@ class UnetForward(nn.Module):
         return self.out(torch.cat((up3, x), dim=1))
 
     def check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
+        """Raises: TypeError, ValueError for arguments that are not as `forward` wants them."""
         for name, tensor in {"x": x, "t": t, "c": c}.items():
             if tensor is not None and not tensor.is_floating_point():
                 raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")

@@ -60,11 +60,9 @@ def sampler_step(
     """
     check_clip(clip)
     check_number("guidance", guidance)
-    out, x0 = _apply(
-        (coefficients,),
-        *(x, model_output, coefficients, timesteps, row, noise, seeds, history),
-        *(clip, guidance, return_x0),
-    )
+    tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, history)
+    differentiable = (x, model_output, coefficients, noise, history)
+    out, x0 = _apply(tensors, (clip, guidance, return_x0), differentiable)
     return (out, x0) if return_x0 else out
 
 
@@ -72,30 +70,24 @@ def sampler_step(
 _REFUSALS = (RuntimeError, TypeError, AttributeError)
 
 
-def _apply(weights, x, model_output, coefficients, timesteps, row, noise, seeds, history, *options):
-    """(x', x0) of the arguments in the op's order; weights: tables that may ask for gradients.
+def _apply(tensors: tuple, options: tuple, differentiable: tuple):
+    """(x', x0) of the op's arguments, its tensors and its options; which may ask for gradients.
 
     A kernel checks its arguments before it runs, so ours, which took as long as a small step, are
     made only where it refuses, to say which argument was wrong; and before the reference.
     """
-
-    def check():
-        _check_samples(x, model_output, noise, seeds, history)
-        _check_table(x, coefficients, timesteps, row)
-
-    args = (x, model_output, coefficients, timesteps, row, noise, seeds, history, *options)
     if torch.compiler.is_compiling():  # the op is then a fake, which checks nothing
-        check()
+        _check(*tensors)
     try:
-        # With a tensor on "meta" the op's fake would be called, which checks nothing.
-        refused = _any_meta(model_output, coefficients, timesteps, row, noise, seeds, history)
-        if serves(x) and not refused and not needs_grad(x, model_output, noise, history, *weights):
-            return kernels().sampler_step(*args)
+        # Nor does it with a tensor on "meta", for which the fake would be called as well.
+        refused = _any_meta(*tensors)
+        if not refused and serves(tensors[0]) and not needs_grad(*differentiable):
+            return kernels().sampler_step(*tensors, *options)
     except _REFUSALS:
-        check()
+        _check(*tensors)
         raise
-    check()
-    return reference.sampler_step(*args[:-1])
+    _check(*tensors)
+    return reference.sampler_step(*tensors, *options[:-1])
 
 
 def _any_meta(*tensors) -> bool:
@@ -103,6 +95,11 @@ def _any_meta(*tensors) -> bool:
         if tensor is not None and tensor.is_meta:
             return True
     return False
+
+
+def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history) -> None:
+    _check_samples(x, model_output, noise, seeds, history)
+    _check_table(x, coefficients, timesteps, row)
 
 
 def _check_samples(x, model_output, noise, seeds, history) -> None:
@@ -207,13 +204,14 @@ def ddim_step(
 def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
     """A step by a table (coefficients, timesteps) of our own and a row of it: x'.
 
-    Neither is checked, nor asked for requires_grad, which torch.compile cannot read off a constant.
+    The table is not asked for requires_grad, which torch.compile cannot read off a constant.
     """
     if needs_noise:
         noise, seeds = resolve_noise(x, noise, seeds)
     else:
         noise = seeds = None
-    return _apply((), x, model_output, *table, row, noise, seeds, None, None, 1.0, False)[0]
+    tensors = (x, model_output, *table, row, noise, seeds, None)
+    return _apply(tensors, (None, 1.0, False), (x, model_output, noise))[0]
 
 
 def _check_timestep(name: str, t, low: int, high: int) -> None:
