@@ -73,21 +73,22 @@ inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
   return copy;
 }
 
-// An uninitialised tensor like t. A large one is asked of Linux in huge pages: at 40 MB its first
-// touch took 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so.
-inline Tensor new_like(const Tensor& t) {
-  Tensor out = torch::stable::empty_like(t);
+// An uninitialised tensor, asked of Linux in huge pages where it is large: at 40 MB its first touch
+// took 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so.
+inline Tensor in_huge_pages(const Tensor& fresh) {
 #if defined(__linux__)
   constexpr uintptr_t huge = 1 << 21;
-  const size_t bytes = out.numel() * out.element_size();
-  if (out.is_cpu() && bytes >= 2 * huge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const size_t bytes = fresh.numel() * fresh.element_size();
+  if (fresh.is_cpu() && bytes >= 2 * huge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
     const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
   }
 #endif
-  return out;
+  return fresh;
 }
+
+inline Tensor new_like(const Tensor& t) { return in_huge_pages(torch::stable::empty_like(t)); }
 
 // A tensor that a kernel writes, and where it writes: itself, or a contiguous copy where it does
 // not lie in the layout that the kernel writes, written back at the end.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import diffusion_ext as dx
 from diffusion_ext.nn import convolutions, optimized
 from diffusion_ext.nn.convolutions import Conv3x3, Packed, Unpool
+from diffusion_ext.ops.conv3x3 import VECTORISED
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # Of the largest output.
@@ -117,6 +118,22 @@ def test_without_onednn(monkeypatch):
     plain = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
     assert plain.init_conv.conv1.packed is None
     assert_near(plain(*arguments), packed(*arguments))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
+def test_our_convolution_serves_where_it_can():
+    model = trained()
+    arguments = inputs(model)
+    ours = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
+    convs = [m for m in ours.modules() if isinstance(m, Conv3x3)]
+    assert sum(conv.filters is not None for conv in convs) == len(convs) - 2  # of 3 channels
+    expected = ours(*arguments)
+    with dx.use_backend("reference"):
+        assert_near(ours(*arguments), expected)
+        theirs = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
+    assert all(m.filters is None for m in theirs.modules() if isinstance(m, Conv3x3))
+    assert_near(theirs(*arguments), expected)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The convolutions of a network that only infers, without gradients.
 
-Their weights lie as the memory format of the network wants them; where torch has oneDNN's
-convolutions with packed weights, which torch.compile uses too, those serve.
+Their weights lie as the memory format of the network wants them. On a CPU, in channels_last, our
+Winograd convolution serves where it can; else, where torch has them, oneDNN's convolutions with
+packed weights, which torch.compile uses too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.conv3x3 import filtered, filters_of, serves_conv3x3
 
 
 class Packed:
@@ -62,12 +65,18 @@ class Conv3x3(nn.Module):
     ):
         super().__init__()
         self.weight = frozen(weight.contiguous(memory_format=layout))
-        self.bias, self.gelu, self.packed = frozen(bias), gelu, None
-        if layout == torch.channels_last and Packed.serves(weight):
-            shape = (batch, weight.shape[1], side, side)
+        self.bias, self.gelu, self.filters, self.packed = frozen(bias), gelu, None, None
+        shape = (batch, weight.shape[1], side, side)
+        like = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=layout)
+        if serves_conv3x3(like, weight):
+            self.filters = frozen(filters_of(weight))
+        elif layout == torch.channels_last and Packed.serves(weight):
             self.packed = Packed(self.weight, self.bias, gelu, shape)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H, W]
+        if self.filters is not None and serves_conv3x3(x, self.weight):
+            act = "gelu" if self.gelu else "identity"
+            return filtered(x, self.filters, self.bias, len(self.weight), act)
         # torch.compile knows nothing of packed weights, and fuses the GELU by itself.
         if self.packed is not None and len(x) and not torch.compiler.is_compiling():
             return self.packed(x)

@@ -194,3 +194,11 @@ def group_norm_act(
     if channels_last and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
         y = y.contiguous(memory_format=channels_last)
     return y.to(dtype)
+
+
+# --- conv3x3 ------------------------------------------------------------------------------------
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "identity") -> Tensor:
+    """act of the convolution of x [B,C,H,W] with weight [K,C,3,3], padding 1, plus bias [K]."""
+    return ACTIVATIONS[act](F.conv2d(x, weight, bias, padding=1))

@@ -1,0 +1,312 @@
+// conv3x3: 3x3 convolutions with padding 1 and the activation after them, float32, channels_last,
+// by Winograd's F(4x4, 3x3) (math/winograd.h): a quarter of the multiplications.
+//
+// A block of tiles is transformed into 36 matrices [tiles, C], each multiplied with its matrix of
+// the filters [C, K], 32 columns at a time, and transformed back, all within the second-level
+// cache.
+#include <algorithm>
+#include <memory>
+
+#include "../common.h"
+#include "../math/activation.h"
+#include "../math/winograd.h"
+#include "simd.h"
+
+namespace dx {
+namespace {
+
+constexpr int kColumns = 32;  // output channels that are computed together
+constexpr int kLanes = 16;    // input channels that are transformed together
+constexpr int kTiles = 32;    // of a block, at the most
+
+// x [B, H, W, C] to y [B, H, W, K]; filters [K / 32 rounded up, 36, C, 32].
+struct Convolution {
+  int64_t batch, height, width, in, out;
+  const float *x, *filters, *bias;
+  float* y;
+
+  DX_INLINE int64_t tiles_high() const { return (height + kTileOut - 1) / kTileOut; }
+  DX_INLINE int64_t tiles_wide() const { return (width + kTileOut - 1) / kTileOut; }
+  DX_INLINE int64_t tiles() const { return batch * tiles_high() * tiles_wide(); }
+};
+
+// The first output of a tile: pixel (row, column) of image b.
+struct Tile {
+  int64_t b, row, column;
+  DX_INLINE Tile(const Convolution& c, int64_t i)
+      : b(i / (c.tiles_high() * c.tiles_wide())),
+        row(i / c.tiles_wide() % c.tiles_high() * kTileOut),
+        column(i % c.tiles_wide() * kTileOut) {}
+
+  // Where pixel (row + i, column + j) lies, in pixels; -1 outside the image.
+  DX_INLINE int64_t pixel(const Convolution& c, int64_t i, int64_t j) const {
+    const int64_t h = row + i, w = column + j;
+    return h < 0 || h >= c.height || w < 0 || w >= c.width ? -1 : (b * c.height + h) * c.width + w;
+  }
+};
+
+// Tiles first, ..., first + count - 1.
+struct Block {
+  int64_t first, count;
+};
+
+// B^T d B of a tile, to v [36, kTiles, C].
+DX_INLINE void transform_input(const Convolution& c, const Tile& tile, const float* zeros,
+                               float* v) {
+  const float* pixels[kTileIn][kTileIn];
+  for (int i = 0; i < kTileIn; ++i)
+    for (int j = 0; j < kTileIn; ++j) {
+      const int64_t p = tile.pixel(c, i - 1, j - 1);
+      pixels[i][j] = p < 0 ? zeros : c.x + p * c.in;
+    }
+  for (int64_t k = 0; k < c.in; k += kLanes) {
+    float half[kTileIn][kTileIn][kLanes];
+    for (int i = 0; i < kTileIn; ++i)
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float d[kTileIn], t[kTileIn];
+        for (int j = 0; j < kTileIn; ++j) d[j] = pixels[i][j][k + lane];
+        winograd_input(d, t);
+        for (int j = 0; j < kTileIn; ++j) half[i][j][lane] = t[j];
+      }
+    for (int j = 0; j < kTileIn; ++j)
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float d[kTileIn], t[kTileIn];
+        for (int i = 0; i < kTileIn; ++i) d[i] = half[i][j][lane];
+        winograd_input(d, t);
+        for (int i = 0; i < kTileIn; ++i) v[(i * kTileIn + j) * kTiles * c.in + k + lane] = t[i];
+      }
+  }
+}
+
+// act(A^T m A + bias) of a tile, from m [36, kTiles, 32], to channels k, k + 1, ... of y.
+template <Act act>
+DX_INLINE void transform_output(const Convolution& c, const Tile& tile, const float* m, int64_t k) {
+  float half[kTileIn][kTileOut][kColumns];
+  for (int i = 0; i < kTileIn; ++i)
+#pragma omp simd
+    for (int lane = 0; lane < kColumns; ++lane) {
+      float d[kTileIn], t[kTileOut];
+      for (int j = 0; j < kTileIn; ++j) d[j] = m[(i * kTileIn + j) * kTiles * kColumns + lane];
+      winograd_output(d, t);
+      for (int j = 0; j < kTileOut; ++j) half[i][j][lane] = t[j];
+    }
+  float bias[kColumns] = {};
+  const int64_t columns = std::min<int64_t>(kColumns, c.out - k);
+  if (c.bias != nullptr) std::copy_n(c.bias + k, columns, bias);
+  for (int j = 0; j < kTileOut; ++j) {
+    float out[kTileOut][kColumns];
+#pragma omp simd
+    for (int lane = 0; lane < kColumns; ++lane) {
+      float d[kTileIn], t[kTileOut];
+      for (int i = 0; i < kTileIn; ++i) d[i] = half[i][j][lane];
+      winograd_output(d, t);
+      for (int i = 0; i < kTileOut; ++i) out[i][lane] = t[i] + bias[lane];
+    }
+    for (int i = 0; i < kTileOut; ++i) {
+      const int64_t p = tile.pixel(c, i, j);
+      if (p < 0) continue;
+      float derivative;
+      for (int lane = 0; lane < kColumns; ++lane)
+        out[i][lane] = activate<act>(out[i][lane], derivative);
+      float* y = c.y + p * c.out + k;
+      if (columns == kColumns)
+        std::copy_n(out[i], kColumns, y);
+      else
+        std::copy_n(out[i], columns, y);
+    }
+  }
+}
+
+// R rows and W columns of m [T, 32] = v [T, C] u [C, 32], whose sums stay in registers.
+template <int R, int W>
+DX_INLINE void multiply(const float* __restrict v, const float* __restrict u, float* __restrict m,
+                        int64_t in) {
+  float sums[R][W] = {};
+  for (int64_t c = 0; c < in; ++c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma omp simd
+      for (int i = 0; i < W; ++i) sums[r][i] = fma(v[r * in + c], u[c * kColumns + i], sums[r][i]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < W; ++i) m[r * kColumns + i] = sums[r][i];
+}
+
+// The same, of any number of rows and every column: with 32 vector registers in one go.
+template <int R, int W>
+DX_INLINE void multiply_all(const float* v, const float* u, float* m, int64_t rows, int64_t in) {
+  for (int64_t column = 0; column < kColumns; column += W) {
+    int64_t r = 0;
+    const auto take = [&](auto count) DX_KERNEL {
+      for (; r + count <= rows; r += count)
+        multiply<count, W>(v + r * in, u + column, m + r * kColumns + column, in);
+    };
+    take(std::integral_constant<int, R>());
+    take(std::integral_constant<int, 4>());
+    take(std::integral_constant<int, 1>());
+  }
+}
+DX_INLINE void multiply_point(const float* v, const float* u, float* m, int64_t rows, int64_t in) {
+  if (best_isa() == Isa::avx512)
+    multiply_all<8, 32>(v, u, m, rows, in);
+  else
+    multiply_all<4, 16>(v, u, m, rows, in);
+}
+
+// scratch: v [36, kTiles, C], m [36, kTiles, 32] and C zeros.
+constexpr int64_t scratch_size(int64_t in) { return kPoints * kTiles * (in + kColumns) + in; }
+
+// The three parts are compiled apart, which leaves each the registers that it needs.
+void convolve(const Convolution& c, const Block& block, Act act, float* v) {
+  float* m = v + kPoints * kTiles * c.in;
+  const float* zeros = m + kPoints * kTiles * kColumns;
+  on_best_isa([&]() DX_KERNEL {
+    for (int64_t t = 0; t < block.count; ++t)
+      transform_input(c, Tile(c, block.first + t), zeros, v + t * c.in);
+  });
+  for (int64_t k = 0; k < c.out; k += kColumns) {
+    const float* u = c.filters + k * kPoints * c.in;
+    on_best_isa([&]() DX_KERNEL {
+      for (int64_t p = 0; p < kPoints; ++p)
+        multiply_point(v + p * kTiles * c.in, u + p * c.in * kColumns, m + p * kTiles * kColumns,
+                       block.count, c.in);
+    });
+    on_best_isa([&]() DX_KERNEL {
+      dispatch_act(act, [&](auto a) DX_KERNEL {
+        for (int64_t t = 0; t < block.count; ++t)
+          transform_output<decltype(a)::value>(c, Tile(c, block.first + t), m + t * kColumns, k);
+      });
+    });
+  }
+}
+
+void run(const Convolution& c, Act act) {
+  const int64_t tiles = c.tiles(), threads = torch::stable::get_num_threads();
+  if (tiles == 0 || c.out == 0) return;
+  // Blocks of one size, as many for each thread.
+  const int64_t rounds = (tiles + kTiles * threads - 1) / (kTiles * threads);
+  const int64_t size = (tiles + rounds * threads - 1) / (rounds * threads);
+  const int64_t blocks = (tiles + size - 1) / size;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[scratch_size(c.in)]);
+    std::fill_n(scratch.get() + scratch_size(c.in) - c.in, c.in, 0.0f);
+    for (int64_t b = begin; b < end; ++b) {
+      convolve(c, {b * size, std::min(size, tiles - b * size)}, act, scratch.get());
+    }
+  });
+}
+
+// Checks that a tensor is float32 on the CPU.
+void check_float32(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,
+                  ": wanted float32 on the CPU");
+}
+
+Tensor conv3x3(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_,
+               int64_t out_channels, int64_t act) {
+  using torch::headeronly::MemoryFormat;
+  check_float32("x", x_);
+  check_float32("filters", filters_);
+  STD_TORCH_CHECK(x_.dim() == 4 && x_.size(1) % kLanes == 0,
+                  "x: wanted shape [B, C, H, W], C a multiple of ", kLanes);
+  STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
+  const int64_t in = x_.size(1), column_blocks = (out_channels + kColumns - 1) / kColumns;
+  STD_TORCH_CHECK(out_channels >= 0 && filters_.numel() == column_blocks * kPoints * in * kColumns,
+                  "filters: wanted what conv3x3_filters made for these channels");
+  if (bias_) {
+    check_float32("bias", *bias_);
+    STD_TORCH_CHECK(bias_->dim() == 1 && bias_->numel() == out_channels, "bias: wanted shape [",
+                    out_channels, "]");
+  }
+  const Tensor x = fits(x_, Layout::channels_last)
+                       ? x_
+                       : torch::stable::contiguous(x_, MemoryFormat::ChannelsLast);
+  const Tensor filters = torch::stable::contiguous(filters_);
+  const MaybeTensor bias = map(bias_, [](const Tensor& b) { return torch::stable::contiguous(b); });
+  const Tensor y = in_huge_pages(
+      torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
+                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast));
+  run({x.size(0), x.size(2), x.size(3), in, out_channels, data_of<float>(x),
+       data_of<float>(filters), data_of<float>(bias), static_cast<float*>(y.mutable_data_ptr())},
+      Act(act));
+  return y;
+}
+
+// A weight [K, C, 3, 3] of any strides. `transposed`: as the gradient with respect to x wants it,
+// [C, K, 3, 3] with the filters upside down.
+struct Weight {
+  const float* data;
+  int64_t out, in, out_stride, in_stride, row_stride, column_stride;
+
+  Weight(const Tensor& t, bool transposed) : data(data_of<float>(t)) {
+    const int64_t to = transposed ? 1 : 0, from = 1 - to;
+    out = t.size(to), in = t.size(from), out_stride = t.stride(to), in_stride = t.stride(from);
+    row_stride = t.stride(2), column_stride = t.stride(3);
+    if (!transposed) return;
+    data += (kFilterSide - 1) * (row_stride + column_stride);
+    row_stride = -row_stride, column_stride = -column_stride;
+  }
+};
+
+// G g G^T of the filters g from input channel c to output channels k, k + 1, ..., zeros beyond the
+// last one, to u [36, C, 32].
+DX_INLINE void transform_filters(const Weight& w, int64_t c, int64_t k, float* u) {
+  double filters[kFilterSide][kFilterSide][kColumns] = {};
+  const int64_t columns = std::min<int64_t>(kColumns, w.out - k);
+  for (int64_t lane = 0; lane < columns; ++lane)
+    for (int i = 0; i < kFilterSide; ++i)
+      for (int j = 0; j < kFilterSide; ++j)
+        filters[i][j][lane] = w.data[(k + lane) * w.out_stride + c * w.in_stride +
+                                     i * w.row_stride + j * w.column_stride];
+  double half[kFilterSide][kTileIn][kColumns];
+  for (int i = 0; i < kFilterSide; ++i)
+#pragma omp simd
+    for (int lane = 0; lane < kColumns; ++lane) {
+      double g[kFilterSide], t[kTileIn];
+      for (int j = 0; j < kFilterSide; ++j) g[j] = filters[i][j][lane];
+      winograd_filter(g, t);
+      for (int j = 0; j < kTileIn; ++j) half[i][j][lane] = t[j];
+    }
+  for (int j = 0; j < kTileIn; ++j)
+#pragma omp simd
+    for (int lane = 0; lane < kColumns; ++lane) {
+      double g[kFilterSide], t[kTileIn];
+      for (int i = 0; i < kFilterSide; ++i) g[i] = half[i][j][lane];
+      winograd_filter(g, t);
+      for (int i = 0; i < kTileIn; ++i)
+        u[((i * kTileIn + j) * w.in + c) * kColumns + lane] = float(t[i]);
+    }
+}
+
+// The filters of weight [K, C, 3, 3] as conv3x3 multiplies with them, [K / 32 rounded up, 36, C,
+// 32]; `transposed`: for its gradient, a convolution of dy [B, K, H, W].
+Tensor conv3x3_filters(const Tensor& weight, bool transposed) {
+  check_float32("weight", weight);
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == kFilterSide && weight.size(3) == kFilterSide,
+      "weight: wanted shape [K, C, 3, 3]");
+  const Weight w(weight, transposed);
+  const int64_t blocks = (w.out + kColumns - 1) / kColumns;
+  const Tensor filters = torch::stable::new_empty(weight, {blocks, kPoints, w.in, kColumns});
+  float* u = static_cast<float*>(filters.mutable_data_ptr());
+  torch::stable::parallel_for(0, blocks * w.in, 16, [&](int64_t begin, int64_t end) {
+    on_best_isa([&]() DX_KERNEL {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t k = n / w.in * kColumns;
+        transform_filters(w, n % w.in, k, u + k * kPoints * w.in);
+      }
+    });
+  });
+  return filters;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_filters", TORCH_BOX(&conv3x3_filters));
+}
+
+}  // namespace dx

@@ -1,0 +1,242 @@
+"""conv3x3: Winograd's convolution beside the direct one, its gradients, and when it serves."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import LAYOUTS, assert_close, lay, same_bits
+from torch import nn
+from torch.nn import functional as F
+
+import diffusion_ext as dx
+from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
+from diffusion_ext.ops import conv3x3 as op
+from diffusion_ext.ops import reference
+from diffusion_ext.ops.backend import kernels
+
+pytestmark = pytest.mark.backends("cpu")
+
+# [B, C, H, W], K: tiles that fit and that do not, more blocks of them than threads, channels of one
+# to several blocks of lanes and columns, images smaller than a tile, an empty batch.
+PROBLEMS = [
+    ((2, 16, 8, 8), 16),
+    ((3, 32, 16, 16), 33),
+    ((1, 48, 7, 10), 64),
+    ((5, 16, 13, 29), 40),
+    ((2, 16, 3, 4), 17),
+    ((1, 16, 1, 1), 3),
+    ((70, 16, 4, 4), 32),
+    ((0, 16, 8, 8), 16),
+    ((1, 256, 8, 8), 16),
+]
+
+
+def problem(shape, out_channels, layout="channels_last"):
+    x = lay(torch.randn(shape), layout)
+    weight = torch.randn(out_channels, shape[1], 3, 3) / (3 * shape[1] ** 0.5)
+    return x, weight, torch.randn(out_channels)
+
+
+def exact(x, weight, bias, act="identity"):
+    bias = None if bias is None else bias.double()
+    return reference.conv3x3(x.double(), weight.double(), bias, act)
+
+
+@pytest.mark.parametrize(("shape", "out_channels"), PROBLEMS)
+@pytest.mark.parametrize("act", op.ACTIVATIONS)
+def test_is_the_direct_convolution(shape, out_channels, act):
+    x, weight, bias = problem(shape, out_channels)
+    for b in (bias, None):
+        y = op.filtered(x, op.filters_of(weight), b, out_channels, act)
+        assert_close(y, exact(x, weight, b, act))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    x, weight, bias = problem((3, 16, 8, 8), 24, layout)
+    for w in (weight, weight.to(memory_format=torch.channels_last), weight.flip(0)[::2]):
+        y = op.filtered(x, op.filters_of(w), bias[: len(w)], len(w))
+        assert_close(y, exact(x, w, bias[: len(w)]))
+
+
+def test_rounding_is_that_of_a_direct_sum():
+    x, weight, bias = problem((8, 64, 16, 16), 64)
+    expected = exact(x, weight, bias)
+    ours = op.filtered(x, op.filters_of(weight), bias, 64) - expected
+    direct = F.conv2d(x, weight, bias, padding=1) - expected
+    assert ours.square().mean().sqrt() < 2.5 * direct.square().mean().sqrt()
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_batch():
+    x, weight, bias = problem((9, 32, 12, 12), 48)
+    filters, threads = op.filters_of(weight), torch.get_num_threads()
+    y = op.filtered(x, filters, bias, 48)
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert same_bits(op.filtered(x, filters, bias, 48), y)
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(9):
+        assert same_bits(op.filtered(x[b : b + 1], filters, bias, 48), y[b : b + 1])
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    x, weight, bias = problem((3, 32, 9, 9), 40)
+    torch.save((x, weight, bias), tmp_path / "inputs")
+    script = (
+        "import sys, torch; from diffusion_ext.ops import conv3x3 as op;"
+        "x, w, b = torch.load(sys.argv[1]);"
+        "torch.save(op.filtered(x, op.filters_of(w), b, len(w), 'gelu'), sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "inputs", tmp_path / "y"],
+        env={**os.environ, "DIFFUSION_EXT_CPU_CAPABILITY": capability},
+        check=True,
+    )
+    assert_close(torch.load(tmp_path / "y"), exact(x, weight, bias, "gelu"))
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def gradients(f, *inputs):
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in inputs]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = f(*leaves)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return y, *torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize(("shape", "out_channels"), [((8, 32, 12, 12), 48), ((70, 16, 4, 4), 20)])
+def test_gradients(shape, out_channels):
+    inputs = problem(shape, out_channels)
+    ours = gradients(op.conv3x3, *inputs)
+    assert "Conv3x3" in type(ours[0].grad_fn).__name__
+    expected = gradients(exact, *(t.double() for t in inputs))
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert_close(mine.detach(), theirs.detach(), factor=2)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, True, True)]
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_only_the_gradients_that_are_wanted(wanted, with_bias):
+    inputs = problem((8, 16, 12, 12), 16)
+    if not with_bias:
+        inputs, wanted = (*inputs[:2], None), (*wanted[:2], False)
+    for t, w in zip(inputs, wanted, strict=True):
+        if w:
+            t.requires_grad_()
+    op.conv3x3(*inputs).sum().backward()
+    ours = [t.grad for t, w in zip(inputs, wanted, strict=True) if w]
+    leaves = [t for t, w in zip(inputs, wanted, strict=True) if w]
+    expected = torch.autograd.grad(F.conv2d(*inputs, padding=1).sum(), leaves)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_a_gradient_has_a_gradient():
+    inputs = problem((8, 16, 12, 12), 16)
+
+    def penalty(f):
+        x, weight, bias = (t.detach().clone().requires_grad_() for t in inputs)
+        (dx_,) = torch.autograd.grad(f(x, weight, bias).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx_.square().sum(), (x, weight, bias))
+
+    for mine, theirs in zip(penalty(op.conv3x3), penalty(exact), strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-3, atol=1e-3)
+
+
+# --- when it serves -------------------------------------------------------------------------------
+
+
+def test_serves():
+    x, weight, _ = problem((2, 16, 8, 8), 16)
+    assert op.serves_conv3x3(x, weight)
+    assert not op.serves_conv3x3(x.contiguous(), weight)
+    assert not op.serves_conv3x3(x.double(), weight.double())
+    assert not op.serves_conv3x3(x, weight.half())
+    assert not op.serves_conv3x3(x[:, :8], weight)
+    assert not op.serves_conv3x3(x[0], weight)
+    assert not op.serves_conv3x3(x, weight[:15])
+    assert not op.serves_conv3x3(x[:, :, :5, :5].clone(), weight)
+    with torch.autocast("cpu"):
+        assert not op.serves_conv3x3(x, weight)
+    with dx.use_backend("reference"):
+        assert not op.serves_conv3x3(x, weight)
+
+
+@pytest.mark.parametrize("batch", [1, 15, 16, 40])  # of 4 tiles each: few are torch's
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_module_is_a_conv2d(batch, grad):
+    ours = WinogradConv2d(16, 32).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(16, 32, 3, padding=1)
+    plain.load_state_dict(ours.state_dict(), strict=True)
+    x = lay(torch.randn(batch, 16, 8, 8), "channels_last")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(x[0]), plain(x[0]))  # unbatched
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ours(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="channels"):
+            ours(x[:, :8])
+        assert ours.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.compiles
+def test_compiles_to_one_graph_forward_and_backward():
+    inputs = problem((8, 16, 12, 12), 16)
+    compiled = torch.compile(lambda *i: op.conv3x3(*i) * 2, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        gradients(compiled, *inputs), gradients(lambda *i: op.conv3x3(*i) * 2, *inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_fakes():
+    x, weight, bias = problem((2, 16, 8, 8), 40)
+    ops = kernels()
+    filters = ops.conv3x3_filters(weight, False)
+    for call in (
+        (ops.conv3x3_filters.default, (weight, False)),
+        (ops.conv3x3_filters.default, (weight, True)),
+        (ops.conv3x3.default, (x, filters, bias, 40, 3)),
+        (ops.conv3x3.default, (x.contiguous(), filters, None, 40, 0)),
+    ):
+        torch.library.opcheck(*call)
+
+
+# --- what the kernel refuses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 8, 4, 4)}, r"x: wanted shape \[B, C, H, W\], C a multiple of 16"),
+        ({"x": torch.zeros(16, 4, 4)}, r"x: wanted shape"),
+        ({"x": torch.zeros(1, 16, 4, 4).double()}, "x: wanted float32 on the CPU"),
+        ({"x": torch.zeros(1, 32, 4, 4)}, "filters: wanted what conv3x3_filters made"),
+        ({"out_channels": 33}, "filters: wanted what conv3x3_filters made"),
+        ({"out_channels": -1}, "filters: wanted what conv3x3_filters made"),
+        ({"bias": torch.zeros(3)}, r"bias: wanted shape \[20\]"),
+        ({"bias": torch.zeros(20).half()}, "bias: wanted float32"),
+        ({"act": 9}, "act: unknown"),
+    ],
+)
+def test_the_kernel_refuses(change, message):
+    filters = op.filters_of(torch.zeros(20, 16, 3, 3))
+    call = {"x": torch.zeros(1, 16, 4, 4), "bias": None, "out_channels": 20, "act": 0} | change
+    with pytest.raises(RuntimeError, match=message):
+        kernels().conv3x3(call["x"], filters, call["bias"], call["out_channels"], call["act"])
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(2, 16, 3), torch.zeros(2, 16, 5, 5)])
+def test_filters_refuse(weight):
+    with pytest.raises(RuntimeError, match=r"weight: wanted shape \[K, C, 3, 3\]"):
+        op.filters_of(weight)
