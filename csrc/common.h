@@ -172,12 +172,17 @@ void dispatch_floating(torch::headeronly::ScalarType dtype, const char* op, cons
   STD_TORCH_CHECK(false, op, ": the kernels serve float32, float16 and bfloat16");
 }
 
+// t, or a contiguous copy. The dispatcher, which torch's contiguous() passes through, takes 1 us.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // int64 [count] on x's device, contiguous (a copy where t is strided).
 inline Tensor index_vector(const char* name, const Tensor& t, int64_t count, const Tensor& x) {
   check_same_device(name, t, x);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, ": wanted dtype int64");
   STD_TORCH_CHECK(t.numel() == count && t.dim() <= 1, name, ": wanted shape [", count, "]");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 }  // namespace dx

@@ -223,8 +223,8 @@ Tensor conv3x3(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias
   const Tensor x = fits(x_, Layout::channels_last)
                        ? x_
                        : torch::stable::contiguous(x_, MemoryFormat::ChannelsLast);
-  const Tensor filters = torch::stable::contiguous(filters_);
-  const MaybeTensor bias = map(bias_, [](const Tensor& b) { return torch::stable::contiguous(b); });
+  const Tensor filters = as_contiguous(filters_);
+  const MaybeTensor bias = map(bias_, as_contiguous);
   const Tensor y = in_huge_pages(
       torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
                            std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast));

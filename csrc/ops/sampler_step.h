@@ -53,7 +53,7 @@ void apply_step(const Tensor& x_, const Tensor& model_output, const Tensor& coef
                 double guidance, Output& out, Output* x0) {
   STD_TORCH_CHECK(x_.dim() >= 1, "x: wanted shape [B, *]");
   check_same_device("coefficients", coefficients_, x_);
-  const Tensor coefficients = torch::stable::contiguous(coefficients_);
+  const Tensor coefficients = as_contiguous(coefficients_);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == 2 &&
                       coefficients.size(1) == kStepColumns,
                   "coefficients: wanted float32 [n, 7]");
