@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "math/half.h"
 
@@ -64,31 +65,63 @@ inline Layout layout_of(const Tensor& t) {
                                                                         : Layout::contiguous;
 }
 
+// Uninitialised, on the device of `like`, contiguous or of the strides given. Asked of the shim:
+// torch::stable's functions pass through the dispatcher, which takes 1 us more.
+using torch::headeronly::IntHeaderOnlyArrayRef;
+inline Tensor fresh_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes,
+                            IntHeaderOnlyArrayRef strides, int32_t dtype) {
+  int32_t device;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return fresh_strided(like, sizes, strides, dtype);
+}
+inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes) {
+  return fresh(like, sizes, dtype_of(like));
+}
+inline Tensor fresh_like(const Tensor& t) {
+  if (fits(t, Layout::contiguous) || fits(t, Layout::channels_last))
+    return fresh_strided(t, t.sizes(), t.strides(), dtype_of(t));
+  return torch::stable::empty_like(t);
+}
+
 // t itself where it is dense in the layout, else a copy that lies as `like` does (t's shape,
 // dense).
 inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
   if (fits(t, layout)) return t;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = fresh_like(like);
   torch::stable::copy_(copy, t);
   return copy;
 }
 
 // An uninitialised tensor, asked of Linux in huge pages where it is large: at 40 MB its first touch
 // took 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so.
-inline Tensor in_huge_pages(const Tensor& fresh) {
+inline Tensor in_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t huge = 1 << 21;
-  const size_t bytes = fresh.numel() * fresh.element_size();
-  if (fresh.is_cpu() && bytes >= 2 * huge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const size_t bytes = t.numel() * t.element_size();
+  if (t.is_cpu() && bytes >= 2 * huge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
     const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
   }
 #endif
-  return fresh;
+  return t;
 }
 
-inline Tensor new_like(const Tensor& t) { return in_huge_pages(torch::stable::empty_like(t)); }
+inline Tensor new_like(const Tensor& t) { return in_huge_pages(fresh_like(t)); }
 
 // A tensor that a kernel writes, and where it writes: itself, or a contiguous copy where it does
 // not lie in the layout that the kernel writes, written back at the end.

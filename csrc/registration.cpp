@@ -29,4 +29,5 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor dscale, Tensor dshift, Tensor dpost_scale, Tensor dpost_shift, Tensor dpre_shift)");
   m.def("conv3x3_filters(Tensor weight, bool transposed) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor filters, Tensor? bias, int out_channels, int act) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor x, Tensor dy, Tensor weight) -> Tensor");
 }

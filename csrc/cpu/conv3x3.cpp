@@ -4,119 +4,46 @@
 // A block of tiles is transformed into 36 matrices [tiles, C], each multiplied with its matrix of
 // the filters [C, K], 32 columns at a time, and transformed back, all within the second-level
 // cache.
-#include <algorithm>
 #include <memory>
 
-#include "../common.h"
 #include "../math/activation.h"
-#include "../math/winograd.h"
-#include "simd.h"
+#include "winograd.h"
 
 namespace dx {
 namespace {
 
-constexpr int kColumns = 32;  // output channels that are computed together
-constexpr int kLanes = 16;    // input channels that are transformed together
-constexpr int kTiles = 32;    // of a block, at the most
-
 // x [B, H, W, C] to y [B, H, W, K]; filters [K / 32 rounded up, 36, C, 32].
 struct Convolution {
-  int64_t batch, height, width, in, out;
+  Images images;
+  int64_t in, out;
   const float *x, *filters, *bias;
   float* y;
-
-  DX_INLINE int64_t tiles_high() const { return (height + kTileOut - 1) / kTileOut; }
-  DX_INLINE int64_t tiles_wide() const { return (width + kTileOut - 1) / kTileOut; }
-  DX_INLINE int64_t tiles() const { return batch * tiles_high() * tiles_wide(); }
 };
-
-// The first output of a tile: pixel (row, column) of image b.
-struct Tile {
-  int64_t b, row, column;
-  DX_INLINE Tile(const Convolution& c, int64_t i)
-      : b(i / (c.tiles_high() * c.tiles_wide())),
-        row(i / c.tiles_wide() % c.tiles_high() * kTileOut),
-        column(i % c.tiles_wide() * kTileOut) {}
-
-  // Where pixel (row + i, column + j) lies, in pixels; -1 outside the image.
-  DX_INLINE int64_t pixel(const Convolution& c, int64_t i, int64_t j) const {
-    const int64_t h = row + i, w = column + j;
-    return h < 0 || h >= c.height || w < 0 || w >= c.width ? -1 : (b * c.height + h) * c.width + w;
-  }
-};
-
-// Tiles first, ..., first + count - 1.
-struct Block {
-  int64_t first, count;
-};
-
-// B^T d B of a tile, to v [36, kTiles, C].
-DX_INLINE void transform_input(const Convolution& c, const Tile& tile, const float* zeros,
-                               float* v) {
-  const float* pixels[kTileIn][kTileIn];
-  for (int i = 0; i < kTileIn; ++i)
-    for (int j = 0; j < kTileIn; ++j) {
-      const int64_t p = tile.pixel(c, i - 1, j - 1);
-      pixels[i][j] = p < 0 ? zeros : c.x + p * c.in;
-    }
-  for (int64_t k = 0; k < c.in; k += kLanes) {
-    float half[kTileIn][kTileIn][kLanes];
-    for (int i = 0; i < kTileIn; ++i)
-#pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) {
-        float d[kTileIn], t[kTileIn];
-        for (int j = 0; j < kTileIn; ++j) d[j] = pixels[i][j][k + lane];
-        winograd_input(d, t);
-        for (int j = 0; j < kTileIn; ++j) half[i][j][lane] = t[j];
-      }
-    for (int j = 0; j < kTileIn; ++j)
-#pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) {
-        float d[kTileIn], t[kTileIn];
-        for (int i = 0; i < kTileIn; ++i) d[i] = half[i][j][lane];
-        winograd_input(d, t);
-        for (int i = 0; i < kTileIn; ++i) v[(i * kTileIn + j) * kTiles * c.in + k + lane] = t[i];
-      }
-  }
-}
 
 // act(A^T m A + bias) of a tile, from m [36, kTiles, 32], to channels k, k + 1, ... of y.
 template <Act act>
 DX_INLINE void transform_output(const Convolution& c, const Tile& tile, const float* m, int64_t k) {
-  float half[kTileIn][kTileOut][kColumns];
-  for (int i = 0; i < kTileIn; ++i)
-#pragma omp simd
-    for (int lane = 0; lane < kColumns; ++lane) {
-      float d[kTileIn], t[kTileOut];
-      for (int j = 0; j < kTileIn; ++j) d[j] = m[(i * kTileIn + j) * kTiles * kColumns + lane];
-      winograd_output(d, t);
-      for (int j = 0; j < kTileOut; ++j) half[i][j][lane] = t[j];
-    }
-  float bias[kColumns] = {};
+  float bias[kColumns] = {}, out[kTileOut][kTileOut][kColumns];
   const int64_t columns = std::min<int64_t>(kColumns, c.out - k);
   if (c.bias != nullptr) std::copy_n(c.bias + k, columns, bias);
-  for (int j = 0; j < kTileOut; ++j) {
-    float out[kTileOut][kColumns];
-#pragma omp simd
-    for (int lane = 0; lane < kColumns; ++lane) {
-      float d[kTileIn], t[kTileOut];
-      for (int i = 0; i < kTileIn; ++i) d[i] = half[i][j][lane];
-      winograd_output(d, t);
-      for (int i = 0; i < kTileOut; ++i) out[i][lane] = t[i] + bias[lane];
-    }
-    for (int i = 0; i < kTileOut; ++i) {
-      const int64_t p = tile.pixel(c, i, j);
+  transform<kTileIn, kTileOut, kColumns, float>(
+      [](const auto& u, auto& y) DX_KERNEL { winograd_output(u, y); },
+      [&](int i, int j, int lane)
+          DX_KERNEL { return m[(i * kTileIn + j) * kTiles * kColumns + lane]; },
+      [&](int i, int j, int lane, float y) DX_KERNEL { out[i][j][lane] = y + bias[lane]; });
+  for (int i = 0; i < kTileOut; ++i)
+    for (int j = 0; j < kTileOut; ++j) {
+      const int64_t p = tile.pixel(c.images, i, j);
       if (p < 0) continue;
       float derivative;
       for (int lane = 0; lane < kColumns; ++lane)
-        out[i][lane] = activate<act>(out[i][lane], derivative);
+        out[i][j][lane] = activate<act>(out[i][j][lane], derivative);
       float* y = c.y + p * c.out + k;
       if (columns == kColumns)
-        std::copy_n(out[i], kColumns, y);
+        std::copy_n(out[i][j], kColumns, y);
       else
-        std::copy_n(out[i], columns, y);
+        std::copy_n(out[i][j], columns, y);
     }
-  }
 }
 
 // R rows and W columns of m [T, 32] = v [T, C] u [C, 32], whose sums stay in registers.
@@ -134,7 +61,7 @@ DX_INLINE void multiply(const float* __restrict v, const float* __restrict u, fl
     for (int i = 0; i < W; ++i) m[r * kColumns + i] = sums[r][i];
 }
 
-// The same, of any number of rows and every column: with 32 vector registers in one go.
+// The same, of any number of rows and every column.
 template <int R, int W>
 DX_INLINE void multiply_all(const float* v, const float* u, float* m, int64_t rows, int64_t in) {
   for (int64_t column = 0; column < kColumns; column += W) {
@@ -148,71 +75,53 @@ DX_INLINE void multiply_all(const float* v, const float* u, float* m, int64_t ro
     take(std::integral_constant<int, 1>());
   }
 }
-DX_INLINE void multiply_point(const float* v, const float* u, float* m, int64_t rows, int64_t in) {
-  if (best_isa() == Isa::avx512)
-    multiply_all<8, 32>(v, u, m, rows, in);
-  else
-    multiply_all<4, 16>(v, u, m, rows, in);
-}
 
 // scratch: v [36, kTiles, C], m [36, kTiles, 32] and C zeros.
 constexpr int64_t scratch_size(int64_t in) { return kPoints * kTiles * (in + kColumns) + in; }
 
 // The three parts are compiled apart, which leaves each the registers that it needs.
-void convolve(const Convolution& c, const Block& block, Act act, float* v) {
+void convolve(const Convolution& c, int64_t first, int64_t tiles, Act act, float* v) {
   float* m = v + kPoints * kTiles * c.in;
   const float* zeros = m + kPoints * kTiles * kColumns;
-  on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < block.count; ++t)
-      transform_input(c, Tile(c, block.first + t), zeros, v + t * c.in);
-  });
+  transform_inputs(c.images, first, tiles, c.x, c.in, zeros, v);
   for (int64_t k = 0; k < c.out; k += kColumns) {
     const float* u = c.filters + k * kPoints * c.in;
     on_best_isa([&]() DX_KERNEL {
-      for (int64_t p = 0; p < kPoints; ++p)
-        multiply_point(v + p * kTiles * c.in, u + p * c.in * kColumns, m + p * kTiles * kColumns,
-                       block.count, c.in);
+      for (int64_t p = 0; p < kPoints; ++p) {
+        const float *vp = v + p * kTiles * c.in, *up = u + p * c.in * kColumns;
+        float* mp = m + p * kTiles * kColumns;
+        if (best_isa() == Isa::avx512)  // 32 vector registers of 16 numbers, or 16 of 8
+          multiply_all<8, 32>(vp, up, mp, tiles, c.in);
+        else
+          multiply_all<4, 16>(vp, up, mp, tiles, c.in);
+      }
     });
     on_best_isa([&]() DX_KERNEL {
       dispatch_act(act, [&](auto a) DX_KERNEL {
-        for (int64_t t = 0; t < block.count; ++t)
-          transform_output<decltype(a)::value>(c, Tile(c, block.first + t), m + t * kColumns, k);
+        for (int64_t t = 0; t < tiles; ++t)
+          transform_output<decltype(a)::value>(c, Tile(c.images, first + t), m + t * kColumns, k);
       });
     });
   }
 }
 
 void run(const Convolution& c, Act act) {
-  const int64_t tiles = c.tiles(), threads = torch::stable::get_num_threads();
-  if (tiles == 0 || c.out == 0) return;
-  // Blocks of one size, as many for each thread.
-  const int64_t rounds = (tiles + kTiles * threads - 1) / (kTiles * threads);
-  const int64_t size = (tiles + rounds * threads - 1) / (rounds * threads);
-  const int64_t blocks = (tiles + size - 1) / size;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  if (c.images.tiles() == 0 || c.out == 0) return;
+  const Blocks blocks(c.images);
+  torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[scratch_size(c.in)]);
     std::fill_n(scratch.get() + scratch_size(c.in) - c.in, c.in, 0.0f);
-    for (int64_t b = begin; b < end; ++b) {
-      convolve(c, {b * size, std::min(size, tiles - b * size)}, act, scratch.get());
-    }
+    for (int64_t b = begin; b < end; ++b)
+      convolve(c, blocks.first(b), blocks.tiles_of(b), act, scratch.get());
   });
-}
-
-// Checks that a tensor is float32 on the CPU.
-void check_float32(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,
-                  ": wanted float32 on the CPU");
 }
 
 Tensor conv3x3(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_,
                int64_t out_channels, int64_t act) {
-  using torch::headeronly::MemoryFormat;
-  check_float32("x", x_);
+  const Tensor x = pixels_of("x", x_);
   check_float32("filters", filters_);
-  STD_TORCH_CHECK(x_.dim() == 4 && x_.size(1) % kLanes == 0,
-                  "x: wanted shape [B, C, H, W], C a multiple of ", kLanes);
   STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
-  const int64_t in = x_.size(1), column_blocks = (out_channels + kColumns - 1) / kColumns;
+  const int64_t in = x.size(1), column_blocks = (out_channels + kColumns - 1) / kColumns;
   STD_TORCH_CHECK(out_channels >= 0 && filters_.numel() == column_blocks * kPoints * in * kColumns,
                   "filters: wanted what conv3x3_filters made for these channels");
   if (bias_) {
@@ -220,16 +129,15 @@ Tensor conv3x3(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias
     STD_TORCH_CHECK(bias_->dim() == 1 && bias_->numel() == out_channels, "bias: wanted shape [",
                     out_channels, "]");
   }
-  const Tensor x = fits(x_, Layout::channels_last)
-                       ? x_
-                       : torch::stable::contiguous(x_, MemoryFormat::ChannelsLast);
   const Tensor filters = as_contiguous(filters_);
   const MaybeTensor bias = map(bias_, as_contiguous);
-  const Tensor y = in_huge_pages(
-      torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
-                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast));
-  run({x.size(0), x.size(2), x.size(3), in, out_channels, data_of<float>(x),
-       data_of<float>(filters), data_of<float>(bias), static_cast<float*>(y.mutable_data_ptr())},
+  const Images images(x);
+  const int64_t row = images.width * out_channels;
+  const Tensor y =
+      in_huge_pages(fresh_strided(x, {images.batch, out_channels, images.height, images.width},
+                                  {images.height * row, 1, row, out_channels}, dtype_of(x)));
+  run({images, in, out_channels, data_of<float>(x), data_of<float>(filters), data_of<float>(bias),
+       static_cast<float*>(y.mutable_data_ptr())},
       Act(act));
   return y;
 }
@@ -260,24 +168,11 @@ DX_INLINE void transform_filters(const Weight& w, int64_t c, int64_t k, float* u
       for (int j = 0; j < kFilterSide; ++j)
         filters[i][j][lane] = w.data[(k + lane) * w.out_stride + c * w.in_stride +
                                      i * w.row_stride + j * w.column_stride];
-  double half[kFilterSide][kTileIn][kColumns];
-  for (int i = 0; i < kFilterSide; ++i)
-#pragma omp simd
-    for (int lane = 0; lane < kColumns; ++lane) {
-      double g[kFilterSide], t[kTileIn];
-      for (int j = 0; j < kFilterSide; ++j) g[j] = filters[i][j][lane];
-      winograd_filter(g, t);
-      for (int j = 0; j < kTileIn; ++j) half[i][j][lane] = t[j];
-    }
-  for (int j = 0; j < kTileIn; ++j)
-#pragma omp simd
-    for (int lane = 0; lane < kColumns; ++lane) {
-      double g[kFilterSide], t[kTileIn];
-      for (int i = 0; i < kFilterSide; ++i) g[i] = half[i][j][lane];
-      winograd_filter(g, t);
-      for (int i = 0; i < kTileIn; ++i)
-        u[((i * kTileIn + j) * w.in + c) * kColumns + lane] = float(t[i]);
-    }
+  transform<kFilterSide, kTileIn, kColumns, double>(
+      [](const auto& g, auto& t) DX_KERNEL { winograd_filter(g, t); },
+      [&](int i, int j, int lane) DX_KERNEL { return filters[i][j][lane]; },
+      [&](int i, int j, int lane, double number)
+          DX_KERNEL { u[((i * kTileIn + j) * w.in + c) * kColumns + lane] = float(number); });
 }
 
 // The filters of weight [K, C, 3, 3] as conv3x3 multiplies with them, [K / 32 rounded up, 36, C,
@@ -289,7 +184,7 @@ Tensor conv3x3_filters(const Tensor& weight, bool transposed) {
       "weight: wanted shape [K, C, 3, 3]");
   const Weight w(weight, transposed);
   const int64_t blocks = (w.out + kColumns - 1) / kColumns;
-  const Tensor filters = torch::stable::new_empty(weight, {blocks, kPoints, w.in, kColumns});
+  const Tensor filters = fresh(weight, {blocks, kPoints, w.in, kColumns});
   float* u = static_cast<float*>(filters.mutable_data_ptr());
   torch::stable::parallel_for(0, blocks * w.in, 16, [&](int64_t begin, int64_t end) {
     on_best_isa([&]() DX_KERNEL {

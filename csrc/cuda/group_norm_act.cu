@@ -256,9 +256,9 @@ struct Cuda {
         const Launch how{"group_norm_act", blocks, 1, plan.threads, plan.parts, shared_bytes};
         return launch(device, how, norm_on_chip<T, L, V>, g, plan, eps, x, y, mean, rstd);
       }
-      const Tensor scratch = torch::stable::new_empty(
-          like, {groups * plan.parts * int64_t{sizeof(Moments) / sizeof(double)}},
-          ScalarType::Double);
+      const Tensor scratch =
+          fresh(like, {groups * plan.parts * int64_t{sizeof(Moments) / sizeof(double)}},
+                aoti_torch_dtype_float64());
       auto* moments = static_cast<Moments*>(scratch.mutable_data_ptr());
       launch(device, {"group_norm_act: moments", blocks, 1, plan.threads, 1, shared_bytes},
              norm_moments<T, L, V>, g, plan, x, moments);

@@ -229,9 +229,7 @@ struct Cuda {
 
   static Layout layout(const Tensor& x, int64_t groups) { return norm_layout(x, groups); }
 
-  Tensor floats(int64_t count) const {
-    return torch::stable::new_empty(like, {count}, ScalarType::Float);
-  }
+  Tensor floats(int64_t count) const { return fresh(like, {count}, aoti_torch_dtype_float32()); }
 
   template <class T>
   void backward(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd,

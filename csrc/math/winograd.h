@@ -51,4 +51,25 @@ DX_INLINE void winograd_output(const float (&m)[kTileIn], float (&y)[kTileOut]) 
   y[3] = fma(0.5f, odd_a, fma(2.0f, odd_b, m[5]));
 }
 
+// The gradient of g is G^T [sum of (B^T d B) * (A dy A^T)] G. These are A dy and, in float64, G^T
+// u.
+DX_INLINE void winograd_output_gradient(const float (&dy)[kTileOut], float (&m)[kTileIn]) {
+  const float even_a = fma(0.5f, dy[2], dy[0]), odd_a = fma(0.5f, dy[3], dy[1]);
+  const float even_b = fma(2.0f, dy[2], dy[0]), odd_b = fma(2.0f, dy[3], dy[1]);
+  m[0] = dy[0];
+  m[1] = fma(float(kPointA), odd_a, even_a);
+  m[2] = fma(float(-kPointA), odd_a, even_a);
+  m[3] = fma(float(kPointB), odd_b, even_b);
+  m[4] = fma(float(-kPointB), odd_b, even_b);
+  m[5] = dy[3];
+}
+
+DX_INLINE void winograd_filter_gradient(const double (&u)[kTileIn], double (&dg)[kFilterSide]) {
+  const double even_a = (u[1] + u[2]) / -1.5, odd_a = (u[1] - u[2]) / -1.5;
+  const double even_b = (u[3] + u[4]) / 6, odd_b = (u[3] - u[4]) / 6;
+  dg[0] = u[0] + even_a + even_b;
+  dg[1] = kPointA * odd_a + kPointB * odd_b;
+  dg[2] = even_a / 2 + even_b * 2 + u[5];
+}
+
 }  // namespace dx

@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(
   const Tensor x = in_layout(x_, y.dense(), y.layout());
   const GroupNorm g = group_norm_of(x, y.layout(), num_groups, act, weight, bias, scale, shift,
                                     post_scale, post_shift, pre_shift);
-  const Tensor mean = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Double);
-  const Tensor rstd = torch::stable::new_empty(x, {g.samples, g.groups}, ScalarType::Float);
+  const Tensor mean = fresh(x, {g.samples, g.groups}, aoti_torch_dtype_float64());
+  const Tensor rstd = fresh(x, {g.samples, g.groups}, aoti_torch_dtype_float32());
   const Kernel kernel(x);
   dispatch_floating(x.scalar_type(), "group_norm_act", [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -168,9 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group
                   "mean, rstd: wanted what group_norm_act returned");
   Gradients gradients;
   const auto make = [&](int i, const MaybeTensor& parameter) {
-    const Tensor out =
-        parameter ? torch::stable::new_empty(x, parameter->sizes(), parameter->scalar_type())
-                  : torch::stable::new_empty(x, {0});
+    const Tensor out = parameter ? fresh(*parameter, parameter->sizes()) : fresh(x, {0});
     gradients.of[i] = {parameter ? out.mutable_data_ptr() : nullptr, floating_of("", out),
                        out.dim() == 2};
     return out;

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& x0_, const Tensor& t_, const Te
 
   Output x_t(new_like(x0_));
   const bool written = velocity || !noise_;
-  Output target(written ? new_like(x0_) : torch::stable::new_empty(x0_, {0}));
+  Output target(written ? new_like(x0_) : fresh(x0_, {0}));
   const Layout layout = x_t.layout();
   const Tensor x0 = in_layout(x0_, x_t.dense(), layout);
   const MaybeTensor noise =

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_out
                                         std::optional<double> clip, double guidance,
                                         bool return_x0) {
   Output out(new_like(x));
-  Output x0(return_x0 ? new_like(x) : torch::stable::new_empty(x, {0}));
+  Output x0(return_x0 ? new_like(x) : fresh(x, {0}));
   apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip,
                      guidance, out, return_x0 ? &x0 : nullptr);
   return {out.finish(), x0.finish()};

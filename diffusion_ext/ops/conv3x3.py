@@ -48,8 +48,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Where the kernel serves, Winograd's minimal filtering (Lavin & Gray 2016) makes 36 products of
     the 144 that 16 outputs take. Its rounding is that of a direct sum (csrc/math/winograd.h), but
-    an infinity in x makes NaNs of all outputs of its tile. The gradient of x is such a convolution
-    again; the weight's is torch's. With create_graph=True all of it is torch's.
+    an infinity in x makes NaNs of all outputs of its tile. The gradients of x and weight are made
+    in the same way, where K is a multiple of 16 too and create_graph is not asked for; the
+    weight's, a sum over all pixels, depends in its last bits on the number of threads.
 
     Returns: [B, K, H, W]. Raises: what F.conv2d raises.
     """
@@ -80,22 +81,24 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return filtered(x, filters_of(weight), bias, len(weight))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad)
-        # Not with create_graph=True, where the gradient has to have one.
-        ours = wanted[0] and not torch.is_grad_enabled()
-        if ours := ours and serves_conv3x3(dy, weight.transpose(0, 1)):
-            dx = filtered(dy, filters_of(weight, transposed=True), None, x.shape[1])
-        others = [wanted[0] and not ours, *wanted[1:]]
-        sizes, ones = [len(weight)] if ctx.has_bias else None, [1, 1]
-        how = (sizes, ones, ones, ones, False, [0, 0], 1)  # stride, padding, dilation, ... groups
-        gradients = torch.ops.aten.convolution_backward(dy, x, weight, *how, others)
-        return dx if ours else gradients[0], *gradients[1:]
+        out_channels, channels = weight.shape[:2]
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        # With create_graph=True, where grad is enabled, the gradient has to have one.
+        if torch.is_grad_enabled() or out_channels % CHANNELS:
+            sizes, ones = [out_channels] if of_bias else None, [1, 1]
+            how = (sizes, ones, ones, ones, False, [0, 0], 1)  # stride, padding, dilation, groups
+            return torch.ops.aten.convolution_backward(dy, x, weight, *how, ctx.needs_input_grad)
+        filters = filters_of(weight, transposed=True) if of_x else None
+        return (
+            filtered(dy, filters, None, channels) if of_x else None,
+            kernels().conv3x3_weight_gradient(x, dy, weight) if of_weight else None,
+            dy.sum((0, 2, 3)) if of_bias else None,
+        )
 
 
 def _tiles(height: int, width: int) -> int:
@@ -113,3 +116,8 @@ def _(weight, transposed):
 def _(x, filters, bias, out_channels, act):
     y = x.new_empty(x.shape[0], x.shape[2], x.shape[3], out_channels)
     return y.permute(0, 3, 1, 2)
+
+
+@register_fake("conv3x3_weight_gradient")
+def _(x, dy, weight):
+    return torch.empty_like(weight)

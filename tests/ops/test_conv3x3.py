@@ -112,14 +112,26 @@ def gradients(f, *inputs):
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
-@pytest.mark.parametrize(("shape", "out_channels"), [((8, 32, 12, 12), 48), ((70, 16, 4, 4), 20)])
-def test_gradients(shape, out_channels):
-    inputs = problem(shape, out_channels)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])  # of the weight
+@pytest.mark.parametrize(
+    ("shape", "out_channels"),
+    [
+        ((8, 32, 12, 12), 48),
+        ((3, 64, 19, 22), 32),
+        ((70, 16, 4, 4), 20),
+        ((64, 16, 4, 4), 16),
+        ((1, 96, 32, 32), 112),
+    ],
+)
+def test_gradients(shape, out_channels, layout):
+    x, weight, bias = problem(shape, out_channels)
+    inputs = x, lay(weight, layout), bias
     ours = gradients(op.conv3x3, *inputs)
     assert "Conv3x3" in type(ours[0].grad_fn).__name__
     expected = gradients(exact, *(t.double() for t in inputs))
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert_close(mine.detach(), theirs.detach(), factor=2)
+    for mine, theirs, like in zip(ours[1:], expected[1:], inputs, strict=True):
+        assert_close(mine, theirs, factor=2)
+        assert mine.stride() == like.stride() or out_channels == 20  # which torch serves
 
 
 @pytest.mark.parametrize(
@@ -196,7 +208,7 @@ def test_compiles_to_one_graph_forward_and_backward():
     for mine, theirs in zip(
         gradients(compiled, *inputs), gradients(lambda *i: op.conv3x3(*i) * 2, *inputs), strict=True
     ):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_fakes():
@@ -208,6 +220,10 @@ def test_fakes():
         (ops.conv3x3_filters.default, (weight, True)),
         (ops.conv3x3.default, (x, filters, bias, 40, 3)),
         (ops.conv3x3.default, (x.contiguous(), filters, None, 40, 0)),
+        (
+            ops.conv3x3_weight_gradient.default,
+            (x, torch.randn(2, 48, 8, 8), weight.new_ones(48, 16, 3, 3)),
+        ),
     ):
         torch.library.opcheck(*call)
 
@@ -240,3 +256,21 @@ def test_the_kernel_refuses(change, message):
 def test_filters_refuse(weight):
     with pytest.raises(RuntimeError, match=r"weight: wanted shape \[K, C, 3, 3\]"):
         op.filters_of(weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dy": torch.zeros(1, 20, 4, 4)}, r"dy: wanted shape \[B, C, H, W\], C a multiple of 16"),
+        ({"dy": torch.zeros(2, 32, 4, 4)}, "dy: wanted x's batch and size"),
+        ({"dy": torch.zeros(1, 32, 4, 5)}, "dy: wanted x's batch and size"),
+        ({"x": torch.zeros(1, 16, 4, 4).half()}, "x: wanted float32 on the CPU"),
+        ({"weight": torch.zeros(32, 32, 3, 3)}, r"weight: wanted shape \[32, 16, 3, 3\]"),
+        ({"weight": torch.zeros(32, 16, 3, 1)}, r"weight: wanted shape \[32, 16, 3, 3\]"),
+    ],
+)
+def test_the_weight_gradient_refuses(change, message):
+    call = {"x": (1, 16, 4, 4), "dy": (1, 32, 4, 4), "weight": (32, 16, 3, 3)}
+    call = {name: torch.zeros(shape) for name, shape in call.items()} | change
+    with pytest.raises(RuntimeError, match=message):
+        kernels().conv3x3_weight_gradient(**call)
