@@ -144,14 +144,15 @@ def source_training(networks: Networks, dtype=torch.float32, loss_of=source.loss
     return step
 
 
-def our_training(networks: Networks):
+def our_training(networks: Networks, prepare=lambda model: model):
     """Trainer's step, without what the source's has not: the moving average of the weights."""
     model = networks.our_model().train()
+    predict = prepare(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def step(x0, t, c, seeds):
         x_t, noise = dx.perturb(x0, t, SCHEDULE, seeds=seeds)
-        loss = F.mse_loss(model(x_t, t / SCHEDULE.timesteps, c), noise)
+        loss = F.mse_loss(predict(x_t, t / SCHEDULE.timesteps, c), noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,6 +180,8 @@ def trainings(networks: Networks) -> list[Work]:
     rows = {"copy": copy_of_x(), "eager": built(partial(source_training, networks), **of)}
     rows |= {"compiled": built(compiled, compiles=True, **of)}
     rows |= {"reference": referring(ours), "ours": ours}
+    ours_compiled = partial(our_training, networks, compile_anew)
+    rows["ours, compile"] = built(ours_compiled, compiles=True, noise="seeds", **of)
     work = Work(
         op="ContextUnet",
         variant="training step",
