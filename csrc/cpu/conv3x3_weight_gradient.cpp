@@ -1,79 +1,20 @@
-// The gradient of a 3x3 convolution's weight, by Winograd's F(4x4, 3x3): G^T u G, where u
-// is the sum over the tiles of (B^T d B) * (A dy A^T) (math/winograd.h).
+// The gradient of a 3x3 convolution's weight, by Winograd's F(4x4, 3x3): G^T u G, where u is the
+// sum over the tiles of (B^T d B) * (A dy A^T) (math/winograd.h).
 //
-// Each thread adds the tiles of its blocks to a u of its own, [36, C, K]; a product of matrices
-// [C, tiles] and [tiles, K] for each of the 36 numbers. The sum of the threads' is transformed
-// back.
-#include <memory>
-
+// The threads share u, [36, C, K], by its channels, so that none of its sums depends on how many
+// they are: a part is added up over all tiles, in blocks of them, a product of matrices [C, tiles]
+// and [tiles, K] for each of the 36 numbers, and transformed back. That the threads of other output
+// channels transform the same inputs takes less than adding up their parts.
 #include "winograd.h"
 
 namespace dx {
 namespace {
 
+// Of x [B, H, W, C] and dy [B, H, W, K].
 struct Gradient {
   Images images;
-  int64_t in, out;  // C, K
-  const float *x, *dy;
-
-  DX_INLINE int64_t size() const { return kPoints * in * out; }  // of u
+  Channels x, dy;
 };
-
-// u[R, W] of [C, K] += v[T, C]^T m[T, K], from element (c, k) on; the sums stay in registers.
-template <int R, int W>
-DX_INLINE void multiply(const Gradient& g, const float* __restrict v, const float* __restrict m,
-                        int64_t tiles, float* __restrict u) {
-  float sums[R][W];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < W; ++i) sums[r][i] = u[r * g.out + i];
-  for (int64_t t = 0; t < tiles; ++t) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma omp simd
-      for (int i = 0; i < W; ++i) sums[r][i] = fma(v[t * g.in + r], m[t * g.out + i], sums[r][i]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < W; ++i) u[r * g.out + i] = sums[r][i];
-}
-
-// All of it. C is a multiple of R, K of W where wide, else of kLanes.
-template <int R, int W>
-DX_INLINE void multiply_all(const Gradient& g, const float* v, const float* m, int64_t tiles,
-                            float* u) {
-  for (int64_t c = 0; c < g.in; c += R) {
-    int64_t k = 0;
-    for (; k + W <= g.out; k += W) multiply<R, W>(g, v + c, m + k, tiles, u + c * g.out + k);
-    if (k < g.out) multiply<R, kLanes>(g, v + c, m + k, tiles, u + c * g.out + k);
-  }
-}
-
-// scratch: v [36, kTiles, C], m [36, kTiles, K] and zeros of the larger one.
-int64_t scratch_size(const Gradient& g) {
-  return kPoints * kTiles * (g.in + g.out) + std::max(g.in, g.out);
-}
-
-// Adds a block's tiles to u.
-void add_block(const Gradient& g, int64_t first, int64_t tiles, float* v, float* u) {
-  float* m = v + kPoints * kTiles * g.in;
-  const float* zeros = m + kPoints * kTiles * g.out;
-  transform_inputs(g.images, first, tiles, g.x, g.in, zeros, v);
-  on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < tiles; ++t)
-      transform_pixels<kTileOut, 0>(
-          [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
-          Tile(g.images, first + t), g.dy, g.out, zeros, m + t * g.out);
-  });
-  on_best_isa([&]() DX_KERNEL {
-    for (int64_t p = 0; p < kPoints; ++p) {
-      const float *vp = v + p * kTiles * g.in, *mp = m + p * kTiles * g.out;
-      float* up = u + p * g.in * g.out;
-      if (best_isa() == Isa::avx512)
-        multiply_all<8, 32>(g, vp, mp, tiles, up);
-      else
-        multiply_all<4, 16>(g, vp, mp, tiles, up);
-    }
-  });
-}
 
 // dweight [K, C, 3, 3], of any strides.
 struct Filters {
@@ -88,49 +29,107 @@ struct Filters {
   }
 };
 
-// The filters of input channel c: the sum of the parts of u [parts, 36, C, K], left in the first,
-// transformed back.
-DX_INLINE void transform_back(const Gradient& g, int64_t parts, float* u, int64_t c,
-                              const Filters& dweight) {
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t p = 0; p < kPoints; ++p) {
-      float* __restrict sum = u + (p * g.in + c) * g.out;
-      const float* __restrict other = sum + part * g.size();
-      for (int64_t k = 0; k < g.out; ++k) sum[k] += other[k];
-    }
-  for (int64_t k = 0; k < g.out; k += kLanes) {
-    float filters[kFilterSide][kFilterSide][kLanes];
-    transform<kTileIn, kFilterSide, kLanes, double>(
-        [](const auto& p, auto& dg) DX_KERNEL { winograd_filter_gradient(p, dg); },
-        [&](int i, int j, int lane)
-            DX_KERNEL { return u[((i * kTileIn + j) * g.in + c) * g.out + k + lane]; },
-        [&](int i, int j, int lane, double number)
-            DX_KERNEL { filters[i][j][lane] = float(number); });
-    for (int64_t lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < kFilterSide; ++i)
-        for (int j = 0; j < kFilterSide; ++j) dweight.at(k + lane, c, i, j) = filters[i][j][lane];
+// R rows of u [C, K] += v [tiles, C]^T m [tiles, K], K in all; the sums stay in registers.
+template <int R, int K>
+DX_INLINE void multiply(const float* __restrict v, int64_t channels, const float* __restrict m,
+                        int64_t stride, int64_t tiles, float* __restrict u) {
+  float sums[R][K];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < K; ++i) sums[r][i] = u[r * stride + i];
+  for (int64_t t = 0; t < tiles; ++t) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma omp simd
+      for (int i = 0; i < K; ++i)
+        sums[r][i] = fma(v[t * channels + r], m[t * stride + i], sums[r][i]);
   }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < K; ++i) u[r * stride + i] = sums[r][i];
 }
 
-void run(const Gradient& g, const Tensor& x, const Filters& dweight) {
-  const Blocks blocks(g.images);
-  const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), blocks.count());
-  const Tensor sums = fresh(x, {parts, g.size()});
-  float* u = static_cast<float*>(sums.mutable_data_ptr());
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[scratch_size(g)]);
-    std::fill_n(scratch.get() + scratch_size(g) - std::max(g.in, g.out), std::max(g.in, g.out),
-                0.0f);
-    for (int64_t part = begin; part < end; ++part) {
-      std::fill_n(u + part * g.size(), g.size(), 0.0f);
-      for (int64_t b = part * blocks.count() / parts; b < (part + 1) * blocks.count() / parts; ++b)
-        add_block(g, blocks.first(b), blocks.tiles_of(b), scratch.get(), u + part * g.size());
+template <int R, int K>
+DX_INLINE void multiply_all(const Gradient& g, const float* v, const float* m, int64_t tiles,
+                            float* u) {
+  const int64_t channels = g.x.count, stride = g.dy.count;
+  for (int64_t c = 0; c < channels; c += R)
+    for (int64_t k = 0; k < stride; k += K)
+      multiply<R, K>(v + c, channels, m + k, stride, tiles, u + c * stride + k);
+}
+
+// Adds a block of tiles to u [36, C, K]; v is [36, kTiles, C] and m [36, kTiles, K].
+void add_block(const Gradient& g, int64_t first, int64_t tiles, const float* zeros, float* v,
+               float* m, float* u) {
+  const int64_t channels = g.x.count, columns = g.dy.count;
+  transform_inputs(g.images, first, tiles, g.x, zeros, v);
+  on_best_isa([&]() DX_KERNEL {
+    for (int64_t t = 0; t < tiles; ++t)
+      transform_pixels<kTileOut, 0>(
+          [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
+          Tile(g.images, first + t), g.dy, zeros, m + t * columns);
+  });
+  on_best_isa([&]() DX_KERNEL {
+    for (int64_t p = 0; p < kPoints; ++p) {
+      const float *vp = v + p * kTiles * channels, *mp = m + p * kTiles * columns;
+      float* up = u + p * channels * columns;
+      if (best_isa() != Isa::avx512)
+        multiply_all<4, kLanes>(g, vp, mp, tiles, up);
+      else if (columns == kColumns)
+        multiply_all<8, kColumns>(g, vp, mp, tiles, up);
+      else
+        multiply_all<8, kLanes>(g, vp, mp, tiles, up);
     }
   });
-  torch::stable::parallel_for(0, g.in, 4, [&](int64_t begin, int64_t end) {
-    on_best_isa([&]() DX_KERNEL {
-      for (int64_t c = begin; c < end; ++c) transform_back(g, parts, u, c, dweight);
-    });
+}
+
+// G^T u G, where it belongs in dweight.
+DX_INLINE void transform_back(const Gradient& g, const float* u, const Filters& dweight) {
+  const int64_t channels = g.x.count, columns = g.dy.count;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      float filters[kFilterSide][kFilterSide][kLanes];
+      transform<kTileIn, kFilterSide, kLanes, double>(
+          [](const auto& p, auto& dg) DX_KERNEL { winograd_filter_gradient(p, dg); },
+          [&](int i, int j, int lane)
+              DX_KERNEL { return u[((i * kTileIn + j) * channels + c) * columns + k + lane]; },
+          [&](int i, int j, int lane, double number)
+              DX_KERNEL { filters[i][j][lane] = float(number); });
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        for (int i = 0; i < kFilterSide; ++i)
+          for (int j = 0; j < kFilterSide; ++j)
+            dweight.at(g.dy.first + k + lane, g.x.first + c, i, j) = filters[i][j][lane];
+    }
+}
+
+// v, m, u and zeros of `in` and `out` channels.
+int64_t scratch_size(int64_t in, int64_t out) {
+  return kPoints * (kTiles * (in + out) + in * out) + std::max(in, out);
+}
+
+// The part of dweight that belongs to the channels of g.
+void run(const Gradient& g, const Filters& dweight, float* v) {
+  const int64_t channels = g.x.count, columns = g.dy.count, tiles = g.images.tiles();
+  float *m = v + kPoints * kTiles * channels, *u = m + kPoints * kTiles * columns,
+        *zeros = u + kPoints * channels * columns;
+  std::fill(u, v + scratch_size(channels, columns), 0.0f);
+  for (int64_t first = 0; first < tiles; first += kTiles)
+    add_block(g, first, std::min<int64_t>(kTiles, tiles - first), zeros, v, m, u);
+  on_best_isa([&]() DX_KERNEL { transform_back(g, u, dweight); });
+}
+
+// Parts of kColumns output channels and, where threads are left, of fewer input channels.
+void run_all(const Gradient& g, const Filters& dweight) {
+  const int64_t in = g.x.count, out = g.dy.count;
+  const int64_t parts_out = (out + kColumns - 1) / kColumns;
+  const int64_t wanted = (torch::stable::get_num_threads() + parts_out - 1) / parts_out;
+  const int64_t size = (in / kLanes + wanted - 1) / wanted * kLanes;
+  const int64_t parts = (in + size - 1) / size * parts_out;
+  for_each_with_scratch(parts, scratch_size(size, kColumns), [&](int64_t part, float* scratch) {
+    Gradient of_part = g;
+    of_part.x.first = part / parts_out * size;
+    of_part.x.count = std::min(size, in - of_part.x.first);
+    of_part.dy.first = part % parts_out * kColumns;
+    of_part.dy.count = std::min<int64_t>(kColumns, out - of_part.dy.first);
+    run(of_part, dweight, scratch);
   });
 }
 
@@ -147,7 +146,9 @@ Tensor conv3x3_weight_gradient(const Tensor& x_, const Tensor& dy_, const Tensor
                       weight.size(2) == kFilterSide && weight.size(3) == kFilterSide,
                   "weight: wanted shape [", out, ", ", in, ", 3, 3]");
   const Tensor dweight = fresh_like(weight);
-  run({images, in, out, data_of<float>(x), data_of<float>(dy)}, x, Filters(dweight));
+  if (in > 0)
+    run_all({images, {data_of<float>(x), in, 0, in}, {data_of<float>(dy), out, 0, out}},
+            Filters(dweight));
   return dweight;
 }
 

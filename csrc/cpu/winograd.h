@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "../common.h"
 #include "../math/winograd.h"
@@ -63,49 +64,55 @@ DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
     }
 }
 
+// Neighbouring channels of images [B, H, W, channels]: `count` from `first` on, multiples of
+// kLanes.
+struct Channels {
+  const float* data;
+  int64_t channels, first, count;
+};
+
 // The 36 numbers of each channel of Side x Side pixels, from `offset` of the tile's first on, to v
-// [36, kTiles, channels]. Outside the image are zeros, as many as channels, a multiple of kLanes.
+// [36, kTiles, count]. Outside the image are zeros, `count` of them.
 template <int Side, int offset, class F>
-DX_INLINE void transform_pixels(const F& f, const Images& images, const Tile& tile, const float* x,
-                                int64_t channels, const float* zeros, float* v) {
+DX_INLINE void transform_pixels(const F& f, const Images& images, const Tile& tile,
+                                const Channels& x, const float* zeros, float* v) {
   const float* pixels[Side][Side];
   for (int i = 0; i < Side; ++i)
     for (int j = 0; j < Side; ++j) {
       const int64_t p = tile.pixel(images, i + offset, j + offset);
-      pixels[i][j] = p < 0 ? zeros : x + p * channels;
+      pixels[i][j] = p < 0 ? zeros : x.data + p * x.channels + x.first;
     }
-  for (int64_t k = 0; k < channels; k += kLanes)
+  for (int64_t k = 0; k < x.count; k += kLanes)
     transform<Side, kTileIn, kLanes, float>(
         f, [&](int i, int j, int lane) DX_KERNEL { return pixels[i][j][k + lane]; },
         [&](int i, int j, int lane, float number)
-            DX_KERNEL { v[(i * kTileIn + j) * kTiles * channels + k + lane] = number; });
+            DX_KERNEL { v[(i * kTileIn + j) * kTiles * x.count + k + lane] = number; });
 }
 
-// B^T d B of the tiles first, ..., first + count - 1 of x, to v [36, kTiles, channels].
-inline void transform_inputs(const Images& images, int64_t first, int64_t count, const float* x,
-                             int64_t channels, const float* zeros, float* v) {
+// B^T d B of the tiles first, ..., first + tiles - 1 of x, to v [36, kTiles, count].
+inline void transform_inputs(const Images& images, int64_t first, int64_t tiles, const Channels& x,
+                             const float* zeros, float* v) {
   on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < count; ++t)
+    for (int64_t t = 0; t < tiles; ++t)
       transform_pixels<kTileIn, -1>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); },
-                                    images, Tile(images, first + t), x, channels, zeros,
-                                    v + t * channels);
+                                    images, Tile(images, first + t), x, zeros, v + t * x.count);
   });
 }
 
-// Blocks of as many tiles, as many blocks for each thread.
-struct Blocks {
-  int64_t tiles, size;
-
-  explicit Blocks(const Images& images) : tiles(images.tiles()) {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t rounds = (tiles + kTiles * threads - 1) / (kTiles * threads);
-    size = std::max<int64_t>(
-        (tiles + rounds * threads - 1) / std::max<int64_t>(rounds * threads, 1), 1);
-  }
-  int64_t count() const { return (tiles + size - 1) / size; }
-  int64_t first(int64_t block) const { return block * size; }
-  int64_t tiles_of(int64_t block) const { return std::min(size, tiles - first(block)); }
-};
+// Calls body(i, scratch) for 0 <= i < count on all threads, with `size` floats for each thread.
+// The caller's: what a thread of the pool allocates stays in an arena of its own.
+template <class Body>
+void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const std::unique_ptr<float[]> scratch(new float[threads * size]);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      float* own = scratch.get() + thread * size;
+      for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
+        body(i, own);
+    }
+  });
+}
 
 inline void check_float32(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,

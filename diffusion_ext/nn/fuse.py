@@ -1,4 +1,5 @@
-"""fuse(model): the GroupNorms of a model, and the activations after them, on the fused op."""
+"""fuse(model): a model's GroupNorms, with the activations after them, and convolutions on our
+ops."""
 
 from __future__ import annotations
 
@@ -24,14 +25,17 @@ from .fused import (
 )
 from .group_norm_act import GroupNormAct
 from .known_forwards import is_float32_norm, is_swish
+from .winograd_conv2d import WinogradConv2d
 
 
 @dataclass
 class FuseReport:
-    """What `fuse` did: (module name, how) for each norm that is fused, (name, why) for the rest."""
+    """What `fuse` did: (module name, how) for each norm that is fused, (name, why) for the rest,
+    and the names of the convolutions."""
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    convolutions: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         names = [name for name, _ in self.fused + self.left]
@@ -39,15 +43,21 @@ class FuseReport:
         lines = [f"{len(self.fused)} fused, {len(self.left)} left as they were"]
         lines += [f"  fused  {name:{width}}  {how}" for name, how in self.fused]
         lines += [f"  left   {name:{width}}  {why}" for name, why in self.left]
+        if self.convolutions:
+            lines.append(f"{len(self.convolutions)} convolutions by Winograd, on channels_last")
         return "\n".join(lines)
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Put model's GroupNorms on the fused op, in place, with the activations that follow them.
+    """Put model's GroupNorms on the fused op, in place, with the activations that follow them, and
+    its 3x3 convolutions on ours.
 
     An activation is fused where the structure proves that it follows its norm: neighbours in an
     nn.Sequential, diffusers' ResnetBlock2D (with its time embedding, added or as scale and shift)
     and the output norms of diffusers' UNets and autoencoders. Every other GroupNorm is fused alone.
+
+    A 3x3 convolution of stride 1 and padding 1 runs by Winograd's algorithm, gradients too, on a
+    CPU, in float32, where its input is channels_last: so move the model and the images to that.
 
     Parameters, module names, the state dict and the module objects themselves stay: what changes is
     their class. Modules with hooks, and subclasses with a forward of their own, are left. Where no
@@ -71,6 +81,10 @@ def fuse(model: nn.Module) -> FuseReport:
         kinds.update(_fuse_pairs(module, references))
 
     for name, module in model.named_modules():
+        if _is_plain_conv3x3(module):
+            swap_class(module, WinogradConv2d)
+        if isinstance(module, WinogradConv2d):
+            report.convolutions.append(name or "(model)")
         if module in kinds:
             report.fused.append((name or "(model)", kinds[module]))
         elif (reason := _reason_to_leave(module)) is not None:
@@ -116,6 +130,15 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     if not module.eps > 0:
         return f"eps is {module.eps}"
     return None
+
+
+def _is_plain_conv3x3(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
+        and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
+        and not hooked(module)
+    )
 
 
 def _fuse_norm(norm: nn.GroupNorm) -> None:

@@ -24,8 +24,11 @@ VECTORISED = "cpu" not in missing and cpu_capability() != "baseline"
 def serves_conv3x3(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel serves x and weight [K, C, 3, 3], and faster than a direct convolution:
     float32 on a CPU with AVX2 or AVX-512, x [B, C, H, W] in channels_last, of a multiple of 16
-    channels, and images of which no more than half of their 4x4 tiles lies outside."""
-    if not (x.is_cpu and x.dim() == 4 and x.dtype == weight.dtype == torch.float32):
+    channels, and images of which no more than half of their 4x4 tiles lies outside. Function
+    transforms and exported programs, whose sizes may be open, have the direct convolution."""
+    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
+        return False
+    if x.dim() != 4 or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
         return False
     _, channels, height, width = x.shape
     out_channels, wanted = weight.shape[:2]
@@ -49,24 +52,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Where the kernel serves, Winograd's minimal filtering (Lavin & Gray 2016) makes 36 products of
     the 144 that 16 outputs take. Its rounding is that of a direct sum (csrc/math/winograd.h), but
     an infinity in x makes NaNs of all outputs of its tile. The gradients of x and weight are made
-    in the same way, where K is a multiple of 16 too and create_graph is not asked for; the
-    weight's, a sum over all pixels, depends in its last bits on the number of threads.
+    in the same way, where K is a multiple of 16 too and create_graph is not asked for.
 
     Returns: [B, K, H, W]. Raises: what F.conv2d raises.
     """
     if serves_conv3x3(x, weight) and len(x) * _tiles(*x.shape[2:]) >= TILES:
         if needs_grad(x, weight, bias):
             return _Conv3x3.apply(x, weight, bias)
-        return filtered(x, filters_of(weight), bias, len(weight))
+        return kernels().conv3x3_once(x, weight, bias, False)
     return reference.conv3x3(x, weight, bias)
 
 
-def filters_of(weight: Tensor, transposed: bool = False) -> Tensor:
-    """weight [K, C, 3, 3] as `filtered` wants it: transformed, [⌈K/32⌉, 36, C, 32].
-
-    `transposed`: for the gradient of x, from that of the convolution.
-    """
-    return kernels().conv3x3_filters(weight, transposed)
+def filters_of(weight: Tensor) -> Tensor:
+    """weight [K, C, 3, 3] as `filtered` wants it: transformed, [⌈K/32⌉, 36, C, 32]."""
+    return kernels().conv3x3_filters(weight)
 
 
 def filtered(x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int, act="identity"):
@@ -81,21 +80,20 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return filtered(x, filters_of(weight), bias, len(weight))
+        return kernels().conv3x3_once(x, weight, bias, False)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        out_channels, channels = weight.shape[:2]
+        out_channels = len(weight)
         of_x, of_weight, of_bias = ctx.needs_input_grad
         # With create_graph=True, where grad is enabled, the gradient has to have one.
         if torch.is_grad_enabled() or out_channels % CHANNELS:
             sizes, ones = [out_channels] if of_bias else None, [1, 1]
             how = (sizes, ones, ones, ones, False, [0, 0], 1)  # stride, padding, dilation, groups
             return torch.ops.aten.convolution_backward(dy, x, weight, *how, ctx.needs_input_grad)
-        filters = filters_of(weight, transposed=True) if of_x else None
         return (
-            filtered(dy, filters, None, channels) if of_x else None,
+            kernels().conv3x3_once(dy, weight, None, True) if of_x else None,
             kernels().conv3x3_weight_gradient(x, dy, weight) if of_weight else None,
             dy.sum((0, 2, 3)) if of_bias else None,
         )
@@ -107,15 +105,21 @@ def _tiles(height: int, width: int) -> int:
 
 
 @register_fake("conv3x3_filters")
-def _(weight, transposed):
-    out, channels = weight.shape[transposed], weight.shape[1 - transposed]
-    return weight.new_empty(-(-out // COLUMNS), POINTS, channels, COLUMNS)
+def _(weight):
+    out_channels, channels = weight.shape[:2]
+    return weight.new_empty(-(-out_channels // COLUMNS), POINTS, channels, COLUMNS)
 
 
 @register_fake("conv3x3")
 def _(x, filters, bias, out_channels, act):
-    y = x.new_empty(x.shape[0], x.shape[2], x.shape[3], out_channels)
-    return y.permute(0, 3, 1, 2)
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, height, width, out_channels).permute(0, 3, 1, 2)
+
+
+@register_fake("conv3x3_once")
+def _(x, weight, bias, transposed):
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, height, width, weight.shape[transposed]).permute(0, 3, 1, 2)
 
 
 @register_fake("conv3x3_weight_gradient")

@@ -74,10 +74,12 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch():
     x, weight, bias = problem((9, 32, 12, 12), 48)
     filters, threads = op.filters_of(weight), torch.get_num_threads()
     y = op.filtered(x, filters, bias, 48)
+    dweight = kernels().conv3x3_weight_gradient(x, y, weight)
     try:
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 5, 16):
             torch.set_num_threads(count)
             assert same_bits(op.filtered(x, filters, bias, 48), y)
+            assert same_bits(kernels().conv3x3_weight_gradient(x, y, weight), dweight)
     finally:
         torch.set_num_threads(threads)
     for b in range(9):
@@ -214,10 +216,14 @@ def test_compiles_to_one_graph_forward_and_backward():
 def test_fakes():
     x, weight, bias = problem((2, 16, 8, 8), 40)
     ops = kernels()
-    filters = ops.conv3x3_filters(weight, False)
+    filters = ops.conv3x3_filters(weight)
     for call in (
-        (ops.conv3x3_filters.default, (weight, False)),
-        (ops.conv3x3_filters.default, (weight, True)),
+        (ops.conv3x3_filters.default, (weight,)),
+        (ops.conv3x3_once.default, (x, weight, bias, False)),
+        (
+            ops.conv3x3_once.default,
+            (torch.randn(2, 48, 8, 8), weight.new_ones(48, 16, 3, 3), None, True),
+        ),
         (ops.conv3x3.default, (x, filters, bias, 40, 3)),
         (ops.conv3x3.default, (x.contiguous(), filters, None, 40, 0)),
         (
@@ -256,6 +262,15 @@ def test_the_kernel_refuses(change, message):
 def test_filters_refuse(weight):
     with pytest.raises(RuntimeError, match=r"weight: wanted shape \[K, C, 3, 3\]"):
         op.filters_of(weight)
+    with pytest.raises(RuntimeError, match=r"weight: wanted shape \[K, C, 3, 3\]"):
+        kernels().conv3x3_once(torch.zeros(1, 16, 4, 4), weight, None, False)
+
+
+@pytest.mark.parametrize(("transposed", "got"), [(False, 32), (True, 48)])
+def test_a_weight_of_other_channels_is_refused(transposed, got):
+    x, weight = torch.zeros(1, 16, 4, 4), torch.zeros(48, 32, 3, 3)
+    with pytest.raises(RuntimeError, match=f"weight: wanted x's 16 channels, got {got}"):
+        kernels().conv3x3_once(x, weight, None, transposed)
 
 
 @pytest.mark.parametrize(
