@@ -32,8 +32,10 @@ def test_results_and_gradients_are_those_of_the_original(layout):
     assert report.convolutions == ["0", "3"]
     assert "2 convolutions by Winograd, on channels_last" in str(report)
     assert_same_results(results(fused, inputs), results(model, inputs), 1e-5)
+    # What torch makes of a contiguous input with channels_last weights is channels_last.
+    served = 2 if layout == torch.channels_last else 1
     count = ops_of(lambda: fused(*inputs))["conv3x3_once"]
-    assert count == (2 if VECTORISED and layout == torch.channels_last else 0)
+    assert count == (served if VECTORISED else 0)
 
 
 @pytest.mark.parametrize(
