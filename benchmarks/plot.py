@@ -19,6 +19,8 @@ MARKS = {
     "liger-kernel": ("v", "#8a2be2"),
     "apex": ("P", "#b0005c"),
 }
+WARM = ", warm heap"
+WARM_MARK = {"marker": "|", "color": "black", "linestyle": "", "markersize": 6}
 ROW = 0.23  # inches
 LEAST = 1 / 16  # the left end; what is slower still is in the table
 LABEL = {"va": "center", "fontsize": 6.5}
@@ -89,14 +91,17 @@ def draw(ax, title: str, works: dict[str, list[Group]]) -> None:
 
 def draw_work(ax, group: Group, y: float, height: float) -> None:
     baseline = group.info["baseline"]
-    best = max(group.ratio(baseline, name) for name in group.rows if name.startswith("ours"))
+    ours = [n for n in group.rows if n.startswith("ours") and not n.endswith(WARM)]
+    best = max(group.ratio(baseline, name) for name in ours)
     left, right = min(1, best), max(1, best)
     ax.barh(y, right - left, height, left=left, color=OURS[group.info["layout"]])
     marked = {name: r for name in MARKS if (r := group.ratio(baseline, name)) and name != baseline}
     for name, ratio in marked.items():
         marker, colour = MARKS[name]
         ax.plot(ratio, y, marker, color=colour, markersize=3.5, zorder=3)
-    beside = max(right, *marked.values(), 0)
+    if warm := group.ratio(baseline + WARM, "ours" + WARM):
+        ax.plot(warm, y, zorder=3, **WARM_MARK)
+    beside = max(right, *marked.values(), warm or 0)
     ax.annotate(f"{best:.1f}", (beside, y), (4, 0), textcoords="offset points", **LABEL)
 
 
@@ -119,4 +124,6 @@ def add_legend(figure: Figure, results: Results) -> None:
                     [], [], marker=marker, color=colour, linestyle="", label=label.get(name, name)
                 )
             )
+    if any("ours" + WARM in group.rows for group in groups):
+        handles.append(Line2D([], [], label="ours, both in a warm heap", **WARM_MARK))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

@@ -95,7 +95,7 @@ def find(test: str, name: str, quick: bool) -> Work:
 
 def with_warm_heap(work: Work) -> Work:
     """On the CPU, where memory counts most: the same in a process that keeps what it has freed."""
-    wanted = work.op in ("sampler_step", "perturb", "group_norm_act") and not work.backward
+    wanted = work.op in ("sampler_step", "perturb", "group_norm_act")
     if not wanted or (work.case.device, work.case.dtype) != ("cpu", "float32"):
         return work
     warm = {
