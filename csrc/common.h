@@ -106,15 +106,14 @@ inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
   return copy;
 }
 
-// An uninitialised tensor, asked of Linux in huge pages where it is so large that glibc always
-// takes fresh ones: at 40 MB their first touch took 15 ms in pages of 4 KB, five times the copy of
-// the data, and 2.4 ms so. Smaller ones lie on glibc's heap, whose trimming would tear huge pages
-// apart: two of 8 MB took 12 ms a call so, 6 ms in pages of 4 KB.
+// An uninitialised tensor, asked of Linux in huge pages where it is large: at 40 MB its first touch
+// took 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so. Asking from 32 MB on
+// only, below which glibc may keep what it has, made perturb at 4 MB three times as slow.
 inline Tensor in_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t huge = 1 << 21;
   const size_t bytes = t.numel() * t.element_size();
-  if (t.is_cpu() && bytes >= 16 * huge) {
+  if (t.is_cpu() && bytes >= 2 * huge) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
     const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
