@@ -1,4 +1,4 @@
-"""A diffusers pipeline with its own scheduler, with ours, and with its network fused."""
+"""A diffusers pipeline with its own scheduler, with ours, and its network fused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pipelines(case: Case, channels: tuple[int, ...], steps: int = 10) -> list[Wo
         )  # the pipeline makes one of diffusers' own of what it is given
         pipe.set_progress_bar_config(disable=True)
         if fused:
-            dx.fuse(pipe.unet)
+            dx.fuse(pipe.unet.to(memory_format=torch.channels_last))
 
         def images(*_):
             generator = torch.Generator(case.device).manual_seed(0)
