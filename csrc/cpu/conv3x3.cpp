@@ -213,8 +213,8 @@ Tensor conv3x3(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias
 }
 
 // The same of a weight [K, C, 3, 3] that serves once. `transposed`: the gradient with respect to
-// the input, from x, that of the output. y is made before the filters, so that these leave no hole
-// in the heap when they go: a training step had 15 MB more resident.
+// the input, from x, that of the output. y is made before the filters, so that these, which are
+// four times the weight, leave no hole below it in the heap when they go.
 Tensor conv3x3_once(const Tensor& x_, const Tensor& weight, const MaybeTensor& bias_,
                     bool transposed) {
   const Tensor x = pixels_of("x", x_);

@@ -16,7 +16,7 @@ CHANNELS = 16  # the kernel takes inputs of a multiple of so many channels
 TILE = 4  # side of the outputs that are computed together
 POINTS, COLUMNS = 36, 32  # numbers of a transformed tile; output channels that lie together
 # Tiles from which the filters' transforms are worth their time where they serve one call only: with
-# 64 channels those take as long as the kernel gains on 30 tiles, with 512 on 70.
+# 64 channels those take as long as the kernel gains on 15 tiles, with 512 on 25 to 90.
 TILES = 64
 VECTORISED = "cpu" not in missing and cpu_capability() != "baseline"
 
@@ -50,9 +50,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args: x: [B, C, H, W]. weight: [K, C, 3, 3]. bias: [K] or None.
 
     Where the kernel serves, Winograd's minimal filtering (Lavin & Gray 2016) makes 36 products of
-    the 144 that 16 outputs take. Its rounding is that of a direct sum (csrc/math/winograd.h), but
-    an infinity in x makes NaNs of all outputs of its tile. The gradients of x and weight are made
-    in the same way, where K is a multiple of 16 too and create_graph is not asked for.
+    the 144 that 16 outputs take. Its rounding is near that of a direct sum (csrc/math/winograd.h),
+    but an infinity in x makes NaNs of all outputs of its tile. The gradients of x and weight are
+    made in the same way, where K is a multiple of 16 too and create_graph is not asked for.
 
     Returns: [B, K, H, W]. Raises: what F.conv2d raises.
     """
