@@ -13,7 +13,7 @@ namespace {
 // Of x [B, H, W, C] and dy [B, H, W, K].
 struct Gradient {
   Images images;
-  Channels x, dy;
+  ChannelRange x, dy;
 };
 
 // dweight [K, C, 3, 3], of any strides.

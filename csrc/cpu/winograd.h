@@ -66,7 +66,7 @@ DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
 
 // Neighbouring channels of images [B, H, W, channels]: `count` from `first` on, multiples of
 // kLanes.
-struct Channels {
+struct ChannelRange {
   const float* data;
   int64_t channels, first, count;
 };
@@ -75,7 +75,7 @@ struct Channels {
 // [36, kTiles, count]. Outside the image are zeros, `count` of them.
 template <int Side, int offset, class F>
 DX_INLINE void transform_pixels(const F& f, const Images& images, const Tile& tile,
-                                const Channels& x, const float* zeros, float* v) {
+                                const ChannelRange& x, const float* zeros, float* v) {
   const float* pixels[Side][Side];
   for (int i = 0; i < Side; ++i)
     for (int j = 0; j < Side; ++j) {
@@ -90,8 +90,8 @@ DX_INLINE void transform_pixels(const F& f, const Images& images, const Tile& ti
 }
 
 // B^T d B of the tiles first, ..., first + tiles - 1 of x, to v [36, kTiles, count].
-inline void transform_inputs(const Images& images, int64_t first, int64_t tiles, const Channels& x,
-                             const float* zeros, float* v) {
+inline void transform_inputs(const Images& images, int64_t first, int64_t tiles,
+                             const ChannelRange& x, const float* zeros, float* v) {
   on_best_isa([&]() DX_KERNEL {
     for (int64_t t = 0; t < tiles; ++t)
       transform_pixels<kTileIn, -1>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); },
