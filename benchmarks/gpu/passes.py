@@ -22,7 +22,7 @@ COMPILE_SECONDS = 60  # for one baseline
 class Passes:
     """Everything but torch.compile, then as many compiled baselines as the time allows.
 
-    A work has a `name`. Subclasses have a `report` class, the seconds they take by default,
+    A work has a `name`. Subclasses have report_of, the class of their report; default_seconds;
     works(device), row(work), measure(work, row), compile(work, row) and said_of(row).
     """
 

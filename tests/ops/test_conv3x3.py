@@ -17,6 +17,7 @@ from diffusion_ext.ops import reference
 from diffusion_ext.ops.backend import kernels
 
 pytestmark = pytest.mark.backends("cpu")
+served = pytest.mark.skipif(not op.VECTORISED, reason="the kernel serves with vector units only")
 
 # [B, C, H, W], K: tiles that fit and that do not, more blocks of them than threads, channels of one
 # to several blocks of lanes and columns, images smaller than a tile, an empty batch.
@@ -62,7 +63,7 @@ def test_any_strides(layout):
         assert_close(y, exact(x, w, bias[: len(w)]))
 
 
-def test_rounding_is_that_of_a_direct_sum():
+def test_rounding_is_near_that_of_a_direct_sum():
     x, weight, bias = problem((8, 64, 16, 16), 64)
     expected = exact(x, weight, bias)
     ours = op.filtered(x, op.filters_of(weight), bias, 64) - expected
@@ -114,6 +115,7 @@ def gradients(f, *inputs):
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
+@served
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])  # of the weight
 @pytest.mark.parametrize(
     ("shape", "out_channels"),
@@ -170,6 +172,7 @@ def test_a_gradient_has_a_gradient():
 # --- when it serves -------------------------------------------------------------------------------
 
 
+@served
 def test_serves():
     x, weight, _ = problem((2, 16, 8, 8), 16)
     assert op.serves_conv3x3(x, weight)
