@@ -182,7 +182,9 @@ def test_serves():
     assert not op.serves_conv3x3(x[:, :8], weight)
     assert not op.serves_conv3x3(x[0], weight)
     assert not op.serves_conv3x3(x, weight[:15])
-    assert not op.serves_conv3x3(x[:, :, :5, :5].clone(), weight)
+    for size, serves in ((5, False), (7, True), (4, True)):  # of 64, 64 and 16 pixels of tiles
+        image = x[:, :, :size, :size].contiguous(memory_format=torch.channels_last)
+        assert op.serves_conv3x3(image, weight) == serves
     with torch.autocast("cpu"):
         assert not op.serves_conv3x3(x, weight)
     with dx.use_backend("reference"):
