@@ -76,7 +76,7 @@ def cpu_extension():
 
     return Extension(
         "diffusion_ext._C",
-        sources("", ".cpp") + sources("cpu", ".cpp"),
+        sources("", ".cpp") + sources("cpu", ".cpp") + sources("cpu/instances", ".cpp"),
         include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],
