@@ -102,7 +102,7 @@ def cuda_extension():
     headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     return Extension(
         "diffusion_ext._cuda",
-        sources("cuda", ".cu"),
+        sources("cuda", ".cu") + sources("cuda/instances", ".cu"),
         library_dirs=[*cpp_extension.library_paths(), *toolkit.libraries],
         libraries=["torch_cpu", "cudart"],
         extra_compile_args={"nvcc": NVCC_FLAGS + headers},

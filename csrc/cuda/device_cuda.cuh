@@ -11,8 +11,9 @@
 #include <utility>
 
 #define DX_GLOBAL __global__
-// The most threads that a kernel is launched with; the 1 lets it have the registers that it needs.
-#define DX_BOUNDED(threads) __launch_bounds__(threads, 1)
+// The most threads that a kernel is launched with, and the blocks that a multiprocessor has
+// registers for; without the 1 a kernel would get fewer than it needs.
+#define DX_BOUNDED(threads, blocks) __launch_bounds__(threads, blocks)
 #define DX_DEVICE __device__ __forceinline__
 
 #define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(DX_NAMESPACE, CUDA, m)
@@ -35,6 +36,50 @@ inline int attribute(cudaDeviceAttr which, int device) {
 template <int>
 DX_GLOBAL void probe() {}
 
+// Fills a launch's configuration and the attributes that it points to.
+class Configuration {
+ public:
+  Configuration(const Launch& how, cudaStream_t stream) {
+    config.gridDim = dim3(unsigned(how.blocks), unsigned(how.blocks_y));
+    config.blockDim = dim3(unsigned(how.threads));
+    config.dynamicSmemBytes = size_t(how.shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes_;
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {unsigned(how.cluster), 1, 1};
+    }
+    if (how.follows_ours && tuning::kOverlapLaunches) {
+      cudaLaunchAttribute& overlap = attributes_[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+
+  cudaLaunchConfig_t config = {};
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+};
+
+// The blocks of the largest cluster, up to kMostCluster, that the device has room for when each has
+// all the shared memory there is: a slice of a GPU may have less than a whole one.
+inline int most_cluster(int shared_bytes) {
+  const auto* kernel = reinterpret_cast<const void*>(probe<0>);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "cudaFuncSetAttribute");
+  for (int size = tuning::kMostCluster; size > 1; size /= 2) {
+    const Configuration c({"probe", size, 1, 256, size, shared_bytes}, nullptr);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &c.config);
+    if (error == cudaSuccess && clusters > 0) return size;
+    cudaGetLastError();
+  }
+  return 1;
+}
+
 inline const DeviceLimits& limits_of(int device) {
   static std::mutex mutex;
   static std::array<DeviceLimits, 64> known{};
@@ -48,7 +93,8 @@ inline const DeviceLimits& limits_of(int device) {
     check(cudaFuncGetAttributes(&compiled, probe<0>), "the CUDA library has no code for this GPU");
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
     const bool clusters = major >= 9 && compiled.ptxVersion >= 90;
-    limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, clusters ? 8 : 1};
+    const int most = clusters ? most_cluster(shared) : 1;
+    limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, most};
   }
   return limits;
 }
@@ -82,18 +128,8 @@ void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
                                device.limits.shared_bytes),
           how.name);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(how.blocks), unsigned(how.blocks_y));
-  config.blockDim = dim3(unsigned(how.threads));
-  config.dynamicSmemBytes = size_t(how.shared_bytes);
-  config.stream = device.stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(how.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), how.name);
+  const Configuration c(how, device.stream);
+  check(cudaLaunchKernelEx(&c.config, kernel, std::forward<Arguments>(arguments)...), how.name);
 }
 
 DX_DEVICE int thread() { return int(threadIdx.x); }
@@ -125,12 +161,23 @@ DX_DEVICE T* dynamic_shared() {
 }
 
 // In one instruction: left to itself the compiler stores some vectors by elements.
+template <bool streaming>
 DX_DEVICE void store_16_bytes(void* to, const void* from) {
   uint4 words;
   memcpy(&words, from, sizeof words);
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
-               : "memory");
+  if constexpr (streaming)
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
+DX_DEVICE void stream_16_bytes(void* to, const void* from) {
+  const uint4 words = __ldcs(static_cast<const uint4*>(from));
+  memcpy(to, &words, sizeof words);
 }
 
 // Clusters exist from sm_90 on; elsewhere every block is a cluster of its own.
@@ -154,14 +201,34 @@ DX_DEVICE int cluster_rank() {
 #endif
 }
 
-DX_DEVICE void cluster_barrier() {
+DX_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;\n" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+DX_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   block_barrier();
+#endif
+}
+
+DX_DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+DX_DEVICE void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (tuning::kOverlapLaunches) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DX_DEVICE void await_last_launch() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (tuning::kOverlapLaunches) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -29,6 +29,7 @@ DX_DEVICE void four_normals(const NoiseKey& key, int64_t block, float (&z)[4]) {
 template <int n, bool full, class T>
 DX_DEVICE Vec<T, n> load_pack(const T* from, int count) {
   if constexpr (full) {
+    if constexpr (tuning::kStreaming && sizeof(Vec<T, n>) == 16) return load_streaming<n>(from);
     return load<n>(from);
   } else {
     Vec<T, n> pack = {};
@@ -45,6 +46,7 @@ DX_DEVICE void store_pack(T* to, int count, const float (&values)[n]) {
 #pragma unroll
   for (int k = 0; k < n; ++k) round_to(values[k], pack.at[k]);
   if constexpr (full) {
+    if constexpr (tuning::kStreaming && sizeof pack == 16) return store_streaming(to, pack);
     store(to, pack);
   } else {
 #pragma unroll
@@ -121,24 +123,47 @@ struct Share {
   }
 };
 
+// Blocks a multiprocessor that registers are kept for: without this bound nvcc took 176 a thread
+// for the walk by pixels.
+template <Walk walk>
+constexpr int kMostThreads = walk == Walk::run ? tuning::kElementThreads : tuning::kPixelThreads;
+
+// The shares of sample b that begin at `first`, a block's threads apart: all loads go out first.
 template <Walk walk, int n, bool full, class Op>
-DX_GLOBAL void elementwise_kernel(const Op op, const Batch batch) {
-  const int64_t index = block() * threads() + thread();
-  if (index >= Share<walk, n>::shares(batch)) return;
-  const Share<walk, n> share(batch, index);
-  for (int64_t b = block_y(); b < batch.samples; b += blocks_y()) {
-    const int64_t offset = b * batch.per_sample();
-    typename Op::template Inputs<n> inputs[kPacks<walk>];
+DX_DEVICE void elementwise_shares(const Op& op, const Batch& batch, int64_t b, int64_t first) {
+  constexpr int kShares = tuning::kElementVectors, packs = kPacks<walk>;
+  const int64_t offset = b * batch.per_sample(), shares = Share<walk, n>::shares(batch);
+  typename Op::template Inputs<n> inputs[kShares][packs];
 #pragma unroll
-    for (int p = 0; p < kPacks<walk>; ++p)
-      inputs[p] = op.template read<n, full>(offset + share.at[p], share.count[p]);
-    const auto sample = op.sample(b);
-    float z[kPacks<walk>][n] = {};
+  for (int i = 0; i < kShares; ++i) {
+    if (first + i * threads() >= shares) break;
+    const Share<walk, n> share(batch, first + i * threads());
+#pragma unroll
+    for (int p = 0; p < packs; ++p)
+      inputs[i][p] = op.template read<n, full>(offset + share.at[p], share.count[p]);
+  }
+  const auto sample = op.sample(b);
+#pragma unroll
+  for (int i = 0; i < kShares; ++i) {
+    if (first + i * threads() >= shares) break;
+    const Share<walk, n> share(batch, first + i * threads());
+    float z[packs][n] = {};
     if (sample.noisy) share.normals(sample.key, z);
 #pragma unroll
-    for (int p = 0; p < kPacks<walk>; ++p)
-      op.template write<n, full>(offset + share.at[p], share.count[p], sample, inputs[p], z[p]);
+    for (int p = 0; p < packs; ++p)
+      op.template write<n, full>(offset + share.at[p], share.count[p], sample, inputs[i][p], z[p]);
   }
+}
+
+template <Walk walk, int n, bool full, class Op>
+DX_GLOBAL DX_BOUNDED(kMostThreads<walk>, 1) void elementwise_kernel(const Op op,
+                                                                    const Batch batch) {
+  const int64_t shares = Share<walk, n>::shares(batch);
+  const int64_t of_block = int64_t{threads()} * tuning::kElementVectors;
+  for (int64_t b = block_y(); b < batch.samples; b += blocks_y())
+    for (int64_t first = block() * of_block + thread(); first < shares;
+         first += blocks() * of_block)
+      elementwise_shares<walk, n, full>(op, batch, b, first);
 }
 
 // Runs an op over a batch whose tensors (those at `pointers`, some of them null) lie alike.
@@ -155,9 +180,16 @@ void launch_elementwise(const char* name, const OnDevice& device, Batch batch, c
     constexpr Walk w = decltype(walk)::value;
     constexpr int kPack = decltype(n)::value;
     const int64_t shares = Share<w, kPack>::shares(batch);
-    const int threads = int(std::min<int64_t>((shares + kWarp - 1) / kWarp * kWarp, 256));
-    const Launch how{name, (shares + threads - 1) / threads,
-                     std::min<int64_t>(batch.samples, 65535), threads};
+    const int64_t whole_warps = (shares + kWarp - 1) / kWarp * kWarp;
+    const int threads = int(std::min<int64_t>(whole_warps, kMostThreads<w>));
+    const int64_t of_block = int64_t{threads} * tuning::kElementVectors;
+    const int64_t samples = std::min<int64_t>(batch.samples, 65535);
+    int64_t blocks = (shares + of_block - 1) / of_block;
+    if constexpr (tuning::kElementBlocks > 0) {
+      const int64_t most = int64_t{tuning::kElementBlocks} * device.limits.multiprocessors;
+      blocks = std::min(blocks, std::max<int64_t>(most / samples, 1));
+    }
+    const Launch how{name, blocks, samples, threads};
     launch(device, how, elementwise_kernel<w, kPack, decltype(full)::value, Op>, op, batch);
   };
   constexpr std::integral_constant<Walk, Walk::run> contiguous;

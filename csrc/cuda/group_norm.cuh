@@ -9,11 +9,12 @@
 namespace dx {
 
 using plan::kMaxBundle;
-using plan::kSplitThreads;
 
-constexpr int on_chip_threads(Layout layout) {
-  return plan::on_chip_threads(layout == Layout::channels_last);
-}
+// How the kernels of a plan and a layout are compiled (tuning.h).
+template <bool on_chip, bool backward, Layout layout = Layout::contiguous>
+constexpr tuning::Norm kKernels =
+    plan::kernels_of(on_chip, layout == Layout::channels_last, backward);
+#define DX_BOUNDED_BY(kernels) DX_BOUNDED((kernels).threads, (kernels).blocks)
 
 template <class T>
 DX_DEVICE T warp_sum(T value) {

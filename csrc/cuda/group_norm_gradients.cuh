@@ -2,29 +2,16 @@
 // and the gradients of the parameters.
 #pragma once
 
-#include "group_norm.cuh"
+#include "group_norm_act_backward.cuh"
 
-namespace dx {
+namespace dx::norm_backward {
 namespace {
 
-// S1/M and S2/M (math/group_norm_act.h) are made of these, of one channel or of a group's part.
-struct GroupSums {
-  float da, da_xhat;
-};
-
-// The partial sums of every channel, float32 [kinds, N, C, pieces], in the order of ChannelSum.
-struct PartialSums {
-  float* data;
-  int64_t channels, pieces, stride;  // C; stride: from one kind to the next
-
-  DX_DEVICE float& at(int kind, int64_t n, int64_t c, int64_t piece) const {
-    return data[kind * stride + (n * channels + c) * pieces + piece];
-  }
-};
-
 // A block for each group: means [N, G] from the partial sums of its channels.
-DX_GLOBAL DX_BOUNDED(256) void gradient_means(const GroupNorm g, const PartialSums sums,
-                                              GroupMeans* means) {
+DX_GLOBAL DX_BOUNDED(256, 1) void gradient_means(const GroupNorm g, const PartialSums sums,
+                                                 GroupMeans* means) {
+  let_next_launch();
+  await_last_launch();
   const int64_t n = block() / g.groups, first = block() % g.groups * g.group_channels();
   double da = 0, da_xhat = 0;
   for (int64_t i = thread(); i < g.group_channels() * sums.pieces; i += threads()) {
@@ -51,9 +38,12 @@ constexpr int kParameterThreads = 128;
 
 // A block for each channel: the gradients of its parameters in every sample, and their sums over
 // the samples. `lanes` threads, a power of two, add up the pieces of a sample.
-DX_GLOBAL DX_BOUNDED(kParameterThreads) void gradient_parameters(
-    const GroupNorm g, const float* rstd, const PartialSums sums, const int kinds,
-    const GroupMeans* means, const int lanes, const Gradients gradients) {
+DX_GLOBAL DX_BOUNDED(kParameterThreads,
+                     1) void gradient_parameters(const GroupNorm g, const float* rstd,
+                                                 const PartialSums sums, const int kinds,
+                                                 const GroupMeans* means, const int lanes,
+                                                 const Gradients gradients) {
+  await_last_launch();
   const int64_t c = block();
   double over_samples[kParameters] = {};
   const int64_t stride = threads() / lanes;
@@ -103,4 +93,4 @@ DX_GLOBAL DX_BOUNDED(kParameterThreads) void gradient_parameters(
 }
 
 }  // namespace
-}  // namespace dx
+}  // namespace dx::norm_backward

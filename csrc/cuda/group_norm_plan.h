@@ -16,6 +16,7 @@
 #include <numeric>
 
 #include "limits.h"
+#include "tuning.h"
 
 namespace dx {
 
@@ -44,10 +45,7 @@ struct NormPlan {
 namespace plan {
 
 constexpr int kMaxBundle = 64;
-constexpr int kSplitThreads = 256;  // the most of a block; on chip:
-constexpr int on_chip_threads(bool channels_last) { return channels_last ? 256 : 512; }
-constexpr int kRun = 4;               // vectors that a thread loads before it uses the first
-constexpr int kBusyThreads = 1024;    // of a multiprocessor, for it to hide its memory's latency
+constexpr int kRun = 4;               // vectors that a thread takes of a run of neighbours
 constexpr int64_t kPartBytes = 4096;  // of a tensor: less is not worth a block of its own
 constexpr int64_t kSectorBytes = 32, kLineBytes = 128;
 constexpr int64_t kMostChannels = 2048;  // of a channels_last slab: their sums fit any device
@@ -67,6 +65,13 @@ inline int threads_for(int64_t demand, int most) {
   return int(std::max<int64_t>(pieces_of(pieces_of(demand, rounds), 32) * 32, 32));
 }
 
+// How the kernels of a plan are compiled.
+constexpr tuning::Norm kernels_of(bool on_chip, bool channels_last, bool backward) {
+  if (!on_chip) return backward ? tuning::kBackwardSplit : tuning::kForwardSplit;
+  if (channels_last) return backward ? tuning::kBackwardLast : tuning::kForwardLast;
+  return backward ? tuning::kBackward : tuning::kForward;
+}
+
 inline int64_t slab_elements(const NormShape& s, int bundle) {
   return s.channels / s.groups * bundle * s.spatial;
 }
@@ -80,11 +85,13 @@ inline NormPlan lay_out(const NormShape& s, int vector, int bundle, int parts, b
   p.bundle = bundle;
   p.parts = parts;
   p.slabs = pieces_of(s.groups, bundle);
+  const tuning::Norm kernels = kernels_of(on_chip, s.channels_last, s.backward);
+  const int most = kernels.threads, run = std::max(kRun, kernels.loads);
   int64_t sums_bytes;
   if (s.channels_last) {
     const int64_t columns = width / vector, pixels = pieces_of(s.spatial, parts);
-    const int64_t lanes = std::min(std::max<int64_t>(256 / columns, 1), pieces_of(pixels, kRun));
-    p.threads = int(std::min<int64_t>(pieces_of(columns * lanes, 32) * 32, 256));
+    const int64_t lanes = std::min(std::max<int64_t>(most / columns, 1), pieces_of(pixels, run));
+    p.threads = int(std::min<int64_t>(pieces_of(columns * lanes, 32) * 32, most));
     p.lanes = int(std::max<int64_t>(p.threads / columns, 1));
     p.run = 1;
     p.pieces = parts;
@@ -92,11 +99,12 @@ inline NormPlan lay_out(const NormShape& s, int vector, int bundle, int parts, b
     sums_bytes = p.lanes * width * (s.backward ? kSums * 4 : kMomentsBytes) + width * 8;
   } else {
     const int64_t row = s.spatial / vector;
-    p.lanes = power_of_two_up_to(row, 32);
-    p.run = int(std::clamp<int64_t>(pieces_of(row, p.lanes), 1, kRun));
+    p.lanes = power_of_two_up_to(
+        std::max(pieces_of(row, run), std::min<int64_t>(row, tuning::kLeastLanes)), 32);
+    p.run = int(std::clamp<int64_t>(pieces_of(row, p.lanes), 1, run));
     p.pieces = pieces_of(row, int64_t{p.lanes} * p.run);
     const int64_t runs = pieces_of(width * p.pieces, parts);
-    p.threads = threads_for(runs * p.lanes, on_chip ? on_chip_threads(false) : kSplitThreads);
+    p.threads = threads_for(runs * p.lanes, most);
     p.kept = int(pieces_of(runs, p.threads / p.lanes) * p.run);
     sums_bytes = p.threads * kMomentsBytes;
   }
@@ -131,8 +139,8 @@ inline NormPlan on_chip(const NormShape& s, const DeviceLimits& device, int vect
     if (p.shared_bytes > device.shared_bytes) continue;
     if (best.threads != 0 && bytes / parts < kPartBytes) break;
     best = p;
-    const bool busy =
-        s.samples * p.slabs * parts * p.threads >= int64_t{kBusyThreads} * device.multiprocessors;
+    const bool busy = s.samples * p.slabs * parts * p.threads >=
+                      int64_t{tuning::kBusyThreads} * device.multiprocessors;
     if (busy && 2 * p.shared_bytes <= device.shared_bytes) break;  // two blocks at a time
   }
   return best;
@@ -145,8 +153,10 @@ inline NormPlan split(const NormShape& s, const DeviceLimits& device, int vector
     bundle = bundle_of(s, vector, 1, s.element_size);
   const int64_t slabs = s.samples * pieces_of(s.groups, bundle);
   const int64_t bytes = slab_elements(s, bundle) * s.element_size;
-  const int64_t wanted = std::max(
-      pieces_of(16 * device.multiprocessors, std::max<int64_t>(slabs, 1)), bytes / (1 << 18));
+  const int64_t wanted =
+      std::max(pieces_of(int64_t{tuning::kPartsPerMultiprocessor} * device.multiprocessors,
+                         std::max<int64_t>(slabs, 1)),
+               bytes / (1 << 18));
   const int64_t worth = std::max<int64_t>(bytes / (4 * kPartBytes), 1);
   return lay_out(s, vector, bundle, int(std::clamp<int64_t>(std::min(wanted, worth), 1, 512)),
                  false);
@@ -154,7 +164,7 @@ inline NormPlan split(const NormShape& s, const DeviceLimits& device, int vector
 
 // The bytes that a plan moves over the bus, as if the whole GPU took part: a block alone draws
 // about twice a multiprocessor's share of the bandwidth, a pixel narrower than a sector wastes the
-// rest of it, and a launch takes as long as about 3 MB.
+// rest of it, and a launch takes as long as kLaunchBytes.
 inline double cost(const NormShape& s, const DeviceLimits& device, const NormPlan& p) {
   const double bytes = double(s.samples * s.channels * s.spatial * s.element_size);
   const double blocks = double(std::max<int64_t>(s.samples * p.slabs * p.parts, 1));
@@ -162,7 +172,7 @@ inline double cost(const NormShape& s, const DeviceLimits& device, const NormPla
   const double pixel = double(s.channels / s.groups * p.bundle * s.element_size);
   const double wasted = s.channels_last ? std::max(1.0, kSectorBytes / pixel) : 1.0;
   const double passes = p.on_chip ? (s.backward ? 3 : 2) : (s.backward ? 5 : 3);
-  return passes * bytes * idle * wasted + (p.on_chip ? 0 : 2 * 3e6);
+  return passes * bytes * idle * wasted + (p.on_chip ? 0 : 2 * double(tuning::kLaunchBytes));
 }
 
 }  // namespace plan

@@ -8,6 +8,9 @@
 // Errors, thrown out of launch(), that name the kernel, the block, the thread and the line:
 //   - a launch that a GPU refuses
 //   - a barrier or a shuffle that some threads wait at while others have ended, or wait elsewhere
+//   - cluster_arrive twice without cluster_wait, or cluster_wait without it; a thread that ends
+//     between the two
+//   - a thread of a launch that follows ours which ends without await_last_launch
 //   - load, store: a pointer that is not aligned to the access
 //   - of_rank: not a pointer into shared memory, no such rank, a block that has ended or that may
 //     end before the read, as no cluster barrier follows
@@ -16,9 +19,9 @@
 // What no error says shows in the results: shared memory is NaN (0xFF) until it is written, and
 // a missing barrier makes results depend on the seed.
 //
-// Not seen: races between clusters; a pointer of of_rank that is kept beyond a cluster_barrier;
-// more threads than DX_BOUNDED says. A thread that fails ends the others where they are, without
-// their destructors.
+// Not seen: races between clusters; what is read before await_last_launch; a pointer of of_rank
+// that is kept beyond a cluster_barrier; more threads than DX_BOUNDED says. A thread that fails
+// ends the others where they are, without their destructors.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +35,7 @@
 #include "machine.h"
 
 #define DX_GLOBAL static
-#define DX_BOUNDED(threads)
+#define DX_BOUNDED(threads, blocks)
 #define DX_DEVICE inline
 
 #define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(DX_NAMESPACE, CPU, m)
@@ -76,6 +79,14 @@ DX_DEVICE void block_barrier(emulation::Place here = emulation::Place::current()
 DX_DEVICE void cluster_barrier(emulation::Place here = emulation::Place::current()) {
   emulation::cluster_barrier(here);
 }
+DX_DEVICE void cluster_arrive(emulation::Place here = emulation::Place::current()) {
+  emulation::cluster_arrive(here);
+}
+DX_DEVICE void cluster_wait() { emulation::cluster_wait(); }
+
+// Launches follow one another here.
+DX_DEVICE void await_last_launch() { emulation::running->awaited_last_launch = true; }
+DX_DEVICE void let_next_launch() {}
 
 template <class T>
 DX_DEVICE T shuffle_xor(T value, int mask, emulation::Place here = emulation::Place::current()) {
@@ -109,7 +120,11 @@ DX_DEVICE void require(bool condition, const char* message) {
   if (!condition) emulation::fail(message);
 }
 
-DX_DEVICE void store_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
+template <bool streaming>
+DX_DEVICE void store_16_bytes(void* to, const void* from) {
+  memcpy(to, from, 16);
+}
+DX_DEVICE void stream_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
 
 DX_DEVICE void check_aligned(const void* pointer, int bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % unsigned(bytes) != 0)

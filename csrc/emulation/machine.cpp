@@ -106,24 +106,39 @@ void go_on_with(Thread* thread, Fiber& from) {
   from.switch_to(*thread->fiber);
 }
 
-void meet(Meeting& meeting, Place place) {
-  Thread* const self = running;
-  self->awaited = &meeting;
-  self->place = place;
+// All have come: those that wait go on.
+void complete(Meeting& meeting) {
+  meeting.arrived = 0;
+  ++meeting.turns;
+  Cluster& cluster = *meeting.members.front().block->cluster;
+  if (&meeting == &cluster.barrier) cluster.reader = {};
+  for (Thread& member : meeting.members) {
+    if (member.awaited != &meeting) continue;
+    member.awaited = nullptr;
+    machine.ready.push_back(&member);
+  }
+}
+
+void arrive(Meeting& meeting, Place place) {
+  running->place = place;
   if (meeting.arrived == 0) meeting.place = place;
   if (!same(meeting.place, place))
-    fail(*self, waits(*self) + ", but others wait at that of " + name_of(meeting.place));
-  if (++meeting.arrived == int(meeting.members.size())) {
-    meeting.arrived = 0;
-    if (&meeting == &self->block->cluster->barrier) self->block->cluster->reader = {};
-    for (Thread& member : meeting.members) {
-      member.awaited = nullptr;
-      machine.ready.push_back(&member);
-    }
-  }
+    fail(*running, std::string("waits at ") + meeting.name + " of " + name_of(place) +
+                       ", but others wait at that of " + name_of(meeting.place));
+  if (++meeting.arrived == int(meeting.members.size())) complete(meeting);
+}
+
+void go_on() {
+  Thread* const self = running;
   Thread* const next = choose();
   if (next == nullptr) fail_deadlocked(*self->block->cluster);
   if (next != self) go_on_with(next, *self->fiber);
+}
+
+void meet(Meeting& meeting, Place place) {
+  running->awaited = &meeting;
+  arrive(meeting, place);
+  go_on();
 }
 
 void end(Block& block) {
@@ -140,6 +155,9 @@ void end(Block& block) {
 }
 
 void end(Thread& thread) {
+  if (thread.arrived) fail(thread, "ends between cluster_arrive and cluster_wait");
+  if (thread.block->cluster->how.follows_ours && !thread.awaited_last_launch)
+    fail(thread, "ends without await_last_launch, which its launch asks for");
   thread.ended = true;
   thread.fiber = nullptr;
   --machine.unfinished;
@@ -214,7 +232,7 @@ void set_up(Cluster& cluster) {
     for (size_t w = 0; w < warps; ++w)
       its_warps[w].shuffle = {"shuffle_xor", its_threads.subspan(w * kWarp, kWarp), 0, {}};
     for (size_t t = 0; t < threads; ++t)
-      its_threads[t] = {int(t), &cluster.blocks[rank], nullptr, nullptr, {}, false};
+      its_threads[t] = {.index = int(t), .block = &cluster.blocks[rank]};
   }
 }
 
@@ -229,7 +247,7 @@ void begin(Cluster& cluster, int64_t x, int64_t y) {
   machine.unfinished = int(cluster.threads.size());
   machine.ready.clear();
   for (Thread& thread : cluster.threads) {
-    thread.ended = false;
+    thread.ended = thread.arrived = thread.awaited_last_launch = false;
     machine.ready.push_back(&thread);
   }
 }
@@ -278,7 +296,27 @@ void run(const Launch& how, const DeviceLimits& limits, const Call& call) {
 
 void block_barrier(Place place) { meet(running->block->barrier, place); }
 
-void cluster_barrier(Place place) { meet(running->block->cluster->barrier, place); }
+void cluster_barrier(Place place) {
+  cluster_arrive(place);
+  cluster_wait();
+}
+
+void cluster_arrive(Place place) {
+  if (running->arrived) fail("cluster_arrive of " + name_of(place) + ": it has arrived already");
+  Meeting& barrier = running->block->cluster->barrier;
+  running->arrived = true;
+  running->turn = barrier.turns;
+  arrive(barrier, place);
+}
+
+void cluster_wait() {
+  if (!running->arrived) fail("cluster_wait without cluster_arrive");
+  Meeting& barrier = running->block->cluster->barrier;
+  running->arrived = false;
+  if (barrier.turns != running->turn) return;
+  running->awaited = &barrier;
+  go_on();
+}
 
 uint64_t shuffle_xor(uint64_t value, int mask, Place place) {
   if (mask < 0 || mask >= kWarp)
@@ -312,6 +350,7 @@ const char* of_rank(const char* mine, int rank, Place place) {
   const Block& block = *running->block;
   Cluster& cluster = *block.cluster;
   const std::string here = "of_rank of " + name_of(place) + ": ";
+  if (running->arrived) fail(here + "after cluster_arrive nothing keeps the block that it reads");
   if (rank < 0 || rank >= cluster.how.cluster) fail(here + "no rank " + std::to_string(rank));
   Block& other = cluster.blocks[rank];
   if (other.running == 0) fail(here + name_of(other) + " has ended");

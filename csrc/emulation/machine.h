@@ -20,12 +20,15 @@ struct Meeting;
 using Place = std::source_location;  // a line of a kernel
 
 struct Thread {
-  int index;  // in its block
-  Block* block;
-  Fiber* fiber;            // from its start to its end
-  const Meeting* awaited;  // what it waits at, if it does
-  Place place;             // there
-  bool ended;
+  int index = 0;  // in its block
+  Block* block = nullptr;
+  Fiber* fiber = nullptr;            // from its start to its end
+  const Meeting* awaited = nullptr;  // what it waits at, if it does
+  Place place = {};                  // there, or where it arrived last
+  bool ended = false;
+  bool arrived = false;  // by cluster_arrive, and has not called cluster_wait
+  int64_t turn = 0;      // of the cluster's barrier, then
+  bool awaited_last_launch = false;
 };
 
 // Where some threads wait until all of them have come.
@@ -33,7 +36,8 @@ struct Meeting {
   const char* name;
   std::span<Thread> members;
   int arrived;
-  Place place;  // of the first to arrive
+  Place place;        // of the first to arrive
+  int64_t turns = 0;  // how often all of them have come
 };
 
 struct Warp {
@@ -85,6 +89,8 @@ extern Thread* running;
 
 void block_barrier(Place place);
 void cluster_barrier(Place place);
+void cluster_arrive(Place place);
+void cluster_wait();
 uint64_t shuffle_xor(uint64_t value, int mask, Place place);
 char* static_shared(const void* type, size_t bytes);
 const char* of_rank(const char* mine, int rank, Place place);

@@ -1,0 +1,5 @@
+#include "../group_norm_act_backward.cuh"
+
+namespace dx::norm_backward {
+DX_SUMS_LAUNCHES(, kSums, float)
+}
