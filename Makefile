@@ -2,7 +2,7 @@
 # make test   sets up, builds, lints, runs every test
 # make bench  sets up, builds, times every implementation beside the others, judges the ratios
 # make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
-# make sanitized  runs them there under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitized  runs the kernels there under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-check  proves and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
 # make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
 
@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(VENV)/native-built
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 # Of the environment, not of the machine: what a clone needs is what pip has put there.
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -22,8 +22,13 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 demo: build
 	$(BIN)/diffusion-ext demo
 
-test: build lint emulated sanitized
-	DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest --benchmark-disable tests benchmarks
+# A process of tests on each core, at most four: a thread of torch for each, which has little to do.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest \
+    -n $(WORKERS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder -p no:cacheprovider
+
+test: build lint emulated
+	$(PYTEST) --benchmark-disable tests benchmarks
 
 # Ten minutes on two cores. benchmarks/results/<device> has the results; a missed target is an error.
 # On a GPU, for which there are no targets here (gpu-check has some): make bench BENCH_REPORT=
@@ -64,16 +69,13 @@ emulated: $(VENV)/ready
 	$(CMAKE) -B build/emulated
 	$(BIN)/cmake --build build/emulated --target cuda_emulated planted_bugs
 
-# Python itself is not sanitized, so the runtime is loaded first. One thread for torch, whose
-# reference these tests compare with: its others would only wait.
+# Python itself is not sanitized, so the runtime is loaded first.
 sanitized: build
 	$(CMAKE) -B build/sanitized -DDIFFUSION_EXT_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	    DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) DIFFUSION_EXT_REQUIRE_EMULATED=1 \
-	    $(BIN)/python -m pytest -q -p no:cacheprovider -m "not compiles" \
-	    -k "cuda-emulated or emulation" tests/ops tests/emulation
+	    ASAN_OPTIONS=detect_leaks=0 DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) \
+	    $(PYTEST) -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check:

@@ -19,6 +19,7 @@ import os
 import pathlib
 import shlex
 import sys
+import sysconfig
 
 from setuptools import setup
 
@@ -140,6 +141,14 @@ def build_command():
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            """Objects stay where other builds leave them, for an editable install too, whose own
+            folder is a temporary one: ninja then compiles again only what has changed."""
+            if self.editable_mode:
+                platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = str(ROOT / "build" / f"temp.{platform}")
+            super().finalize_options()
+
         def run(self):
             root = ROOT if self.inplace else pathlib.Path(self.build_lib)
             for stale in root.glob("diffusion_ext/_cuda*.so"):  # its kernels are of another _C

@@ -17,6 +17,15 @@ else:
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist with --dist=loadgroup: a file is one worker's, and so is what compiles
+    (the group "builds"), which takes longest and so comes first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("builds",))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

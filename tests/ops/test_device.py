@@ -32,6 +32,22 @@ def test_every_run_has_the_same_bits(dtype, layout):
             assert_same(call.run(**inputs), first, name)
 
 
+@pytest.mark.backends("cpu")
+@CASES
+def test_any_number_of_threads_has_the_same_bits(dtype, layout):
+    before = torch.get_num_threads()
+    try:
+        for name, call in every_call(dtype, layout, shape=(3, 8, 48, 40)).items():
+            inputs, results = call.draw(), []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(call.run(**inputs))
+            for result in results[1:]:
+                assert_same(result, results[0], name)
+    finally:
+        torch.set_num_threads(before)
+
+
 def captured(call, inputs):
     """A graph of the call, and where it leaves its results."""
     side = torch.cuda.Stream()
