@@ -25,7 +25,7 @@ demo: build
 # A process of tests on each core, at most four: a thread of torch for each, which has little to do.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest \
-    -n $(WORKERS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder -p no:cacheprovider
+    -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:cacheprovider
 
 test: build lint emulated
 	$(PYTEST) --benchmark-disable tests benchmarks

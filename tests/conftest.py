@@ -17,13 +17,14 @@ else:
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
+# With pytest-xdist a file is one worker's (--dist=loadfile): these, which compile or train, begin.
+LONGEST = ["test_cuda_build.py", "test_gpu_check.py", "test_build.py", "test_fuse_resnet_blocks.py",
+           "test_engines.py", "test_training.py", "test_fuse_torch.py"]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist with --dist=loadgroup: a file is one worker's, and so is what compiles
-    (the group "builds"), which takes longest and so comes first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("builds",))
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,6 @@ import torch
 import diffusion_ext as dx
 from diffusion_ext import _C
 
-pytestmark = pytest.mark.xdist_group("builds")  # in one folder, so one at a time
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc")
 

@@ -17,8 +17,6 @@ import torch
 from test_build import ROOT, python, run
 from toolkit import Toolkit
 
-pytestmark = pytest.mark.xdist_group("builds")
-
 ARCHITECTURE = "9.0"
 BUILD = ROOT / "build" / "cuda"
 

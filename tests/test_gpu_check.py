@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("builds")  # it takes the tree's own objects
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out

@@ -118,6 +118,5 @@ def main(passes: type[Passes], description: str) -> int:
     report = bench.report
     report.write(complete=not bench.failed)
     print(f"{report.folder.name}/{report.name}.json and {report.name}.md: {len(done)} rows")
-    for t in report.summary():
-        print(f"{t['met']}/{t['rows']} {t['target']} {t['wanted']}, worst {t['worst']:.2f}")
+    print("\n".join(report.lines()))
     return int(bench.failed)

@@ -45,15 +45,25 @@ class Report:
         self.facts, self.rows = facts, []
 
     def write(self, complete: bool = False) -> None:
-        found = self.summary()
-        data = {**self.facts, "complete": complete, "rows": self.rows, "targets": found}
+        data = {**self.facts, "complete": complete, "rows": self.rows, **self.findings()}
         self._replace(f"{self.name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
         parts = [f"# {self.title} on {self.facts['device']}\n\n{facts}\n\n{self.legend}"]
         if not complete:
             parts.append("**Incomplete**: the run ended before every row was measured.\n")
-        parts.append("## Targets\n\n" + target_table(found))
         self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
+
+    def findings(self) -> dict:
+        """What is made of the rows, for the JSON file."""
+        return {"targets": self.summary()}
+
+    def lines(self) -> list[str]:
+        """What is printed at the end, worst first."""
+        found = sorted(self.summary(), key=lambda t: t["met"] / t["rows"])
+        return [
+            f"{t['met']}/{t['rows']} {t['target']} {t['wanted']}, worst {t['worst']:.2f}"
+            for t in found
+        ]
 
     def _replace(self, name: str, text: str) -> None:
         partial = self.folder / f".{name}"
@@ -71,7 +81,8 @@ class OpsReport(Report):
         return targets.summary(self.rows)
 
     def sections(self) -> list[str]:
-        parts = ["## Passes\n\n" + passes_table(self.rows)]
+        parts = ["## Targets\n\n" + target_table(self.summary())]
+        parts.append("## Passes\n\n" + passes_table(self.rows))
         for title in dict.fromkeys(title_of(row) for row in self.rows):
             rows = [row for row in self.rows if title_of(row) == title]
             parts.append(f"## {title}\n\n" + row_table(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .report import Report, table
+from .report import Report, table, target_table
 
 SOURCE, COMPILED = "source", "source, reduce-overhead"
 BEST = "ours, optimized, graph"  # which the targets are about
@@ -27,7 +27,8 @@ class SamplingReport(Report):
         names = list(dict.fromkeys(name for row in self.rows for name in row["seconds"]))
         heads = ["sampler", "n_feat", "size", "batch", "dtype", *(f"{name}, ms" for name in names)]
         heads += [f"× {name}" for name in TARGETS]
-        return ["## Runs\n\n" + table(heads, [line(row, names) for row in self.rows])]
+        rows = [line(row, names) for row in self.rows]
+        return ["## Targets\n\n" + target_table(self.summary()), "## Runs\n\n" + table(heads, rows)]
 
 
 def ratio(row: dict, other: str) -> float | None:

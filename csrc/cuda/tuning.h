@@ -3,7 +3,8 @@
 // at hand would have it.
 //
 // Measured on: no GPU yet. Estimates for an H100 (docs/kernels.md says why).
-#pragma once
+#ifndef DX_TUNING_H  // and no #pragma once: a variant's header, included first, stands in for this
+#define DX_TUNING_H
 
 #include <cstdint>
 
@@ -21,7 +22,7 @@ constexpr Norm kForward = {256, 2, 4};
 constexpr Norm kForwardLast = {256, 2, 4};
 constexpr Norm kForwardSplit = {256, 2, 4};
 constexpr Norm kBackward = {256, 2, 2};
-constexpr Norm kBackwardLast = {256, 1, 2};
+constexpr Norm kBackwardLast = {128, 2, 2};
 constexpr Norm kBackwardSplit = {256, 1, 2};
 
 // How group_norm_act divides its work. A run of neighbours is shared by kLeastLanes threads and
@@ -46,3 +47,5 @@ constexpr int kElementBlocks = 0;
 constexpr bool kStreaming = false;
 
 }  // namespace dx::tuning
+
+#endif
