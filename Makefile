@@ -3,7 +3,9 @@
 # make bench  sets up, builds, times every implementation beside the others, judges the ratios
 # make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
 # make sanitized  runs the kernels there under AddressSanitizer and UndefinedBehaviorSanitizer
-# make gpu-check  proves and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
+# make gpu-check  proves, tunes and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
+#                 (CALL=first, CALL=second; RESULTS=folder; GPU_CHECK=stage,stage)
+# make gpu-wheels puts what a GPU's machine without network lacks into .wheels
 # make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
     -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: demo test bench lint format build emulated sanitized gpu-check cmake clean
+.PHONY: demo test bench lint format build emulated sanitized gpu-check gpu-wheels cmake clean
 
 demo: build
 	$(BIN)/diffusion-ext demo
@@ -79,7 +81,10 @@ sanitized: build
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(if $(CALL),--call $(CALL)) $(if $(RESULTS),--results $(RESULTS))
+
+gpu-wheels: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu/wheels.py
 
 cmake: $(VENV)/ready
 	$(CMAKE) -B build/cmake -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DDIFFUSION_EXT_SANITIZE=$(SANITIZE)

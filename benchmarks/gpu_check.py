@@ -1,14 +1,22 @@
-"""Proves and measures the CUDA side on the GPU at hand: `make gpu-check`, in under nine minutes.
+"""Proves, tunes and measures the CUDA side on the GPU at hand, in two calls: `make gpu-check`.
+
+    CALL=first    at most 300 s: build, smoke, bench, tune
+    CALL=second   at most 270 s: build, test, sanitize, sample, bench
 
     build     both libraries, compiled for this GPU into build/gpu_check
-    test      tests/ops on CUDA tensors, and the engine "graph"
+    smoke     every op beside the float64 reference, and beside the bits of the CPU
+    bench     ops.json, ops.md; first: in bfloat16; second: everything
+    tune      variants of the kernels; tune.json, tune.md: which constants of csrc/cuda/tuning.h
+              win, and that file as this GPU would have it
+    test      tests/ops on CUDA tensors; CUDA graphs and the engine "graph"
     sanitize  compute-sanitizer's four tools over a small call of every op
-    bench     benchmarks/results/<device>/ops.json and ops.md
-    sample    benchmarks/results/<device>/sampling.json and sampling.md
+    sample    sampling.json, sampling.md: whole runs, a training step
 
 GPU_CHECK=build,bench chooses stages; without build, the others use the last one. A stage that fails
-or outlasts its limit does not stop the next ones, but the exit status says so. Needs torch >= 2.10,
-nvcc, pytest, ninja, pybind11 and setuptools beside the package's own dependencies; no network.
+or outlasts its limit does not stop the next ones, but the exit status says so. Results are written
+as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a summary, worst first
+(<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools beside the package's
+own dependencies; no network: what .wheels has (make gpu-wheels) is installed for these runs alone.
 `--device cpu` runs every stage in small on the CPU, to test this script.
 """
 
@@ -18,20 +26,26 @@ import argparse
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
-STAGES = ("build", "test", "sanitize", "bench", "sample")
-SECONDS = 525  # of all stages together
+sys.path.insert(0, str(ROOT))  # this file is a script
 
+from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noqa: E402
+
+RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
+WHEELS = ROOT / ".wheels"
+
+# Stage -> its seconds on a machine of 16 cores. A call's own are more: what is left goes to the
+# stage that needs it.
+CALLS = {
+    "first": {"build": 60, "smoke": 20, "bench": 80, "tune": 120},
+    "second": {"build": 25, "test": 60, "sanitize": 50, "sample": 70, "bench": 60},
+}
+SECONDS = {"first": 300, "second": 270}
+STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# What is said of torch's own calls is not about us; a process that imports torch starts slowly.
-SANITIZER_OPTIONS = {"--error-exitcode": "86", "--report-api-errors": "no", "--launch-timeout": "0"}
 
 LOADED = """
 import pathlib, sys, torch, diffusion_ext as dx
@@ -45,187 +59,124 @@ if device == "cuda":
 """
 
 
-@dataclass
-class Step:
-    """A subprocess of a stage. share: of the time, beside the other steps' shares."""
+@dataclass(frozen=True)
+class Plan:
+    """A call on a device: what its stages' steps are made of."""
 
-    stage: str
-    name: str
-    command: list
-    share: float
-    environment: dict[str, str] = field(default_factory=dict)
-    folder: pathlib.Path = ROOT
-    needed: bool = False  # without it none of the later ones can run
-    skipped: str = ""  # why
-
-
-@dataclass
-class Outcome:
-    step: Step
-    result: str  # passed, failed (...), timed out, skipped (...)
-    seconds: float = 0
-    limit: float = 0
+    call: str
+    device: str
+    results: pathlib.Path
 
     @property
-    def good(self) -> bool:
-        return self.result.partition(" ")[0] in ("passed", "skipped")
+    def folder(self) -> pathlib.Path:
+        return ROOT / "build" / "gpu_check" / self.device
+
+    @property
+    def library(self) -> pathlib.Path:
+        return self.folder / "lib"
+
+    def using(self) -> dict[str, str]:
+        """The environment of what uses the build. PYTHONPATH comes before any installed package,
+        but after the working folder, where there is one: python -c and -m have to run in lib."""
+        paths = [self.library, OPS, ROOT, self.folder / "wheels", os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
+
+    def module(self, stage: str, name: str, seconds: float, *arguments: object) -> Step:
+        """A step that runs python -m NAME on the build."""
+        command = [sys.executable, "-m", name, "--device", self.device, *arguments]
+        return Step(stage, name.rpartition(".")[2], command, seconds, self.using(), self.library)
+
+    def build(self, seconds: float) -> list[Step]:
+        """Ninja compiles again only what changed; lib is made anew, lest it keep old modules."""
+        command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", self.folder]
+        command += ["build", "--build-lib", self.library]
+        cuda = self.device == "cuda"
+        if cuda:  # the CPU library for itself takes the objects of the tree's own build
+            command += ["--build-temp", self.folder / "temp"]
+        knobs = {"DIFFUSION_EXT_NATIVE": "1", "DIFFUSION_EXT_CUDA": "1" if cuda else "0"}
+        loaded = [sys.executable, "-c", LOADED, self.library, self.device]
+        steps = [
+            Step("build", "compile", command, seconds - 20, knobs, needed=True),
+            Step("build", "load", loaded, 10, self.using(), self.library, needed=True),
+        ]
+        if wheels := sorted(WHEELS.glob("*.whl")):
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+            into = ["--no-compile", "--upgrade", "--target", self.folder / "wheels"]
+            steps.insert(0, Step("build", "wheels", [*pip, *into, *wheels], 10))
+        return steps
+
+    def smoke(self, seconds: float) -> list[Step]:
+        return [self.module("smoke", "benchmarks.gpu.smoke", seconds)]
+
+    def bench(self, seconds: float) -> list[Step]:
+        only = ["--dtype", "bfloat16"] if self.call == "first" else []
+        return [self._measured("bench", "benchmarks.gpu.bench", seconds, *only)]
+
+    def tune(self, seconds: float) -> list[Step]:
+        compiled = self.module("tune", "benchmarks.gpu.variants", 0.3 * seconds)
+        return [compiled, self._measured("tune", "benchmarks.gpu.tune", 0.7 * seconds)]
+
+    def sample(self, seconds: float) -> list[Step]:
+        return [self._measured("sample", "benchmarks.gpu.sampling", seconds)]
+
+    def _measured(self, stage: str, name: str, seconds: float, *more: object) -> Step:
+        return self.module(stage, name, seconds, "--results", self.results, *more)
+
+    def test(self, seconds: float) -> list[Step]:
+        """A warning is no error here: another torch may have others."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
+        command += ["--durations=5", "-p", "no:cacheprovider"]
+        command += ["--maxfail=25"]  # after one fault of a GPU every test fails
+        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **self.using()}
+        # What torch.compile takes would leave little for the rest. A CPU skips the engines.
+        ops = [OPS] if self.device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
+        engines = [ROOT / "tests" / "test_engines_cuda.py"]
+        return [
+            Step("test", name, [*command, *files, "-m", "not compiles"], share * seconds,
+                 environment, self.library)
+            for name, files, share in (("tests/ops", ops, 0.7), ("engines", engines, 0.3))
+        ]  # fmt: skip
+
+    def sanitize(self, seconds: float) -> list[Step]:
+        """Each tensor an allocation of its own, so that one byte too far is seen."""
+        script = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
+        script.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        if self.device == "cpu":
+            return [script]
+        tool, options = sanitizer()
+        why = "" if tool else "compute-sanitizer is not installed"
+        return [
+            Step("sanitize", name, [tool, "--tool", name, *options, *script.command],
+                 seconds / len(TOOLS), script.environment, self.library, skipped=why)
+            for name in TOOLS
+        ]  # fmt: skip
+
+    def steps(self, stages: list[str]) -> list[Step]:
+        limits = CALLS[self.call]
+        return [s for stage in stages for s in getattr(self, stage)(limits[stage])]
 
 
-# --- the stages -----------------------------------------------------------------------------------
-
-
-def build_steps(device: str, folder: pathlib.Path) -> list[Step]:
-    """Ninja compiles again only what changed; the folder is made anew, lest it keep old modules."""
-    cuda = device == "cuda"
-    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder]
-    command += ["build", "--build-lib", folder / "lib"]
-    if cuda:  # the CPU library for itself takes the objects of the tree's own build
-        command += ["--build-temp", folder / "temp"]
-    knobs = {"DIFFUSION_EXT_NATIVE": "1", "DIFFUSION_EXT_CUDA": "1" if cuda else "0"}
-    loaded = [sys.executable, "-c", LOADED, folder / "lib", device]
-    return [
-        Step("build", "compile", command, 10, knobs, needed=True),
-        Step("build", "load", loaded, 0.5, using(folder), folder / "lib", needed=True),
-    ]
-
-
-def using(folder: pathlib.Path, *more: pathlib.Path) -> dict[str, str]:
-    """The environment of what uses the build. PYTHONPATH comes before any installed package, but
-    after the working folder, where there is one: python -c and -m have to run in lib."""
-    paths = [*map(str, (folder / "lib", *more)), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def test_steps(device: str, folder: pathlib.Path) -> list[Step]:
-    """A warning is no error here: another torch may have others."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
-    command += ["--durations=5", "-p", "no:cacheprovider"]
-    command += ["--maxfail=25"]  # after one fault of a GPU every test fails
-    environment = {"DIFFUSION_EXT_TEST_BACKENDS": device, **using(folder)}
-    ops = [OPS] if device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
-    # A CPU skips them. What torch.compile takes would leave little for the rest.
-    engines = [ROOT / "tests" / "test_engines_cuda.py", "-m", "not compiles"]
-    return [
-        Step("test", name, [*command, *files], share, environment, folder / "lib")
-        for name, files, share in (("tests/ops", ops, 5), ("engines", engines, 2))
-    ]
-
-
-def sanitize_steps(device: str, folder: pathlib.Path) -> list[Step]:
-    script = [sys.executable, "-m", "benchmarks.gpu.sanitized", "--device", device]
-    # Each tensor an allocation of its own, so that one byte too far is seen.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **using(folder, OPS, ROOT)}
-    lib = folder / "lib"
-    if device == "cpu":
-        return [Step("sanitize", "without a tool", ["env", *script], 0.5, environment, lib)]
-    tool, options = sanitizer()
-    why = "" if tool else "compute-sanitizer is not installed"
-    return [
-        Step("sanitize", name, [tool, "--tool", name, *options, *script], 0.5, environment, lib,
-             skipped=why)
-        for name in TOOLS
-    ]  # fmt: skip
-
-
-def sanitizer() -> tuple[str | None, list[str]]:
-    """compute-sanitizer, of PATH or of nvcc's toolkit, and the options that it knows."""
-    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-    from toolkit import Toolkit, ask
-
-    found = shutil.which("compute-sanitizer")
-    try:
-        for folder in ("bin", "compute-sanitizer"):
-            found = found or shutil.which("compute-sanitizer", path=Toolkit().home / folder)
-        known = ask(found, "--help") if found else ""
-    except (OSError, subprocess.CalledProcessError):
-        return None, []
-    options = [o for pair in SANITIZER_OPTIONS.items() if pair[0] in known for o in pair]
-    return found, options
-
-
-def bench_steps(device: str, folder: pathlib.Path, results: pathlib.Path) -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks.gpu.bench", "--device", device]
-    command += ["--results", results]
-    return [Step("bench", "ops", command, 5, using(folder, OPS, ROOT), folder / "lib")]
-
-
-def sample_steps(device: str, folder: pathlib.Path, results: pathlib.Path) -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks.gpu.sampling", "--device", device]
-    command += ["--results", results]
-    return [Step("sample", "runs", command, 4, using(folder, OPS, ROOT), folder / "lib")]
-
-
-# --- running them ---------------------------------------------------------------------------------
-
-
-def run(step: Step, limit: float) -> Outcome:
-    """Streams to our own output. The step and what it started end with its time."""
-    said = {"PYTHONUNBUFFERED": "1", "GPU_CHECK_SECONDS": f"{limit:.0f}"}
-    environment = {**os.environ, **said, **step.environment}
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [str(part) for part in step.command],
-        cwd=step.folder,
-        env=environment,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # a group to end as a whole
-    )
-    try:
-        status = process.wait(limit)
-        result = "passed" if status == 0 else f"failed (status {status})"
-    except subprocess.TimeoutExpired:
-        result = "timed out"
-    finally:
-        end_group(process)
-    return Outcome(step, result, time.monotonic() - start, limit)
-
-
-def end_group(process: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(5)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
-
-
-def run_all(steps: list[Step], seconds: float) -> list[Outcome]:
-    """Each has its share of the time that is left: what one saves is the next ones'."""
-    end, outcomes, missing = time.monotonic() + seconds, [], ""
-    for i, step in enumerate(steps):
-        shares = sum(other.share for other in steps[i:] if not other.skipped)
-        limit = max(end - time.monotonic(), 1) * step.share / (shares or 1)
-        why = step.skipped
-        if missing:
-            outcome = Outcome(step, f"not run ({missing})")
-        elif why:
-            outcome = Outcome(step, f"skipped ({why})")
-        else:
-            print(f"\n=== {step.stage}: {step.name}, at most {limit:.0f} s", flush=True)
-            try:
-                outcome = run(step, limit)
-            except OSError as error:
-                outcome = Outcome(step, f"failed ({error})")
-            if step.needed and not outcome.good:
-                missing = f"{step.stage}: {step.name} {outcome.result}"
-        print(f"=== {step.stage}: {step.name} {outcome.result}", flush=True)
-        outcomes.append(outcome)
-    return outcomes
-
-
-def summary(outcomes: list[Outcome]) -> str:
-    lines = [f"{'stage':<10}{'step':<16}{'seconds':>8}{'limit':>7}  result"]
-    for o in outcomes:
-        times = f"{o.seconds:>8.0f}{o.limit:>7.0f}" if o.limit else " " * 15
-        lines.append(f"{o.step.stage:<10}{o.step.name:<16}{times}  {o.result}")
-    return "\n".join(lines)
-
-
-def chosen_stages() -> list[str]:
+def chosen_stages(call: str) -> list[str]:
     names = [name for name in os.environ.get("GPU_CHECK", "").split(",") if name]
     if unknown := set(names) - set(STAGES):
         sys.exit(f"GPU_CHECK: wanted some of {','.join(STAGES)}, got {','.join(sorted(unknown))}")
-    return [stage for stage in STAGES if stage in names or not names]
+    return [stage for stage in CALLS[call] if stage in names or not names]
+
+
+def run_call(plan: Plan, seconds: float) -> bool:
+    """Whether all stages of a call were good."""
+    stages = chosen_stages(plan.call)
+    if "build" in stages:
+        shutil.rmtree(plan.library, ignore_errors=True)
+        plan.library.mkdir(parents=True)
+    elif stages and not (plan.library / "diffusion_ext").is_dir():
+        sys.exit("nothing is built: the stage build comes first")
+    with Log(plan.results, plan.call) as log:
+        outcomes = run_all(plan.steps(stages), seconds, log)
+    text = summary(plan.call, outcomes, plan.results)
+    (plan.results / f"{plan.call}.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}", flush=True)
+    return all(outcome.good for outcome in outcomes)
 
 
 def main() -> int:
@@ -234,27 +185,18 @@ def main() -> int:
     )
     device = os.environ.get("GPU_CHECK_DEVICE", "cuda")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
+    parser.add_argument("--call", choices=tuple(CALLS), help="default: one after the other")
     parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all stages together")
+    parser.add_argument("--seconds", type=float, help="of a call")
     arguments = parser.parse_args()
-    device, stages = arguments.device, chosen_stages()
-    folder = ROOT / "build" / "gpu_check" / device
-    results = RESULTS if device == "cuda" else folder / "results"
+    results = RESULTS if arguments.device == "cuda" else ROOT / "build" / "gpu_check" / "results"
     results = (arguments.results or results).resolve()
-    if "build" in stages:
-        shutil.rmtree(folder / "lib", ignore_errors=True)
-        (folder / "lib").mkdir(parents=True)
-    elif not (folder / "lib" / "diffusion_ext").is_dir():
-        sys.exit("nothing is built: the stage build comes first")
-    makers = {"build": build_steps, "test": test_steps, "sanitize": sanitize_steps}
-    steps = [step for stage in stages if stage in makers for step in makers[stage](device, folder)]
-    timed = {"bench": bench_steps, "sample": sample_steps}
-    steps += [
-        step for stage in stages if stage in timed for step in timed[stage](device, folder, results)
+    results.mkdir(parents=True, exist_ok=True)
+    good = [
+        run_call(Plan(call, arguments.device, results), arguments.seconds or SECONDS[call])
+        for call in ([arguments.call] if arguments.call else CALLS)
     ]
-    outcomes = run_all(steps, arguments.seconds)
-    print(f"\n{summary(outcomes)}", flush=True)
-    return int(not all(outcome.good for outcome in outcomes))
+    return int(not all(good))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,10 @@ class Work:
         return f"{self.op}, {self.variant}, {self.case}"
 
     @property
+    def dtype(self) -> str:
+        return self.case.dtype
+
+    @property
     def bytes(self) -> int:
         """That have to be moved."""
         return self.passes * self.case.bytes + self.weights

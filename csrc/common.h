@@ -197,7 +197,7 @@ const T* data_of(const MaybeTensor& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 
-// Variants of the kernels, which are only timed (benchmarks/gpu/variants.py), are of bfloat16 alone.
+// Variants of the kernels (benchmarks/gpu/variants.py), which are only timed, serve bfloat16 alone.
 #if defined(DX_ONLY_BFLOAT16)
 constexpr bool kEveryDtype = false;
 #else

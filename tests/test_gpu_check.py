@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py with the CPU standing in for the GPU: every stage, in small."""
+"""benchmarks/gpu_check.py with the CPU standing in for the GPU: both calls, in small."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
 
+from benchmarks.gpu import running  # noqa: E402
 from benchmarks.gpu import sampling_report as report  # noqa: E402
 
 
@@ -32,43 +33,55 @@ def gpu_check(*arguments, **environment):
 
 
 def results_of(printed):
-    """{"stage: step": result} as the summary has them."""
-    _, _, table = printed.rpartition("\nstage ")
-    lines = re.findall(r"^(\w+) +(\S.*?) {2,}(?:\d+ +\d+ +)?(\w.*)$", table, re.M)
-    return {f"{stage}: {step}": result for stage, step, result in lines if stage != "stage"}
+    """{"stage: step": result} as the summary of the last call has them."""
+    _, _, table = printed.rpartition("| stage |")
+    lines = re.findall(r"^\| (\w+) \| (.*?) \| \d+ \| \d+ \| (.*) \|$", table, re.M)
+    return {f"{stage}: {step}": result for stage, step, result in lines}
 
 
-STEPS = (
-    "build: compile",
-    "build: load",
-    "test: tests/ops",
-    "test: engines",
-    "sanitize: without a tool",
-    "bench: ops",
-    "sample: runs",
-)
+# What test_tune.py is about is left out; without the build the second call uses the first one's.
+STAGES = {"first": "build,smoke,bench", "second": "test,sanitize,sample"}
+STEPS = {
+    "first": ("build: compile", "build: load", "smoke: smoke", "bench: bench"),
+    "second": ("test: tests/ops", "test: engines", "sanitize: sanitized", "sample: sampling"),
+}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("results")
-    status, printed = gpu_check("--results", folder)
-    assert status == 0, printed
+    """(the folder of the results, {call: what it printed})"""
+    folder, printed = tmp_path_factory.mktemp("results"), {}
+    for call, stages in STAGES.items():
+        status, printed[call] = gpu_check("--call", call, "--results", folder, GPU_CHECK=stages)
+        assert status == 0, printed[call]
     return folder, printed
 
 
 def test_every_stage_runs(whole):
     _, printed = whole
-    assert results_of(printed) == dict.fromkeys(STEPS, "passed")
-    assert re.search(r"\d+ passed", printed)
-    assert re.search(r"\d+ calls on cpu", printed)
+    for call, steps in STEPS.items():
+        results = results_of(printed[call])
+        results.pop("build: wheels", None)  # where there are any
+        assert results == dict.fromkeys(steps, "passed")
+    assert re.search(r"(\d+) of \1 checks passed", printed["first"])
+    assert re.search(r"\d+ calls on cpu", printed["second"])
+
+
+def test_what_a_call_leaves(whole):
+    """At most eight files, all that was printed, and a summary of under 100 lines."""
+    folder, printed = whole
+    assert len([path for path in folder.rglob("*") if path.is_file()]) <= 8
+    for call in STAGES:
+        summary = (folder / f"{call}.md").read_text()
+        assert summary.count("\n") < 100
+        assert printed[call].rstrip().endswith(summary.rstrip())
+        assert "=== " in (folder / f"{call}.log").read_text()
+    assert "missed in" in (folder / "first.md").read_text()  # a CPU is no H100
 
 
 def test_the_results_are_complete(whole):
     folder, _ = whole
-    (device,) = folder.iterdir()
-    names = ["ops.json", "ops.md", "sampling.json", "sampling.md"]
-    assert sorted(path.name for path in device.iterdir()) == names
+    (device,) = (path for path in folder.iterdir() if path.is_dir())
     data = json.loads((device / "ops.json").read_text())
     assert data["complete"]
     assert {"device", "torch", "CUDA", "driver", "date"} <= set(data)
@@ -81,6 +94,7 @@ def test_the_results_are_complete(whole):
             assert {"copy", "fused", "eager"} <= set(times)
             assert min(times.values()) > 0
         assert ("plan" in row) == (row["op"] == "group_norm_act")
+    assert {row["dtype"] for row in data["rows"]} == {"bfloat16"}
     assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1
     assert all(target["met"] <= target["rows"] for target in data["targets"])
     text = (device / "ops.md").read_text()
@@ -93,7 +107,7 @@ def test_the_results_are_complete(whole):
 
 def test_the_sampling_runs_are_complete(whole):
     folder, _ = whole
-    (device,) = folder.iterdir()
+    (device,) = (path for path in folder.iterdir() if path.is_dir())
     data = json.loads((device / "sampling.json").read_text())
     assert data["complete"]
     assert data["targets"] == []  # which are about a graph
@@ -125,45 +139,87 @@ def test_sampling_targets():
 
 def test_a_stage_that_fails_does_not_stop_the_next(whole, tmp_path):
     status, printed = gpu_check(
-        "--results", tmp_path, GPU_CHECK="sanitize,test", PYTEST_ADDOPTS="--no-such-option"
-    )
+        "--call", "second", "--results", tmp_path, GPU_CHECK="sanitize,test",
+        PYTEST_ADDOPTS="--no-such-option",
+    )  # fmt: skip
     assert status == 1
     steps = dict.fromkeys(("test: tests/ops", "test: engines"), "failed (status 4)")
-    steps["sanitize: without a tool"] = "passed"
+    steps["sanitize: sanitized"] = "passed"
     assert results_of(printed) == steps
-
-
-def test_a_stage_that_outlasts_its_limit(whole, tmp_path):
-    status, printed = gpu_check("--results", tmp_path, "--seconds", 0.5, GPU_CHECK="test,sanitize")
-    assert status == 1
-    assert results_of(printed)["test: tests/ops"] == "timed out"
+    first = printed.rpartition("# The second call")[2].split("\n")[2]
+    assert first.startswith("* **test: tests/ops failed (status 4)** ")
+    assert "--no-such-option" in first
 
 
 def test_a_stage_that_does_not_exist(tmp_path):
     status, printed = gpu_check("--results", tmp_path, GPU_CHECK="tset")
     assert status == 1
-    assert "GPU_CHECK: wanted some of build,test,sanitize,bench,sample, got tset" in printed
+    assert (
+        "GPU_CHECK: wanted some of build,smoke,bench,tune,test,sanitize,sample, got tset" in printed
+    )
 
 
-def test_nothing_runs_without_a_build(tmp_path):
-    """The rest of the logic, on steps that take a moment."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import gpu_check as script
-    finally:
-        sys.path.pop(0)
+# --- the rest of the logic, on steps that take a moment -------------------------------------------
 
-    def step(name, code, **options):
-        return script.Step("stage", name, [sys.executable, "-c", code], 1, **options)
 
-    fails = step("fails", "raise SystemExit(3)", needed=True)
+def step(name, code, seconds=1, **options):
+    return running.Step("stage", name, [sys.executable, "-c", code], seconds, **options)
+
+
+@pytest.fixture
+def log(tmp_path):
+    with running.Log(tmp_path, "call") as log:
+        yield log
+
+
+def test_nothing_runs_without_what_is_needed(tmp_path, log):
+    fails = step("fails", "print('no such thing'); raise SystemExit(3)", needed=True)
     skipped = step("skipped", "", skipped="not installed")
-    outcomes = script.run_all([skipped, fails, step("next", "")], 60)
+    outcomes = running.run_all([skipped, fails, step("next", "")], 60, log)
     assert [outcome.result for outcome in outcomes] == [
         "skipped (not installed)",
         "failed (status 3)",
         "not run (stage: fails failed (status 3))",
     ]
     assert [outcome.good for outcome in outcomes] == [True, False, False]
-    missing = script.Step("stage", "missing", [str(tmp_path / "missing")], 1)
-    assert script.run_all([missing], 60)[0].result.startswith("failed (")
+    assert outcomes[1].error == "no such thing"
+    missing = running.Step("stage", "missing", [str(tmp_path / "missing")], 1)
+    assert running.run_all([missing], 60, log)[0].result.startswith("failed (")
+
+
+def test_a_step_that_outlasts_its_limit_takes_nothing_from_the_next(tmp_path, log):
+    """What it printed until then is kept."""
+    sleeps = step("sleeps", "import time; print('begun', flush=True); time.sleep(60)")
+    first, second = running.run_all([sleeps, step("next", "", seconds=8)], 10, log)
+    assert first.result == "timed out"
+    assert first.limit == pytest.approx(2, abs=0.5)
+    assert (second.result, second.limit > 4) == ("passed", True)
+    assert "begun" in (tmp_path / "call.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "lines, error",
+    [
+        (["ok", "E       assert 1 == 2", "FAILED test_x"], "E       assert 1 == 2"),
+        (["a.cu(3): error: expected a ;", "2 errors"], "a.cu(3): error: expected a ;"),
+        (["========= Invalid __global__ read", "x"], "========= Invalid __global__ read"),
+        (["Traceback", "RuntimeError: CUDA error: x"], "RuntimeError: CUDA error: x"),
+        (["one", "two"], "two"),
+        ([], ""),
+    ],
+)
+def test_the_first_line_that_says_what_went_wrong(lines, error):
+    assert running.first_error(lines) == error
+
+
+def test_a_long_summary_keeps_what_is_worst(tmp_path):
+    (tmp_path / "device").mkdir()
+    rows = [f"line {i}" for i in range(300)]
+    (tmp_path / "device" / "ops.json").write_text(json.dumps({"summary": rows}))
+    passed = running.Outcome(step("fine", ""), "passed")
+    failed = running.Outcome(step("bad", ""), "failed (status 1)", error="why")
+    text = running.summary("first", [passed, failed], tmp_path)
+    assert text.count("\n") < 100
+    assert text.split("\n")[2] == "* **stage: bad failed (status 1)** why"
+    assert "* line 0\n" in text
+    assert "| stage | bad | 0 | 1 | failed (status 1) |" in text

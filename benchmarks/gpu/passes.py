@@ -22,8 +22,9 @@ COMPILE_SECONDS = 60  # for one baseline
 class Passes:
     """Everything but torch.compile, then as many compiled baselines as the time allows.
 
-    A work has a `name`. Subclasses have report_of, the class of their report; default_seconds;
-    works(device), row(work), measure(work, row), compile(work, row) and said_of(row).
+    A work has a `name` and a `dtype`. Subclasses have report_of, the class of their report;
+    default_seconds; works(device), row(work), measure(work, row), compile(work, row) and
+    said_of(row).
     """
 
     report_of: type[Report]
@@ -39,7 +40,7 @@ class Passes:
         return self.end - time.monotonic()
 
     def rank(self, work) -> int:
-        """Where torch.compile is tried for it: the lowest first."""
+        """When it is measured, and torch.compile tried for it: the lowest first."""
         return 0
 
     def every(self, works: list) -> list[tuple]:
@@ -63,7 +64,6 @@ class Passes:
     def every_compiled(self, done: list[tuple], most: int) -> None:
         """Pass two."""
         todo = [(work, row) for work, row in done if self.failure not in row]
-        todo.sort(key=lambda item: self.rank(item[0]))
         for i, (work, row) in enumerate(todo):
             if i >= most or self.left() < 10:
                 print(f"torch.compile not tried for {len(todo) - i} rows", flush=True)
@@ -105,6 +105,7 @@ def main(passes: type[Passes], description: str) -> int:
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=pathlib.Path, required=True)
+    parser.add_argument("--dtype", help="only the works of this one, such as bfloat16")
     seconds = float(os.environ.get("GPU_CHECK_SECONDS", passes.default_seconds))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # torch.compile's advice
@@ -113,10 +114,11 @@ def main(passes: type[Passes], description: str) -> int:
     if device == "cpu":
         torch.set_num_threads(1)  # as much as such small tensors need
     bench = passes(device, arguments.results, 0.95 * seconds - 5)
-    done = bench.every(passes.works(device))
+    works = [w for w in passes.works(device) if arguments.dtype in (None, w.dtype)]
+    done = bench.every(sorted(works, key=bench.rank))
     bench.every_compiled(done, most=len(done) if device == "cuda" else 1)
     report = bench.report
     report.write(complete=not bench.failed)
     print(f"{report.folder.name}/{report.name}.json and {report.name}.md: {len(done)} rows")
-    print("\n".join(report.lines()))
+    print(*report.lines(), sep="\n")
     return int(bench.failed)

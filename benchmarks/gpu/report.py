@@ -54,21 +54,30 @@ class Report:
         self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
 
     def findings(self) -> dict:
-        """What is made of the rows, for the JSON file."""
-        return {"targets": self.summary()}
+        """What is made of the rows, for the JSON file; summary: lines for a reader in a hurry."""
+        return {"targets": self.summary(), "summary": self.lines()}
 
     def lines(self) -> list[str]:
-        """What is printed at the end, worst first."""
-        found = sorted(self.summary(), key=lambda t: t["met"] / t["rows"])
-        return [
-            f"{t['met']}/{t['rows']} {t['target']} {t['wanted']}, worst {t['worst']:.2f}"
-            for t in found
+        """The targets that are missed, the furthest first, and how many are met."""
+        found = self.summary()
+        missed = [t for t in found if t["met"] < t["rows"]]
+        lines = [
+            f"missed in {t['rows'] - t['met']} of {t['rows']}: {t['target']} {t['wanted']}, "
+            f"worst {t['worst']:.2f}"
+            for t in sorted(missed, key=shortfall, reverse=True)
         ]
+        return [*lines, f"{len(found) - len(missed)} of {len(found)} targets met"] if found else []
 
     def _replace(self, name: str, text: str) -> None:
         partial = self.folder / f".{name}"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.folder / name)
+
+
+def shortfall(target: dict) -> float:
+    """By which factor the worst of a target's rows misses it."""
+    sign, limit = target["wanted"].split()
+    return float(limit) / target["worst"] if sign == "≥" else target["worst"] / float(limit)
 
 
 class OpsReport(Report):

@@ -54,6 +54,10 @@ class Contest:
     def name(self) -> str:
         return self.work.name
 
+    @property
+    def dtype(self) -> str:
+        return self.work.dtype
+
 
 def contests(device: str) -> list[Contest]:
     """What a user runs most comes first."""
@@ -165,6 +169,8 @@ class Tune(Passes):
         """There is no torch.compile here."""
 
     def said_of(self, row: dict) -> str:
+        if not row["us"]:
+            return "no variant is right"
         best = min(row["us"], key=row["us"].get)
         return f"as it is {row['us'].get('as_it_is', 0):.2f} µs, {best} {row['us'][best]:.2f} µs"
 

@@ -100,6 +100,16 @@ Fiber* take_fiber() {
   return fiber;
 }
 
+// Between launches, where all fibers are idle: Linux gives a process 65,530 mappings, two for each
+// fiber, which the libraries of many variants together would use up.
+void keep_few_fibers() {
+  constexpr size_t kKept = 512;
+  if (machine.fibers.size() <= kKept) return;
+  machine.fibers.resize(kKept);
+  machine.idle.clear();
+  for (const auto& fiber : machine.fibers) machine.idle.push_back(fiber.get());
+}
+
 void go_on_with(Thread* thread, Fiber& from) {
   if (thread->fiber == nullptr) thread->fiber = take_fiber();
   running = thread;
@@ -292,6 +302,7 @@ void run(const Launch& how, const DeviceLimits& limits, const Call& call) {
   while (std::gcd(step, count) != 1) step = any();
   for (uint64_t i = 0; i < count; ++i, at = (at + step) % count)
     run_one(cluster, int64_t(at % across) * how.cluster, int64_t(at / across));
+  keep_few_fibers();
 }
 
 void block_barrier(Place place) { meet(running->block->barrier, place); }

@@ -71,8 +71,8 @@ def test_the_last_of_the_noise_is_not_nan():
         prediction_type="v_prediction",
     )
     m, x, z = noise(), noise(), noise()
-    # √(1 - ᾱ_{t-1} - σ²) is 0 at ᾱ_t = 0, eta = 1. In float32 it is 0, 3e-4 or NaN, as processor and
-    # number of steps will have it.
+    # √(1 - ᾱ_{t-1} - σ²) is 0 at ᾱ_t = 0, eta = 1. In float32 it is 0, 3e-4 or NaN, which depends
+    # on the number of steps and on the processor.
     for steps in range(1, 40):
         them.set_timesteps(steps), us.set_timesteps(steps)
         result = us.step(m, us.timesteps[0], x, eta=1.0, variance_noise=z).prev_sample

@@ -1,0 +1,185 @@
+"""How gpu_check.py runs its steps: processes with a limit, all that they say kept, a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# What is said of torch's own calls is not about us; a process that imports torch starts slowly.
+SANITIZER_OPTIONS = {"--error-exitcode": "86", "--report-api-errors": "no", "--launch-timeout": "0"}
+# The line that says what went wrong, in the words of Python, pytest, nvcc, g++, compute-sanitizer.
+WRONG = re.compile(
+    r"^\w*(?:Error|Exception)\b.*|^E  .*|^FAILED.*|.*\berror:? .*"
+    r"|=+ (?:Invalid|Race|Uninit|Barrier).*"
+)
+MOST_LINES = 95
+
+
+@dataclass
+class Step:
+    """A process of a stage, with the seconds that it may take at least."""
+
+    stage: str
+    name: str
+    command: list
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    folder: pathlib.Path = ROOT
+    needed: bool = False  # without it none of the later ones can run
+    skipped: str = ""  # why
+
+
+@dataclass
+class Outcome:
+    step: Step
+    result: str  # passed, failed (...), timed out, skipped (...)
+    seconds: float = 0
+    limit: float = 0
+    error: str = ""  # the first line that says what went wrong
+
+    @property
+    def good(self) -> bool:
+        return self.result.partition(" ")[0] in ("passed", "skipped")
+
+
+class Log:
+    """All that the steps of a call print, in a file and on our own output."""
+
+    def __init__(self, folder: pathlib.Path, call: str):
+        self.file = (folder / f"{call}.log").open("w", encoding="utf-8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def say(self, line: str) -> None:
+        for out in (self.file, sys.stdout):
+            out.write(line)
+            out.flush()
+
+
+def run(step: Step, limit: float, log: Log) -> Outcome:
+    """The step and what it started end with its time."""
+    said = {"PYTHONUNBUFFERED": "1", "GPU_CHECK_SECONDS": f"{limit:.0f}"}
+    start, lines = time.monotonic(), []
+    process = subprocess.Popen(
+        [str(part) for part in step.command],
+        cwd=step.folder,
+        env={**os.environ, **said, **step.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group to end as a whole
+    )
+
+    def follow():
+        for line in process.stdout:
+            lines.append(line)
+            log.say(line)
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    try:
+        status = process.wait(limit)
+        result = "passed" if status == 0 else f"failed (status {status})"
+    except subprocess.TimeoutExpired:
+        result = "timed out"
+    finally:
+        end_group(process)
+    reader.join(5)
+    if not reader.is_alive():
+        process.stdout.close()
+    error = "" if result == "passed" else first_error(lines)
+    return Outcome(step, result, time.monotonic() - start, limit, error)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(5)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+
+def first_error(lines: list[str]) -> str:
+    found = next((line for line in lines if WRONG.match(line)), lines[-1] if lines else "")
+    return found.strip()[:200]
+
+
+def run_all(steps: list[Step], seconds: float, log: Log) -> list[Outcome]:
+    """A step may take all the time that the later ones do not need."""
+    end, outcomes, missing = time.monotonic() + seconds, [], ""
+    for i, step in enumerate(steps):
+        later = sum(other.seconds for other in steps[i + 1 :] if not other.skipped)
+        limit = max(end - time.monotonic() - later, 1)
+        if missing:
+            outcome = Outcome(step, f"not run ({missing})")
+        elif step.skipped:
+            outcome = Outcome(step, f"skipped ({step.skipped})")
+        else:
+            log.say(f"\n=== {step.stage}: {step.name}, at most {limit:.0f} s\n")
+            try:
+                outcome = run(step, limit, log)
+            except OSError as error:
+                outcome = Outcome(step, f"failed ({error})")
+            if step.needed and not outcome.good:
+                missing = f"{step.stage}: {step.name} {outcome.result}"
+        log.say(f"=== {step.stage}: {step.name} {outcome.result}, {outcome.seconds:.0f} s\n")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def summary(call: str, outcomes: list[Outcome], results: pathlib.Path) -> str:
+    """Markdown of under 100 lines, worst first."""
+    lines = [f"# The {call} call", ""]
+    for o in outcomes:
+        if not o.good:
+            lines.append(f"* **{o.step.stage}: {o.step.name} {o.result}** {o.error}")
+    for path in sorted(results.glob("*/*.json")):
+        if said := json.loads(path.read_text(encoding="utf-8")).get("summary"):
+            lines += ["", f"## {path.stem}", "", *(f"* {line}" for line in said)]
+    table = [
+        "",
+        "## Seconds",
+        "",
+        "| stage | step | seconds | planned | result |",
+        "|---|---|---|---|---|",
+    ]
+    table += [
+        f"| {o.step.stage} | {o.step.name} | {o.seconds:.0f} | {o.step.seconds:.0f} | {o.result} |"
+        for o in outcomes
+    ]
+    room = MOST_LINES - len(table)
+    if len(lines) > room:
+        lines = [*lines[:room], "* ... more in the JSON files"]
+    return "\n".join([*lines, *table]) + "\n"
+
+
+def sanitizer() -> tuple[str | None, list[str]]:
+    """compute-sanitizer, of PATH or of nvcc's toolkit, and the options that it knows."""
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+    from toolkit import Toolkit, ask
+
+    found = shutil.which("compute-sanitizer")
+    try:
+        for folder in ("bin", "compute-sanitizer"):
+            found = found or shutil.which("compute-sanitizer", path=Toolkit().home / folder)
+        known = ask(found, "--help") if found else ""
+    except (OSError, subprocess.CalledProcessError):
+        return None, []
+    options = [o for pair in SANITIZER_OPTIONS.items() if pair[0] in known for o in pair]
+    return found, options
