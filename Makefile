@@ -77,7 +77,7 @@ sanitized: build
 	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) \
-	    $(PYTEST) -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
+	    $(PYTEST) --dist load -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check:

@@ -14,6 +14,7 @@ Environment:
     MAX_JOBS               parallel compilations; by default the cores, at most one per 2 GB free.
 """
 
+import copy
 import json
 import os
 import pathlib
@@ -160,7 +161,9 @@ def build_command():
             every, built = self.extensions, []
             try:
                 for extension in every:
-                    self.extensions = [extension]
+                    # torch adds flags to what it is given: in a second run (build, bdist_wheel) it
+                    # would add them again, and ninja compile everything anew.
+                    self.extensions = [copy.deepcopy(extension)]
                     super().build_extensions()
                     built.append(extension)
             except Exception as error:

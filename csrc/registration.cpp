@@ -27,6 +27,7 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor? weight, Tensor? bias, int act, Tensor? scale, Tensor? shift, Tensor? post_scale, "
       "Tensor? post_shift, Tensor? pre_shift) -> (Tensor dx, Tensor dweight, Tensor dbias, "
       "Tensor dscale, Tensor dshift, Tensor dpost_scale, Tensor dpost_shift, Tensor dpre_shift)");
+  m.def("has_code(int device) -> bool");
   m.def("conv3x3_filters(Tensor weight) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor filters, Tensor? bias, int out_channels, int act) -> Tensor");
   m.def("conv3x3_once(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");

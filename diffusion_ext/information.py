@@ -58,10 +58,20 @@ def _served(device: str) -> str:
     if device in backend.missing:
         return f"reference: {backend.missing[device]}"
     if device == "cuda":
-        return "native"
+        return _served_by_cuda()
     from . import _C
 
     return f"native ({_C.cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def _served_by_cuda() -> str:
+    """Of the GPUs that are here, those that the library was not compiled for are named."""
+    count = torch.cuda.device_count()
+    lacking = [i for i in range(count) if not backend.has_code(i)]
+    why = "; ".join(backend.why_no_code(i) for i in lacking)
+    if not lacking:
+        return "native"
+    return f"reference: {why}" if len(lacking) == count else f"native; reference: {why}"
 
 
 def _build() -> dict[str, str]:

@@ -157,7 +157,7 @@ def test_cmake_compiles_the_same_sources_with_the_same_flags(tmp_path):
     run("cmake", "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}")
     commands = json.loads((tmp_path / "compile_commands.json").read_text())
     compiled = {pathlib.Path(entry["file"]) for entry in commands}
-    folders = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu")
+    folders = ("csrc/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/**/*.cu")
     emulation = ("csrc/emulation/*.cpp", "tests/emulation/*.cu")
     assert compiled == {path for glob in folders + emulation for path in ROOT.glob(glob)}
     for flag in (ROOT / "csrc" / "flags.txt").read_text().split():

@@ -1,7 +1,7 @@
 // The vocabulary that the kernels are written in. Compiled by nvcc it is CUDA; compiled for the
 // host it is csrc/emulation, which runs the same kernels with a fiber for every thread.
 //
-// Host:    OnDevice (device, stream and limits of a tensor), launch
+// Host:    OnDevice (device, stream and limits of a tensor), launch, compiled_for(device index)
 // Device:  thread(), threads(), block(), blocks(), block_y(), blocks_y(), lane(), warp(), warps()
 //          block_barrier(), cluster_rank(), cluster_size(), cluster_barrier(); the last in two
 //          halves, cluster_arrive() and, before the block ends, cluster_wait()

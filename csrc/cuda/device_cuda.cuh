@@ -36,6 +36,14 @@ inline int attribute(cudaDeviceAttr which, int device) {
 template <int>
 DX_GLOBAL void probe() {}
 
+inline bool compiled_for(int device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cudaFuncAttributes compiled = {};
+  const bool has = cudaFuncGetAttributes(&compiled, probe<0>) == cudaSuccess;
+  cudaGetLastError();  // or torch would find it after a call of its own
+  return has;
+}
+
 // Fills a launch's configuration and the attributes that it points to.
 class Configuration {
  public:

@@ -61,6 +61,34 @@ for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
     if (_reason := _load()) is not None:
         missing[_device] = _reason
 
+# Index of a GPU -> whether the CUDA library was compiled for it; asked when it is first used, since
+# that starts CUDA in this process.
+_code: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def has_code(index: int) -> bool:
+    """Whether the CUDA library, which is loaded, was compiled for the GPU `index`.
+
+    Where it was not, the reference serves, and a warning says so once.
+    """
+    if index not in _code:
+        _code[index] = torch.ops.diffusion_ext.has_code(index)
+        if not _code[index]:
+            warnings.warn(f"torch's reference serves: {why_no_code(index)}", stacklevel=2)
+    return _code[index]
+
+
+def why_no_code(index: int) -> str:
+    """What `info` says of a GPU that the CUDA library was not compiled for."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = build_record().get("cuda", "").partition(":")[0]
+    return (
+        f"the CUDA library has no code for cuda:{index} ({torch.cuda.get_device_name(index)}, "
+        f"{major}.{minor}), it was built by {built}; TORCH_CUDA_ARCH_LIST chooses at the build"
+    )
+
+
 native_devices = tuple(device for device in ("cpu", "cuda") if device not in missing)
 _on_cpu, _on_cuda = ("cpu" in native_devices, "cuda" in native_devices)
 
@@ -118,10 +146,10 @@ def kernels():
 
 def serves(x: Tensor) -> bool:
     """Whether a kernel serves a call on x. Forward-mode derivatives are the reference's."""
-    return (
+    return (  # is_cpu and is_cuda, since device.type makes a string
         _current != "reference"
         and x.dtype in NATIVE_DTYPES
-        and ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda))  # device.type makes a string
+        and ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda and has_code(x.get_device())))
         and forward_ad._current_level < 0
     )
 

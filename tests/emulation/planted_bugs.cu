@@ -99,6 +99,29 @@ DX_GLOBAL void cluster_sum(float* out, const float* x, int bug) {
   if (bug != 2) cluster_barrier();
 }
 
+// The same, where the last barrier is waited for at the end. Bugs: 1 a thread arrives twice, 2
+// waits without having arrived, 3 ends without waiting, 4 reads after it has arrived.
+DX_GLOBAL void in_halves(float* out, const float* x, int bug) {
+  float& own = shared<float>();
+  if (thread() == 0) own = x[block()];
+  cluster_barrier();
+  float sum = 0;
+  if (thread() == 0)
+    for (int rank = 0; rank < cluster_size(); ++rank) sum += *of_rank(&own, rank);
+  const bool wrong = thread() == 5 && cluster_rank() == 1;
+  if (!(bug == 2 && wrong)) cluster_arrive();
+  if (bug == 1 && wrong) cluster_arrive();
+  if (bug == 4 && wrong) sum += *of_rank(&own, 2);
+  if (thread() == 0) out[block()] = sum;
+  if (!(bug == 3 && wrong)) cluster_wait();
+}
+
+// out = 2 x, in a launch that follows another. Bug 1: a thread does not wait for that.
+DX_GLOBAL void follower(float* out, const float* x, int bug) {
+  if (!(bug == 1 && thread() == 9)) await_last_launch();
+  out[thread()] = 2 * x[thread()];
+}
+
 // out = sqrt(x)
 DX_GLOBAL void root(float* out, const float* x) {
   const int64_t i = block() * threads() + thread();
@@ -130,6 +153,14 @@ void run_by_shared(const Tensor& out, const Tensor& x, int64_t bug) {
 void run_cluster_sum(const Tensor& out, const Tensor& x, int64_t bug) {
   launch(OnDevice(x), {"cluster_sum", 8, 1, 64, 4}, cluster_sum, data(out), data(x), int(bug));
 }
+void run_in_halves(const Tensor& out, const Tensor& x, int64_t bug) {
+  launch(OnDevice(x), {"in_halves", 8, 1, 64, 4}, in_halves, data(out), data(x), int(bug));
+}
+void run_follower(const Tensor& out, const Tensor& x, int64_t bug) {
+  Launch how{"follower", 1, 1, kThreads};
+  how.follows_ours = true;
+  launch(OnDevice(x), how, follower, data(out), data(x), int(bug));
+}
 void run_root(const Tensor& out, const Tensor& x, int64_t) {
   launch(OnDevice(x), {"root", 1, 1, kThreads}, root, data(out), data(x));
 }
@@ -154,6 +185,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DX_NAMESPACE, m) {
   m.def("reverse(Tensor(a!) out, Tensor x, int bug) -> ()");
   m.def("by_shared(Tensor(a!) out, Tensor x, int bug) -> ()");
   m.def("cluster_sum(Tensor(a!) out, Tensor x, int bug) -> ()");
+  m.def("in_halves(Tensor(a!) out, Tensor x, int bug) -> ()");
+  m.def("follower(Tensor(a!) out, Tensor x, int bug) -> ()");
   m.def("root(Tensor(a!) out, Tensor x, int bug) -> ()");
   m.def("order(Tensor(a!) out, Tensor(b!) x, int bug) -> ()");
   m.def(
@@ -168,6 +201,8 @@ DX_REGISTER_KERNELS(m) {
   m.impl("reverse", TORCH_BOX(&run_reverse));
   m.impl("by_shared", TORCH_BOX(&run_by_shared));
   m.impl("cluster_sum", TORCH_BOX(&run_cluster_sum));
+  m.impl("in_halves", TORCH_BOX(&run_in_halves));
+  m.impl("follower", TORCH_BOX(&run_follower));
   m.impl("root", TORCH_BOX(&run_root));
   m.impl("order", TORCH_BOX(&run_order));
   m.impl("launch", TORCH_BOX(&run_launch));

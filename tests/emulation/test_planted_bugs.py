@@ -44,6 +44,8 @@ KERNELS = {
     "reverse": (x_of(768), lambda x: x.view(6, 128).flip(1).flatten()),
     "by_shared": (x_of(768), lambda x: x),
     "cluster_sum": (x_of(8), lambda x: x.view(2, 4).sum(1).repeat_interleave(4)),
+    "in_halves": (x_of(8), lambda x: x.view(2, 4).sum(1).repeat_interleave(4)),
+    "follower": (x_of(128), lambda x: 2 * x),
     "root": (x_of(128), lambda x: x.double().sqrt().float()),
 }
 
@@ -99,6 +101,14 @@ ERRORS = {
     "the block's shared memory",
     ("cluster_sum", 5): "cluster_sum, block (#, 0), thread #: waits at cluster_barrier of LINE, "
     "but block (#, 0), thread 3 has ended",
+    ("in_halves", 1): "in_halves, block (#, 0), thread 5: cluster_arrive of LINE: it has arrived "
+    "already",
+    ("in_halves", 2): "in_halves, block (#, 0), thread 5: cluster_wait without cluster_arrive",
+    ("in_halves", 3): "in_halves, block (#, 0), thread 5: ends between cluster_arrive and "
+    "cluster_wait",
+    ("in_halves", 4): "in_halves, block (#, 0), thread 5: of_rank of LINE: after cluster_arrive "
+    "nothing keeps the block that it reads",
+    ("follower", 1): "follower, block (0, 0), thread 9: ends without await_last_launch",
     ("cluster_sum", 6): "cluster_sum, block (#, 0), thread 0: of_rank of LINE: "
     "block (#, 0) has ended",
 }
