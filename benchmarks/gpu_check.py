@@ -10,7 +10,8 @@
               win, and that file as this GPU would have it
     test      tests/ops on CUDA tensors; CUDA graphs and the engine "graph"
     sanitize  compute-sanitizer's four tools over a small call of every op
-    sample    sampling.json, sampling.md: whole runs, a training step
+    sample    sampling.json, sampling.md: ContextUnet's whole runs; networks.json, networks.md:
+              a UNet and a decoder of Stable Diffusion's shape, eager, fused, compiled
 
 GPU_CHECK=build,bench chooses stages; without build, the others use the last one. A stage that fails
 or outlasts its limit does not stop the next ones, but the exit status says so. Results are written
@@ -41,7 +42,7 @@ WHEELS = ROOT / ".wheels"
 # stage that needs it.
 CALLS = {
     "first": {"build": 60, "smoke": 20, "bench": 80, "tune": 120},
-    "second": {"build": 25, "test": 60, "sanitize": 50, "sample": 70, "bench": 60},
+    "second": {"build": 20, "test": 55, "sanitize": 45, "sample": 100, "bench": 50},
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
@@ -117,7 +118,8 @@ class Plan:
         return [compiled, self._measured("tune", "benchmarks.gpu.tune", 0.7 * seconds)]
 
     def sample(self, seconds: float) -> list[Step]:
-        return [self._measured("sample", "benchmarks.gpu.sampling", seconds)]
+        runs = self._measured("sample", "benchmarks.gpu.sampling", 0.5 * seconds)
+        return [self._measured("sample", "benchmarks.gpu.diffusion_models", 0.5 * seconds), runs]
 
     def _measured(self, stage: str, name: str, seconds: float, *more: object) -> Step:
         return self.module(stage, name, seconds, "--results", self.results, *more)

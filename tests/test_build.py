@@ -12,11 +12,14 @@ import zipfile
 
 import pytest
 import torch
+from filelock import FileLock
 
 import diffusion_ext as dx
 from diffusion_ext import _C
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Held by what runs ninja on the tree's own objects: other workers of pytest-xdist may, too.
+OBJECTS = FileLock(ROOT / "build" / "objects.lock")
 SOURCE = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc")
 
 
@@ -136,12 +139,13 @@ def test_a_source_distribution_is_complete(source):
 
 def test_the_wheel_carries_the_library(tmp_path):
     """Of the tree itself, for whose objects ninja has nothing to do."""
-    run(
+    command = (
         sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path,
         "build", "--build-lib", tmp_path / "lib",
         "bdist_wheel", "--bdist-dir", tmp_path / "wheel", "--dist-dir", tmp_path,
-        cwd=ROOT, DIFFUSION_EXT_NATIVE="1", DIFFUSION_EXT_CUDA="0",
     )  # fmt: skip
+    with OBJECTS:
+        run(*command, cwd=ROOT, DIFFUSION_EXT_NATIVE="1", DIFFUSION_EXT_CUDA="0")
     (wheel,) = tmp_path.glob("diffusion_ext-*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from test_build import OBJECTS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -43,7 +44,13 @@ def results_of(printed):
 STAGES = {"first": "build,smoke,bench", "second": "test,sanitize,sample"}
 STEPS = {
     "first": ("build: compile", "build: load", "smoke: smoke", "bench: bench"),
-    "second": ("test: tests/ops", "test: engines", "sanitize: sanitized", "sample: sampling"),
+    "second": (
+        "test: tests/ops",
+        "test: engines",
+        "sanitize: sanitized",
+        "sample: diffusion_models",
+        "sample: sampling",
+    ),
 }
 
 
@@ -52,7 +59,8 @@ def whole(tmp_path_factory):
     """(the folder of the results, {call: what it printed})"""
     folder, printed = tmp_path_factory.mktemp("results"), {}
     for call, stages in STAGES.items():
-        status, printed[call] = gpu_check("--call", call, "--results", folder, GPU_CHECK=stages)
+        with OBJECTS:
+            status, printed[call] = gpu_check("--call", call, "--results", folder, GPU_CHECK=stages)
         assert status == 0, printed[call]
     return folder, printed
 
@@ -124,6 +132,20 @@ def test_the_sampling_runs_are_complete(whole):
     text = (device / "sampling.md").read_text()
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_networks_are_measured(whole):
+    pytest.importorskip("diffusers")
+    folder, _ = whole
+    data = json.loads(next(folder.glob("*/networks.json")).read_text())
+    assert data["complete"]
+    unet, decoder = data["rows"]
+    assert unet["compile"] == "compiled"  # as many as a CPU has time for
+    assert set(unet["ms"]) == {"eager", "fused", "compiled", "fused, compiled"}
+    assert set(decoder["ms"]) == {"eager", "fused"}
+    for row in data["rows"]:
+        assert set(row["off"]) == set(row["ms"])
+        assert min(row["ms"].values()) > 0
 
 
 def test_sampling_targets():

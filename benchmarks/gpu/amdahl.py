@@ -1,0 +1,111 @@
+"""Predicts what fusing can gain in whole networks: prints the table of docs/kernels.md.
+
+    python -m benchmarks.gpu.amdahl
+
+Shapes are those of the networks themselves, on the meta device. Each convolution, product and
+attention takes the longer of its operations at RATE and its bytes at BANDWIDTH; a GroupNorm with
+SiLU takes 5 passes over its input eagerly (two reads and a write, a read and a write) and 2 fused;
+a scheduler's step takes LAUNCH a kernel, its tensors being small. What else a network does
+(residual sums, concatenations, embeddings) takes a pass over each layer's output.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .diffusion_models import Decoding, Denoising
+from .report import table
+
+RATE, BANDWIDTH, LAUNCH = 500e12, 2.6e12, 3e-6  # bfloat16 on an H100, as reached by libraries
+STEP_KERNELS = 12  # of diffusers' DDIM step, guidance included
+
+
+@dataclass
+class Cost:
+    """Seconds by kind."""
+
+    products: float = 0
+    norms: float = 0
+    others: float = 0
+    step: float = 0
+
+    @property
+    def all(self) -> float:
+        return self.products + self.norms + self.others + self.step
+
+
+def bytes_of(*tensors) -> int:
+    return sum(2 * t.numel() for t in tensors)
+
+
+def layers_cost(model: nn.Module, call) -> Cost:
+    """Of a call on the meta device, eagerly."""
+    cost, flops = Cost(), []  # of the layers; the rest of the operations are attention's
+
+    def layer(module, inputs, output):
+        if isinstance(module, nn.GroupNorm):
+            cost.norms += 5 * bytes_of(output) / BANDWIDTH
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            moved = bytes_of(*inputs, output, *module.parameters())
+            flops.append(2 * output.numel() * module.weight[0].numel())
+            cost.products += max(flops[-1] / RATE, moved / BANDWIDTH)
+            cost.others += bytes_of(output) / BANDWIDTH
+
+    for module in model.modules():
+        module.register_forward_hook(layer)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    cost.products += max(counter.get_total_flops() - sum(flops), 0) / RATE
+    return cost
+
+
+def cost_of(work) -> tuple[Cost, Cost]:
+    """(eager, with norms and step fused) of one call of the network."""
+    with torch.device("meta"):
+        model = work.model(torch.bfloat16)
+        inputs = [torch.empty(t.shape, dtype=torch.bfloat16) for t in work.inputs()]
+        t = torch.tensor(1)
+    if isinstance(work, Denoising):
+        x, text = inputs
+        eager = layers_cost(model, lambda: model(torch.cat([x, x]), t, text))
+        eager.step = STEP_KERNELS * LAUNCH
+    else:
+        eager = layers_cost(model, lambda: model.decode(*inputs))
+    fused = Cost(eager.products, eager.norms * 2 / 5, eager.others, min(eager.step, LAUNCH))
+    return eager, fused
+
+
+def rows() -> list[list[str]]:
+    found = []
+    for work in (Denoising("meta", 64), Decoding("meta", 512), Decoding("meta", 1024)):
+        eager, fused = cost_of(work)
+        share = (eager.norms + eager.step) / eager.all
+        cells = [f"{1e3 * t:.2f}" for t in (eager.products, eager.norms, eager.step, eager.others)]
+        gains = (1 / (1 - share), eager.all / fused.all)
+        cells += [f"{100 * share:.0f} %", *(f"{gain:.2f}" for gain in gains)]
+        found.append([work.name, *cells])
+    return found
+
+
+def main() -> int:
+    heads = [
+        "network",
+        "products, ms",
+        "norms",
+        "step",
+        "rest",
+        "our share",
+        "at most",
+        "predicted",
+    ]
+    print(table(heads, rows()), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
