@@ -56,11 +56,13 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(the folder of the results, {call: what it printed})"""
+    """(a folder with one of each call's results, {call: what it printed})"""
     folder, printed = tmp_path_factory.mktemp("results"), {}
     for call, stages in STAGES.items():
         with OBJECTS:
-            status, printed[call] = gpu_check("--call", call, "--results", folder, GPU_CHECK=stages)
+            status, printed[call] = gpu_check(
+                "--call", call, "--results", folder / call, GPU_CHECK=stages
+            )
         assert status == 0, printed[call]
     return folder, printed
 
@@ -78,18 +80,18 @@ def test_every_stage_runs(whole):
 def test_what_a_call_leaves(whole):
     """At most eight files, all that was printed, and a summary of under 100 lines."""
     folder, printed = whole
-    assert len([path for path in folder.rglob("*") if path.is_file()]) <= 8
     for call in STAGES:
-        summary = (folder / f"{call}.md").read_text()
+        assert len([path for path in (folder / call).rglob("*") if path.is_file()]) <= 8
+        summary = (folder / call / f"{call}.md").read_text()
         assert summary.count("\n") < 100
         assert printed[call].rstrip().endswith(summary.rstrip())
-        assert "=== " in (folder / f"{call}.log").read_text()
-    assert "missed in" in (folder / "first.md").read_text()  # a CPU is no H100
+        assert "=== " in (folder / call / f"{call}.log").read_text()
+    assert "missed in" in (folder / "first" / "first.md").read_text()  # a CPU is no H100
 
 
 def test_the_results_are_complete(whole):
     folder, _ = whole
-    (device,) = (path for path in folder.iterdir() if path.is_dir())
+    (device,) = (path for path in (folder / "first").iterdir() if path.is_dir())
     data = json.loads((device / "ops.json").read_text())
     assert data["complete"]
     assert {"device", "torch", "CUDA", "driver", "date"} <= set(data)
@@ -115,7 +117,7 @@ def test_the_results_are_complete(whole):
 
 def test_the_sampling_runs_are_complete(whole):
     folder, _ = whole
-    (device,) = (path for path in folder.iterdir() if path.is_dir())
+    (device,) = (path for path in (folder / "second").iterdir() if path.is_dir())
     data = json.loads((device / "sampling.json").read_text())
     assert data["complete"]
     assert data["targets"] == []  # which are about a graph
@@ -137,7 +139,7 @@ def test_the_sampling_runs_are_complete(whole):
 def test_the_networks_are_measured(whole):
     pytest.importorskip("diffusers")
     folder, _ = whole
-    data = json.loads(next(folder.glob("*/networks.json")).read_text())
+    data = json.loads(next(folder.glob("second/*/networks.json")).read_text())
     assert data["complete"]
     unet, decoder = data["rows"]
     assert unet["compile"] == "compiled"  # as many as a CPU has time for

@@ -1,9 +1,13 @@
-"""What gpu/bench.py times: each op at the sizes that people run, beside the formula it replaces."""
+"""What gpu/bench.py times: each op at the sizes that people run, beside the formula it replaces.
+
+And a training step of ContextUnet.
+"""
 
 from __future__ import annotations
 
 import itertools
 
+from ..networks import Networks, trainings
 from ..norms import NORM_SHAPES, norms
 from ..steps import BY_X0, normals, perturbs, sampler_steps
 from ..work import Case, Implementation, Work
@@ -39,4 +43,4 @@ def all_work(device: str) -> list[Work]:
     for shape, dtype, layout in itertools.product(norm_shapes, DTYPES, LAYOUTS):
         case = Case(shape, dtype, layout, device, "norm")
         works += norms(case)
-    return works
+    return works + trainings(Networks(device, 8, 8, 2) if device == "cpu" else Networks(device))

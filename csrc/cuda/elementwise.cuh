@@ -123,8 +123,7 @@ struct Share {
   }
 };
 
-// Blocks a multiprocessor that registers are kept for: without this bound nvcc took 176 a thread
-// for the walk by pixels.
+// The threads of a block at most: the walk by pixels takes up to 166 registers of each.
 template <Walk walk>
 constexpr int kMostThreads = walk == Walk::run ? tuning::kElementThreads : tuning::kPixelThreads;
 

@@ -34,14 +34,15 @@ struct Cuda {
 
   template <class T>
   void forward(const GroupNorm& g, double eps, const T* x, T* y, double* mean, float* rstd) const {
-    const Call<T> call{device, g,   plan_of(g, device, {x, y}, sizeof(T), false), eps, x, y,
-                       mean,   rstd};
-    const int64_t groups = g.samples * g.groups, parts = call.plan.parts;
+    const NormPlan plan = plan_of(g, device, {x, y}, sizeof(T), false);
+    const Call<T> call{device, g, plan, eps, x, y, mean, rstd};
+    const int64_t groups = g.samples * g.groups;
     if (groups == 0) return;
     if (g.elements() == 0) return statistics(call, nullptr);
-    if (call.plan.on_chip) return launch_on_chip(call);
-    const Tensor scratch = fresh(like, {groups * parts * int64_t{sizeof(Moments) / sizeof(double)}},
-                                 aoti_torch_dtype_float64());
+    if (plan.on_chip) return launch_on_chip(call);
+    const Tensor scratch =
+        fresh(like, {groups * plan.parts * int64_t{sizeof(Moments) / sizeof(double)}},
+              aoti_torch_dtype_float64());
     auto* moments = static_cast<Moments*>(scratch.mutable_data_ptr());
     launch_moments(call, moments);
     statistics(call, moments);
