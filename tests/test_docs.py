@@ -3,10 +3,15 @@
 import math
 import pathlib
 import re
+import sys
+
+import pytest
 
 from diffusion_ext import _C
 
-DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
 
 
 def test_the_plans_in_kernels_md():
@@ -27,3 +32,12 @@ def test_the_plans_in_kernels_md():
                 split = f"split, {plan['parts']} parts"
                 said.append(split if plan["kind"] == "split" else f"on chip{blocks}")
         assert cells.split(" | ") == said, sizes
+
+
+def test_the_predictions_in_kernels_md():
+    pytest.importorskip("diffusers")
+    from benchmarks.gpu import amdahl
+
+    text = (DOCS / "kernels.md").read_text()
+    for row in amdahl.rows(amdahl.works()[::3]):  # the others take longer
+        assert f"| {' | '.join(row)} |\n" in text

@@ -4,9 +4,10 @@
 
 Shapes are those of the networks themselves, on the meta device. Each convolution, product and
 attention takes the longer of its operations at RATE and its bytes at BANDWIDTH; a GroupNorm with
-SiLU takes 5 passes over its input eagerly (two reads and a write, a read and a write) and 2 fused;
-a scheduler's step takes LAUNCH a kernel, its tensors being small. What else a network does
-(residual sums, concatenations, embeddings) takes a pass over each layer's output.
+its activation takes 5 passes over its input eagerly (two reads and a write, a read and a write) and
+2 fused; a BatchNorm and a GELU 2 each; a sampler's step takes LAUNCH a kernel, its tensors being
+small. What else a network does (residual sums, concatenations, embeddings) takes a pass over the
+output of each convolution and product.
 """
 
 from __future__ import annotations
@@ -18,11 +19,38 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..networks import CONTEXT, Networks
 from .diffusion_models import Decoding, Denoising
 from .report import table
 
 RATE, BANDWIDTH, LAUNCH = 500e12, 2.6e12, 3e-6  # bfloat16 on an H100, as reached by libraries
-STEP_KERNELS = 12  # of diffusers' DDIM step, guidance included
+STEP_KERNELS = 12  # of an eager DDIM step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A step of sampling with a ContextUnet."""
+
+    networks: Networks
+
+    @property
+    def name(self) -> str:
+        of = self.networks
+        return f"ContextUnet, n_feat {of.n_feat}, {of.batch} of {of.height}x{of.height}, a step"
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        return self.networks.source_model(dtype)
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        batch = self.networks.batch
+        return (
+            torch.empty(self.networks.case.shape),
+            torch.empty(batch),
+            torch.empty(batch, CONTEXT),
+        )
+
+    def once(self, model: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        return model(*inputs)
 
 
 @dataclass
@@ -50,11 +78,15 @@ def layers_cost(model: nn.Module, call) -> Cost:
     def layer(module, inputs, output):
         if isinstance(module, nn.GroupNorm):
             cost.norms += 5 * bytes_of(output) / BANDWIDTH
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             moved = bytes_of(*inputs, output, *module.parameters())
-            flops.append(2 * output.numel() * module.weight[0].numel())
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            products = (inputs[0] if transposed else output).numel() * module.weight[0].numel()
+            flops.append(2 * products)
             cost.products += max(flops[-1] / RATE, moved / BANDWIDTH)
             cost.others += bytes_of(output) / BANDWIDTH
+        elif isinstance(module, (nn.BatchNorm2d, nn.GELU)):
+            cost.others += 2 * bytes_of(output) / BANDWIDTH
 
     for module in model.modules():
         module.register_forward_hook(layer)
@@ -69,20 +101,22 @@ def cost_of(work) -> tuple[Cost, Cost]:
     with torch.device("meta"):
         model = work.model(torch.bfloat16)
         inputs = [torch.empty(t.shape, dtype=torch.bfloat16) for t in work.inputs()]
-        t = torch.tensor(1)
-    if isinstance(work, Denoising):
-        x, text = inputs
-        eager = layers_cost(model, lambda: model(torch.cat([x, x]), t, text))
+        eager = layers_cost(model, lambda: work.once(model, *inputs))
+    if not isinstance(work, Decoding):
         eager.step = STEP_KERNELS * LAUNCH
-    else:
-        eager = layers_cost(model, lambda: model.decode(*inputs))
     fused = Cost(eager.products, eager.norms * 2 / 5, eager.others, min(eager.step, LAUNCH))
     return eager, fused
 
 
-def rows() -> list[list[str]]:
+def works() -> list:
+    sizes = ((64, 16), (256, 28))
+    found = [Sampling(Networks("meta", n_feat=n, height=height)) for n, height in sizes]
+    return [*found, Denoising("meta", 64), Decoding("meta", 512), Decoding("meta", 1024)]
+
+
+def rows(works: list) -> list[list[str]]:
     found = []
-    for work in (Denoising("meta", 64), Decoding("meta", 512), Decoding("meta", 1024)):
+    for work in works:
         eager, fused = cost_of(work)
         share = (eager.norms + eager.step) / eager.all
         cells = [f"{1e3 * t:.2f}" for t in (eager.products, eager.norms, eager.step, eager.others)]
@@ -103,7 +137,7 @@ def main() -> int:
         "at most",
         "predicted",
     ]
-    print(table(heads, rows()), end="")
+    print(table(heads, rows(works())), end="")
     return 0
 
 

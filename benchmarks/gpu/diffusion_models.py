@@ -66,6 +66,10 @@ class Denoising:
         shapes = ((1, 4, self.size, self.size), (2, 77, width))
         return tuple(torch.randn(s, generator=draw).to(self.device) for s in shapes)
 
+    def once(self, model: Callable, x: Tensor, text: Tensor) -> Tensor:
+        """The network's part of a step."""
+        return model(torch.cat([x, x]), torch.tensor(1, device=x.device), text).sample
+
     def run(self, model: Callable, ours: bool) -> Callable:
         from diffusers import DDIMScheduler
 
@@ -119,8 +123,11 @@ class Decoding:
             torch.randn(latents, generator=torch.Generator("cpu").manual_seed(0)).to(self.device),
         )
 
+    def once(self, model: Callable, z: Tensor) -> Tensor:
+        return model.decode(z).sample
+
     def run(self, model: Callable, ours: bool) -> Callable:
-        return torch.no_grad()(lambda z: model.decode(z).sample)
+        return torch.no_grad()(lambda z: self.once(model, z))
 
 
 def made(device: str, dtype: torch.dtype, kind: type, config: dict):
