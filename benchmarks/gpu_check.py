@@ -1,13 +1,14 @@
 """Proves, tunes and measures the CUDA side on the GPU at hand, in two calls: `make gpu-check`.
 
-    CALL=first    at most 300 s: build, smoke, bench, tune
+    CALL=first    at most 300 s: build, variants, smoke, bench, tune
     CALL=second   at most 270 s: build, test, sanitize, sample, bench
 
     build     both libraries, compiled for this GPU into build/gpu_check
+    variants  libraries of the kernels with other constants, for tune
     smoke     every op beside the float64 reference, and beside the bits of the CPU
     bench     ops.json, ops.md; first: in bfloat16; second: everything
-    tune      variants of the kernels; tune.json, tune.md: which constants of csrc/cuda/tuning.h
-              win, and that file as this GPU would have it
+    tune      times the variants; tune.json, tune.md: which constants of csrc/cuda/tuning.h win,
+              and that file as this GPU would have it
     test      tests/ops on CUDA tensors; CUDA graphs and the engine "graph"
     sanitize  compute-sanitizer's four tools over a small call of every op
     sample    sampling.json, sampling.md: ContextUnet's whole runs; networks.json, networks.md:
@@ -39,10 +40,10 @@ RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
 WHEELS = ROOT / ".wheels"
 
 # Stage -> its seconds on a machine of 16 cores, perhaps another one for each call. A call's own are
-# more: what is left goes to the stage that needs it.
+# more: what is left goes to the stage that needs it, and bench, which fills any time, comes late.
 CALLS = {
-    "first": {"build": 60, "smoke": 20, "bench": 80, "tune": 120},
-    "second": {"build": 60, "test": 50, "sanitize": 40, "sample": 70, "bench": 45},
+    "first": {"build": 60, "variants": 80, "smoke": 20, "bench": 60, "tune": 80},
+    "second": {"build": 60, "test": 50, "sanitize": 40, "sample": 75, "bench": 45},
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
@@ -106,6 +107,9 @@ class Plan:
             steps.insert(0, Step("build", "wheels", [*pip, *into, *wheels], 10))
         return steps
 
+    def variants(self, seconds: float) -> list[Step]:
+        return [self.module("variants", "benchmarks.gpu.variants", seconds)]
+
     def smoke(self, seconds: float) -> list[Step]:
         return [self.module("smoke", "benchmarks.gpu.smoke", seconds)]
 
@@ -114,8 +118,7 @@ class Plan:
         return [self._measured("bench", "benchmarks.gpu.bench", seconds, *only)]
 
     def tune(self, seconds: float) -> list[Step]:
-        compiled = self.module("tune", "benchmarks.gpu.variants", 0.3 * seconds)
-        return [compiled, self._measured("tune", "benchmarks.gpu.tune", 0.7 * seconds)]
+        return [self._measured("tune", "benchmarks.gpu.tune", seconds)]
 
     def sample(self, seconds: float) -> list[Step]:
         runs = self._measured("sample", "benchmarks.gpu.sampling", 0.5 * seconds)

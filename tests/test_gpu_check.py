@@ -179,7 +179,8 @@ def test_a_stage_that_does_not_exist(tmp_path):
     status, printed = gpu_check("--results", tmp_path, GPU_CHECK="tset")
     assert status == 1
     assert (
-        "GPU_CHECK: wanted some of build,smoke,bench,tune,test,sanitize,sample, got tset" in printed
+        "GPU_CHECK: wanted some of build,variants,smoke,bench,tune,test,sanitize,sample, got tset"
+        in printed
     )
 
 
@@ -219,6 +220,13 @@ def test_a_step_that_outlasts_its_limit_takes_nothing_from_the_next(tmp_path, lo
     assert first.limit == pytest.approx(2, abs=0.5)
     assert (second.result, second.limit > 4) == ("passed", True)
     assert "begun" in (tmp_path / "call.log").read_text()
+
+
+def test_what_is_needed_may_take_the_time_of_what_would_not_run_without_it(log):
+    slow = step("slow", "import time; time.sleep(1.5)", needed=True)
+    first, second = running.run_all([slow, step("next", "", seconds=9)], 10, log)
+    assert first.limit == pytest.approx(10, abs=0.5)
+    assert (second.result, second.limit < 9) == ("passed", True)
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,11 @@ def first_error(lines: list[str]) -> str:
 
 
 def run_all(steps: list[Step], seconds: float, log: Log) -> list[Outcome]:
-    """A step may take all the time that the later ones do not need."""
+    """A step may take all the time that the later ones do not need; one that is needed, any."""
     end, outcomes, missing = time.monotonic() + seconds, [], ""
     for i, step in enumerate(steps):
         later = sum(other.seconds for other in steps[i + 1 :] if not other.skipped)
-        limit = max(end - time.monotonic() - later, 1)
+        limit = max(end - time.monotonic() - (0 if step.needed else later), 1)
         if missing:
             outcome = Outcome(step, f"not run ({missing})")
         elif step.skipped:
