@@ -29,6 +29,7 @@ class Passes:
 
     report_of: type[Report]
     default_seconds: float
+    compiled_on_cpu = 1  # works for which torch.compile is tried where a CPU stands in
     failure = "error"  # in a row: why it was not measured
 
     def __init__(self, device: str, results: pathlib.Path, seconds: float):
@@ -116,7 +117,7 @@ def main(passes: type[Passes], description: str) -> int:
     bench = passes(device, arguments.results, 0.95 * seconds - 5)
     works = [w for w in passes.works(device) if arguments.dtype in (None, w.dtype)]
     done = bench.every(sorted(works, key=bench.rank))
-    bench.every_compiled(done, most=len(done) if device == "cuda" else 1)
+    bench.every_compiled(done, most=len(done) if device == "cuda" else bench.compiled_on_cpu)
     report = bench.report
     report.write(complete=not bench.failed)
     print(f"{report.folder.name}/{report.name}.json and {report.name}.md: {len(done)} rows")

@@ -90,10 +90,10 @@ def checks(device: str) -> Iterator[Contest]:
             yield from (Contest(ELEMENTWISE, work) for work in works)
 
 
-def loaded(device: str, variants=VARIANTS) -> tuple[list[Variant], list[str]]:
+def loaded(device: str) -> tuple[list[Variant], list[str]]:
     """The variants whose libraries load, each a backend by its library's name; and why not."""
     good, errors = [], []
-    for variant in variants:
+    for variant in VARIANTS:
         try:
             torch.ops.load_library(str(folder_of(device) / f"{variant.library}.so"))
         except OSError as error:
