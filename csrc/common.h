@@ -72,14 +72,14 @@ inline Tensor fresh_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes,
                             IntHeaderOnlyArrayRef strides, int32_t dtype) {
   int32_t device;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &made));
   return Tensor(made);
 }
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes, int32_t dtype) {
