@@ -73,8 +73,8 @@ inline Tensor fresh_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes,
   int32_t device;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  device, like.get_device_index(), &made));
   return Tensor(made);
 }
 inline int32_t dtype_of(const Tensor& t) {
