@@ -220,6 +220,17 @@ void dispatch_walk(const GroupNorm& g, const NormPlan& plan, const F& f) {
   with_layout(std::integral_constant<int, 16 / sizeof(T)>());
 }
 
+// A launch that walks over x as planned: to keep and to sum, or, once the sums are known, to apply.
+inline Launch launch_to_sum(const char* name, const GroupNorm& g, const NormPlan& plan) {
+  return {name,         g.samples * plan.slabs * plan.parts, 1,
+          plan.threads, plan.on_chip ? plan.parts : 1,       int(plan.shared_bytes)};
+}
+inline Launch launch_to_apply(const char* name, const GroupNorm& g, const NormPlan& plan) {
+  Launch how{name, g.samples * plan.slabs * plan.parts, 1, plan.threads};
+  how.follows_ours = true;
+  return how;
+}
+
 // The plan for a call whose tensors lie at `pointers`.
 inline NormPlan plan_of(const GroupNorm& g, const OnDevice& device,
                         std::initializer_list<const void*> pointers, int element_size,

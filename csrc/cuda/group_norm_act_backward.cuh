@@ -254,17 +254,11 @@ struct Call {
   const GroupNorm& g;
   NormPlan plan;
   Backward<T> b;
-
-  Launch how(const char* name) const {
-    return {name, g.samples * plan.slabs * plan.parts, 1, plan.threads};
-  }
 };
 
 template <int kinds, class T>
 void launch_on_chip(const Call<T>& c) {
-  Launch how = c.how("group_norm_act_backward");
-  how.cluster = c.plan.parts;
-  how.shared_bytes = int(c.plan.shared_bytes);
+  const Launch how = launch_to_sum("group_norm_act_backward", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel =
         gradient_on_chip<T, decltype(layout)::value, decltype(vector)::value, kinds>;
@@ -274,8 +268,7 @@ void launch_on_chip(const Call<T>& c) {
 
 template <int kinds, class T>
 void launch_sums(const Call<T>& c) {
-  Launch how = c.how("group_norm_act_backward: sums");
-  how.shared_bytes = int(c.plan.shared_bytes);
+  const Launch how = launch_to_sum("group_norm_act_backward: sums", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel =
         gradient_sums<T, decltype(layout)::value, decltype(vector)::value, kinds>;
@@ -285,8 +278,7 @@ void launch_sums(const Call<T>& c) {
 
 template <class T>
 void launch_apply(const Call<T>& c) {
-  Launch how = c.how("group_norm_act_backward: apply");
-  how.follows_ours = true;
+  const Launch how = launch_to_apply("group_norm_act_backward: apply", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel = gradient_apply<T, decltype(layout)::value, decltype(vector)::value>;
     launch(c.device, how, kernel, c.g, c.plan, c.b);

@@ -232,17 +232,11 @@ struct Call {
   T* y;
   double* mean;  // [N, G]
   float* rstd;   // [N, G]
-
-  Launch how(const char* name) const {
-    return {name, g.samples * plan.slabs * plan.parts, 1, plan.threads};
-  }
 };
 
 template <class T>
 void launch_on_chip(const Call<T>& c) {
-  Launch how = c.how("group_norm_act");
-  how.cluster = c.plan.parts;
-  how.shared_bytes = int(c.plan.shared_bytes);
+  const Launch how = launch_to_sum("group_norm_act", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel = norm_on_chip<T, decltype(layout)::value, decltype(vector)::value>;
     launch(c.device, how, kernel, c.g, c.plan, c.eps, c.x, c.y, c.mean, c.rstd);
@@ -251,8 +245,7 @@ void launch_on_chip(const Call<T>& c) {
 
 template <class T>
 void launch_moments(const Call<T>& c, Moments* moments) {
-  Launch how = c.how("group_norm_act: moments");
-  how.shared_bytes = int(c.plan.shared_bytes);
+  const Launch how = launch_to_sum("group_norm_act: moments", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel = norm_moments<T, decltype(layout)::value, decltype(vector)::value>;
     launch(c.device, how, kernel, c.g, c.plan, c.x, moments);
@@ -261,8 +254,7 @@ void launch_moments(const Call<T>& c, Moments* moments) {
 
 template <class T>
 void launch_apply(const Call<T>& c) {
-  Launch how = c.how("group_norm_act: apply");
-  how.follows_ours = true;
+  const Launch how = launch_to_apply("group_norm_act: apply", c.g, c.plan);
   dispatch_walk<T>(c.g, c.plan, [&](auto vector, auto layout) {
     constexpr auto kernel = norm_apply<T, decltype(layout)::value, decltype(vector)::value>;
     launch(c.device, how, kernel, c.g, c.plan, c.x, c.y, static_cast<const double*>(c.mean),
