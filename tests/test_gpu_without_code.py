@@ -56,3 +56,17 @@ def test_info_says_why(two_gpus, monkeypatch):
     assert dx.info().backends["perturb"]["cuda"].startswith("reference: the CUDA library has no")
     monkeypatch.setattr(backend, "_code", {0: True, 1: True})
     assert dx.info().backends["perturb"]["cuda"] == "native"
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("has", [True, False])
+def test_torch_compile_takes_the_answer_into_its_graph(monkeypatch, has):
+    x = torch.ones(2)
+    monkeypatch.setattr(backend, "_code", {x.get_device(): has})
+
+    def step(x):
+        return x + 1 if backend.has_code(x.get_device()) else x - 1
+
+    torch.compiler.reset()  # a graph keeps the answer that it was made with
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), x + 1 if has else x - 1)
