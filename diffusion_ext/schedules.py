@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +32,7 @@ class NoiseSchedule:
     sigma: np.ndarray = field(init=False, repr=False)
     timesteps: int = field(init=False)
     _tables: dict = field(default_factory=dict, init=False, repr=False)
+    _digest: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         tables = {
@@ -42,6 +45,8 @@ class NoiseSchedule:
             table.setflags(write=False)
             object.__setattr__(self, name, table)
         object.__setattr__(self, "timesteps", len(self.alpha_bar) - 1)
+        content = hashlib.sha256(self.beta.tobytes() + self.alpha_bar.tobytes())
+        object.__setattr__(self, "_digest", content.hexdigest())
 
     def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
         """A table of this schedule ("signal", "sigma" or "variance" = σ²) on `device`, kept there.
@@ -56,6 +61,19 @@ class NoiseSchedule:
         if is_lasting(table):
             self._tables[key] = table
         return table
+
+    def constant(self, make: Callable, *arguments):
+        """make(self, *arguments), a constant to torch.compile, which cannot trace numpy.
+
+        It compiles again where the arguments, or the numbers of the schedule, are others.
+        """
+        return self._constant(self._digest, make, *arguments)
+
+    # torch 2.12 and before take no schedule as an argument of such a function, only as the object
+    # of a method, and do not look whether it is still the same: the digest tells.
+    @torch.compiler.assume_constant_result
+    def _constant(self, digest: str, make: Callable, *arguments):
+        return make(self, *arguments)
 
     @classmethod
     def linear(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):

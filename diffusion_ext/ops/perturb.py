@@ -52,14 +52,12 @@ def perturb(
     if noise is not None:
         check_like("noise", noise, "x0", x0)
     table_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    signal, sigma = _tables(schedule, NOISINGS[noising], x0.device, table_dtype)
+    signal, sigma = schedule.constant(_tables, NOISINGS[noising], x0.device, table_dtype)
     x_t, learned = perturb_by_table(x0, t, signal, sigma, noise, seeds, target == "v")
     # The kernel writes no second copy of a noise that the caller holds.
     return x_t, noise if target == "noise" and noise is not None else learned
 
 
-# Constants to torch.compile, which would else have numpy's arrays as inputs to every call.
-@torch.compiler.assume_constant_result
 def _tables(schedule: NoiseSchedule, sigma: str, device, dtype) -> tuple[Tensor, Tensor]:
     return schedule.tensor("signal", device, dtype), schedule.tensor(sigma, device, dtype)
 

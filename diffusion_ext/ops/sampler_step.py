@@ -156,7 +156,7 @@ def ddpm_step(
     """
     check_sample("x", x)
     check_schedule(schedule)
-    table = _ddpm_tensors(schedule, x.device, x.dtype)
+    table = schedule.constant(_ddpm_tensors, x.device, x.dtype)
     if isinstance(t, Tensor):
         check_int64("t", t, x.device)
         if t.dim() and t.shape != x.shape[:1]:
@@ -196,7 +196,7 @@ def ddim_step(
     _check_timestep("t_prev", t_prev, 0, t - 1)
     check_number("eta", eta)
     numbers = _constant(t), _constant(t_prev), _constant(eta)
-    table = _ddim_tensors(schedule, *numbers, x.device, x.dtype)
+    table = schedule.constant(_ddim_tensors, *numbers, x.device, x.dtype)
     row = torch.zeros((), dtype=torch.int64, device=x.device)
     return _step(x, model_output, table, row, noise, seeds, eta > 0 and t_prev > 0)
 
@@ -227,14 +227,10 @@ def _constant(number):
     return value
 
 
-# torch.compile cannot trace numpy. It takes what these return as constants of the schedule and the
-# numbers, and compiles again where those are others.
-@torch.compiler.assume_constant_result
 def _ddpm_tensors(schedule, device, dtype) -> tuple[Tensor, Tensor]:
     return _ddpm_table(schedule).tensors(device, dtype)
 
 
-@torch.compiler.assume_constant_result
 def _ddim_tensors(schedule, t, t_prev, eta, device, dtype) -> tuple[Tensor, Tensor]:
     return _ddim_table(schedule, t, t_prev, eta).tensors(device, dtype)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from harness import assert_close
 
 import diffusion_ext as dx
@@ -75,6 +76,17 @@ def test_perturb_with_schedules_that_change(target):
         t = torch.tensor([3, 9 + i])
         for ours, expected in zip(f(x, t, schedule, i), noised(x, t, schedule, i), strict=True):
             assert_close(ours, expected)
+
+
+def test_a_schedule_of_the_same_numbers_compiles_nothing_anew():
+    x, m, seeds, (schedule, other) = draw()
+    counter = torch._dynamo.testing.CompileCounter()
+    f = compiled(lambda x, schedule: dx.ddpm_step(x, m, 50, schedule, seeds=seeds), counter)
+    f(x, schedule)
+    f(x, dx.NoiseSchedule.linear(100))
+    assert counter.frame_count == 1
+    f(x, other)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
