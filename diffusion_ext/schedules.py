@@ -63,14 +63,17 @@ class NoiseSchedule:
         return table
 
     def constant(self, make: Callable, *arguments):
-        """make(self, *arguments), a constant to torch.compile, which cannot trace numpy.
+        """What `make` makes of this schedule: a constant to torch.compile, which traces no numpy.
 
         It compiles again where the arguments, or the numbers of the schedule, are others.
+
+        Args: make: a function of the schedule and the arguments; arguments: constants themselves.
+        Returns: make(self, *arguments). Raises: what make raises.
         """
         return self._constant(self._digest, make, *arguments)
 
-    # torch 2.12 and before take no schedule as an argument of such a function, only as the object
-    # of a method, and do not look whether it is still the same: the digest tells.
+    # torch 2.10 and 2.11 take no schedule as an argument of such a function, only as the object of
+    # a method, and no torch looks whether that is still the same: the digest tells.
     @torch.compiler.assume_constant_result
     def _constant(self, digest: str, make: Callable, *arguments):
         return make(self, *arguments)
