@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATING, check_number, moved
+from .layouts import layout_of
 from .ops import philox_normal
 from .samplers import StepTable
 from .stepping import Known
@@ -27,12 +28,7 @@ def memory_format_of(model, x_T, shape) -> torch.memory_format:
     """channels_last for images where x_T is, or a convolution's weights are."""
     tensors = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     tensors += [x_T] if isinstance(x_T, Tensor) else []
-
-    def is_channels_last(t: Tensor) -> bool:
-        turned = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-        return turned and not t.is_contiguous()
-
-    if len(shape) == 4 and any(is_channels_last(t) for t in tensors):
+    if len(shape) == 4 and any(layout_of(t) == torch.channels_last for t in tensors):
         return torch.channels_last
     return torch.contiguous_format
 

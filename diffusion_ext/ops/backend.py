@@ -145,13 +145,25 @@ def kernels():
 
 
 def serves(x: Tensor) -> bool:
-    """Whether a kernel serves a call on x. Forward-mode derivatives are the reference's."""
+    """Whether a kernel serves a call on x. Forward-mode derivatives and torch.func's transforms are
+    the reference's, programs that are recorded for other runtimes torch's own ops'."""
     return (  # is_cpu and is_cuda, since device.type makes a string
         _current != "reference"
         and x.dtype in NATIVE_DTYPES
         and ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda and has_code(x.get_device())))
         and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not recorded()
     )
+
+
+def recorded() -> bool:
+    """Whether the call is being written down for what does not know our ops: torch.jit.trace, and
+    so OpenVINO's conversion, or an ONNX export of either kind. Programs of torch.export run in
+    torch, where our ops are known."""
+    if torch._C._get_tracing_state() is not None:  # half the time of torch.jit.is_tracing
+        return True
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -24,11 +24,11 @@ VECTORISED = "cpu" not in missing and cpu_capability() != "baseline"
 def serves_conv3x3(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel serves x and weight [K, C, 3, 3], and faster than a direct convolution:
     float32 on a CPU with AVX2 or AVX-512, x [B, C, H, W] in channels_last, of a multiple of 16
-    channels, and images of which no more than half of their 4x4 tiles lies outside. Function
-    transforms and exported programs, whose sizes may be open, have the direct convolution."""
+    channels, and images of which no more than half of their 4x4 tiles lies outside. Exported
+    programs, whose sizes may be open, have the direct convolution."""
     if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
         return False
-    if x.dim() != 4 or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if x.dim() != 4 or torch.compiler.is_exporting():
         return False
     _, channels, height, width = x.shape
     out_channels, wanted = weight.shape[:2]

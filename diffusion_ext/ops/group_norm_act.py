@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_device, check_floating, check_number
 from . import reference
-from .backend import kernels, needs_grad, register_fake, serves
+from .backend import kernels, needs_grad, recorded, register_fake, serves
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -49,7 +50,15 @@ def group_norm_act(
     modulation = (scale, shift, post_scale, post_shift, pre_shift)
     _check(x, num_groups, weight, bias, eps, act, modulation)
     args = (x, num_groups, weight, bias, eps, act, *modulation)
-    return group_norm_act_unchecked(*args) if serves(x) else reference.group_norm_act(*args)
+    if serves(x):
+        return group_norm_act_unchecked(*args)
+    # Other runtimes know a GroupNorm of torch's, and have a kernel for it.
+    normalise = _group_norm_of_torch if recorded() else None
+    return reference.group_norm_act(*args, normalise)
+
+
+def _group_norm_of_torch(x: Tensor, num_groups: int, eps: float) -> Tensor:
+    return F.group_norm(x, num_groups, eps=eps)
 
 
 def group_norm_act_unchecked(x, num_groups, weight, bias, eps, act, *modulation) -> Tensor:
@@ -102,7 +111,12 @@ _DIFFERENTIABLE = (0, 2, 3, 6, 7, 8, 9, 10)
 
 
 def _reference_gradients(ctx, dy, inputs, wanted):
-    """The wanted gradients of x, weight, bias and the modulations, as a graph of torch's."""
+    """The wanted gradients of x, weight, bias and the modulations, as a graph of torch's.
+
+    Of aliases: an input may have been computed from another, whose gradient that path has no part
+    in here.
+    """
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, bias, *modulation = inputs
     y = reference.group_norm_act(x, ctx.num_groups, weight, bias, ctx.eps, ctx.act, *modulation)
     leaves = [t for t, w in zip(inputs, wanted, strict=True) if w]

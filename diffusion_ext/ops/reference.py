@@ -7,10 +7,13 @@ serves. Half precision is computed in float32 and rounded once at the end, as th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..layouts import layout_of
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -162,8 +165,12 @@ def group_norm_act(
     post_scale: Tensor | None = None,
     post_shift: Tensor | None = None,
     pre_shift: Tensor | None = None,
+    normalise: Callable[[Tensor, int, float], Tensor] | None = None,
 ) -> Tensor:
-    """act((1+scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift, x [N,C,*spatial]."""
+    """act((1+scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift, x [N,C,*spatial].
+
+    Args: normalise: (x, groups, eps) to x normalised; `normalised`, or torch's for other runtimes.
+    """
     dtype, x = x.dtype, _wide(x)
 
     def per_channel(p: Tensor) -> Tensor:  # [C] or [N,C] to [1 or N, C, 1...]
@@ -171,12 +178,7 @@ def group_norm_act(
         return p.reshape((-1, p.shape[-1]) + (1,) * (x.dim() - 2))
 
     u = x if pre_shift is None else x + per_channel(pre_shift)
-    group = u.reshape(u.shape[0], num_groups, u[0].numel() // num_groups if u.shape[0] else 1)
-    # Centred twice: the rounding of a large mean is itself removed, so 10000 +/- 0.1 comes out.
-    group = group - group.mean(-1, keepdim=True)
-    group = group - group.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(group.square().mean(-1, keepdim=True) + eps)
-    a = (group * rstd).reshape(u.shape)
+    a = (normalise or normalised)(u, num_groups, eps)
     if weight is not None:
         a = a * per_channel(weight)
     if bias is not None:
@@ -190,10 +192,17 @@ def group_norm_act(
         y = y * per_channel(post_scale)
     if post_shift is not None:
         y = y + per_channel(post_shift)
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
-        y = y.contiguous(memory_format=channels_last)
-    return y.to(dtype)
+    return y.contiguous(memory_format=layout_of(x)).to(dtype)
+
+
+def normalised(x: Tensor, num_groups: int, eps: float) -> Tensor:
+    """(x - mean)/√(variance + eps) of each group; x [N,C,*spatial]."""
+    group = x.reshape(x.shape[0], num_groups, x[0].numel() // num_groups if x.shape[0] else 1)
+    # Centred twice: the rounding of a large mean is itself removed, so 10000 +/- 0.1 comes out.
+    group = group - group.mean(-1, keepdim=True)
+    group = group - group.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(group.square().mean(-1, keepdim=True) + eps)
+    return (group * rstd).reshape(x.shape)
 
 
 # --- conv3x3 ------------------------------------------------------------------------------------

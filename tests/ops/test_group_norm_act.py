@@ -253,3 +253,15 @@ def test_module_has_the_parameters_of_group_norm():
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 8, 5, 5)
     assert_close(ours(x), F.relu(theirs(x)), torch.float32)
+
+
+def test_create_graph_of_inputs_that_depend_on_each_other(backend):
+    """As where a network makes scale and shift from x, under a gradient penalty."""
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+
+    def penalised(create_graph):
+        scale = x.mean((2, 3))
+        y = dx.group_norm_act(x, 4, scale=scale, shift=2 * scale, act="silu")
+        return torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(penalised(True).detach(), penalised(False), rtol=1e-4, atol=1e-4)
