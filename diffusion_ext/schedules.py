@@ -177,7 +177,7 @@ class NoiseSchedule:
 
 def is_lasting(tensor: torch.Tensor) -> bool:
     """Whether a tensor may be kept for later calls: not one of inference mode or of a tracer."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return type(tensor) is torch.Tensor and not tensor.is_inference()
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.backend import recorded
 from ..ops.conv3x3 import filtered, filters_of, serves_conv3x3
 
 
@@ -77,11 +78,14 @@ class Conv3x3(nn.Module):
         if self.filters is not None and serves_conv3x3(x, self.weight):
             act = "gelu" if self.gelu else "identity"
             return filtered(x, self.filters, self.bias, len(self.weight), act)
-        # torch.compile knows nothing of packed weights, and fuses the GELU by itself.
-        if self.packed is not None and len(x) and not torch.compiler.is_compiling():
+        # torch.compile and other runtimes know no packed weights, and fuse the GELU by themselves.
+        written_down = torch.compiler.is_compiling() or recorded()
+        if self.packed is not None and len(x) and not written_down:
             return self.packed(x)
         y = F.conv2d(x, self.weight, self.bias, padding=1)
-        return torch.ops.aten.gelu_(y) if self.gelu else y
+        if not self.gelu:
+            return y
+        return F.gelu(y) if written_down else torch.ops.aten.gelu_(y)
 
 
 class Unpool(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import FLOATING
+from ..layouts import layout_of
 from .context_unet import RESIDUAL_SCALE, ContextUnet, ResidualConvBlock, UnetForward, UnetUp
 from .convolutions import Conv3x3, Unpool
 
@@ -96,7 +97,8 @@ class OptimizedContextUnet(UnetForward):
     @torch.no_grad()
     def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
         inputs = x.to(self.dtype, memory_format=self.memory_format)
-        return torch.empty_like(x).copy_(super().predict(inputs, shifts, scales))
+        y = super().predict(inputs, shifts, scales)
+        return y.to(x.dtype, memory_format=layout_of(x))
 
     def _apply(self, fn, recurse=True):
         raise RuntimeError(
