@@ -23,7 +23,7 @@ SHORTCUTS = ("scaled", "zero", "random")
 
 
 def _conv_norm_gelu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
-    conv = WinogradConv2d(in_channels, out_channels)
+    conv = WinogradConv2d(in_channels, out_channels, kernel_size=3, padding=1)
     if norm == "batch":
         return nn.Sequential(conv, BatchNormAct(out_channels, act="gelu"))
     return nn.Sequential(conv, GroupNormAct(NORM_GROUPS, out_channels, act="gelu"))
@@ -247,7 +247,7 @@ class ContextUnet(UnetForward):
         self.up1 = UnetUp(4 * n_feat, n_feat, norm)
         self.up2 = UnetUp(2 * n_feat, n_feat, norm)
         self.out = nn.Sequential(
-            WinogradConv2d(2 * n_feat, n_feat),
+            WinogradConv2d(2 * n_feat, n_feat, kernel_size=3, padding=1),
             GroupNormAct(NORM_GROUPS, n_feat, act="relu"),
             nn.Identity(),  # the ReLU's place, which the layer above has fused: keeps `out.3` there
             nn.Conv2d(n_feat, in_channels, kernel_size=3, padding=1),

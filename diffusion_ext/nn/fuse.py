@@ -13,19 +13,18 @@ from torch import nn
 from .fused import (
     ACTIVATION_NAMES,
     ALONE,
-    FUSED_FROM,
-    AbsorbedActivation,
     FusedGroupNorm,
     FusedGroupNorm32,
     FusedSequential,
+    PairedSequential,
     act_of,
     hooked,
     pair_kind,
-    swap_class,
 )
 from .group_norm_act import GroupNormAct
 from .known_forwards import is_float32_norm, is_swish
-from .winograd_conv2d import WinogradConv2d
+from .stand_in import restore_class, swap_class
+from .winograd_conv2d import FusedConv2d, WinogradConv2d, is_plain_conv3x3
 
 
 @dataclass
@@ -81,8 +80,8 @@ def fuse(model: nn.Module) -> FuseReport:
         kinds.update(_fuse_pairs(module, references))
 
     for name, module in model.named_modules():
-        if _is_plain_conv3x3(module):
-            swap_class(module, WinogradConv2d)
+        if type(module) is nn.Conv2d and is_plain_conv3x3(module) and not hooked(module):
+            swap_class(module, FusedConv2d)
         if isinstance(module, WinogradConv2d):
             report.convolutions.append(name or "(model)")
         if module in kinds:
@@ -99,12 +98,8 @@ def unfuse(model: nn.Module) -> None:
     """
     _check(model)
     for module in model.modules():
-        if isinstance(module, FusedGroupNorm | AbsorbedActivation):
-            module.__dict__.pop("carries", None)
-            module.__dict__.pop("absorbed_by", None)
-        if FUSED_FROM in module.__dict__:
-            module.__class__ = module.__dict__.pop(FUSED_FROM)
-        elif isinstance(module, FusedSequential):  # a slice of one, which became a module
+        restore_class(module)
+        if type(module) is PairedSequential:  # a slice that became a module
             module.__class__ = nn.Sequential
 
 
@@ -132,15 +127,6 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     return None
 
 
-def _is_plain_conv3x3(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
-        and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
-        and not hooked(module)
-    )
-
-
 def _fuse_norm(norm: nn.GroupNorm) -> None:
     if not isinstance(norm, FusedGroupNorm):
         swap_class(norm, FusedGroupNorm if type(norm) is nn.GroupNorm else FusedGroupNorm32)
@@ -162,7 +148,8 @@ def _fuse_sequential(sequential: nn.Sequential) -> dict[nn.Module, str]:
         if isinstance(norm, FusedGroupNorm) and not hooked(norm) and act_of(act)
     ]
     cls = type(sequential)
-    if cls not in (nn.Sequential, FusedSequential) or "forward" in sequential.__dict__:
+    known = cls is nn.Sequential or issubclass(cls, PairedSequential)
+    if not known or "forward" in sequential.__dict__:
         why = f"{cls.__name__} may run its children in its own way"
         return {norm: f"{ALONE}: {why}" for norm, _ in pairs}
     if pairs and cls is nn.Sequential:

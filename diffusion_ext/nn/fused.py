@@ -1,10 +1,8 @@
-"""The classes that `diffusion_ext.fuse` gives to modules it has recognised.
-
-Fusing changes a module's class and nothing else: parameters, submodules, hooks and names stay the
-very same objects. `FUSED_FROM` in the instance says what class to give back.
-"""
+"""The classes that `diffusion_ext.fuse` gives to modules it has recognised (see stand_in.py)."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
-
-FUSED_FROM = "_fused_from"
+from .stand_in import StandIn, swap_class
 
 ALONE = "alone"  # in a report: a norm without an activation
 
@@ -26,12 +23,6 @@ ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
 # leaves the dtype alone.
 AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
-
-
-def swap_class(module: nn.Module, fused: type) -> None:
-    """Make module a `fused`, remembering what it was."""
-    module.__dict__[FUSED_FROM] = type(module)
-    module.__class__ = fused
 
 
 def hooked(module: nn.Module) -> bool:
@@ -46,7 +37,10 @@ def hooked(module: nn.Module) -> bool:
 
 
 def act_of(module: nn.Module) -> str | None:
-    """module's name among group_norm_act's activations; None if it is not one of them."""
+    """module's name among group_norm_act's activations; None if it is not one of them, or not one
+    of its own any more."""
+    if isinstance(module, AbsorbedActivation):
+        return None
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return ACTIVATION_NAMES.get(type(module))
@@ -58,9 +52,10 @@ def pair_kind(activation: nn.Module) -> str:
     return f"{ALONE}: the {name} after it has hooks" if hooked(activation) else f"with {name}"
 
 
-class FusedGroupNorm(nn.GroupNorm):
+class FusedGroupNorm(StandIn, nn.GroupNorm):
     """A GroupNorm that the fused op computes, wherever a kernel of it serves the input."""
 
+    notes = ("carries",)
     casts_to_float32 = True  # under autocast, where torch's does
     carries: str = "identity"  # the activation of the AbsorbedActivation that follows
 
@@ -85,7 +80,7 @@ class FusedGroupNorm32(FusedGroupNorm):
         return super().unfused(x.float()).to(x.dtype)
 
 
-class FusedSequential(nn.Sequential):
+class PairedSequential(nn.Sequential):
     """A Sequential that runs each GroupNorm with the activation after it as one op.
 
     Pairs are looked for on every call, so slices, insertions and later hooks keep their meaning.
@@ -104,20 +99,31 @@ class FusedSequential(nn.Sequential):
         return x
 
 
-class AbsorbedActivation(nn.Module):
+class FusedSequential(StandIn, PairedSequential):
+    """A Sequential that `fuse` has taken. Its slices run in pairs too, compiled or not."""
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        return PairedSequential(OrderedDict(list(self._modules.items())[index]))
+
+
+class AbsorbedActivation(StandIn):
     """An activation that the norm before it computes already: hands its input through.
 
     It acts itself as soon as that norm does not: once the norm is unfused, or hooked.
     """
 
+    notes = ("absorbed_by",)
+
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self.absorbed_by
         if isinstance(norm, FusedGroupNorm) and carried(norm) != "identity":
             return x
-        return self.__dict__[FUSED_FROM].forward(self, x)
+        return super().forward(x)  # the original's, which is the other base of a stand-in
 
     def extra_repr(self) -> str:
-        return self.__dict__[FUSED_FROM].__name__
+        return type(self).original.__name__
 
 
 def absorb(norm: FusedGroupNorm, activation: nn.Module) -> None:
@@ -191,7 +197,6 @@ def fused_op(
         or not 3 <= x.dim() <= 5
         or not serves(x)
         or x.layout is not torch.strided
-        or torch._C._are_functorch_transforms_active()
     ):
         return None
     weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape

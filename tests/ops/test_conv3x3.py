@@ -194,7 +194,7 @@ def test_serves():
 @pytest.mark.parametrize("batch", [1, 15, 16, 40])  # of 4 tiles each: few are torch's
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_module_is_a_conv2d(batch, grad):
-    ours = WinogradConv2d(16, 32).to(memory_format=torch.channels_last)
+    ours = WinogradConv2d(16, 32, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
     plain = nn.Conv2d(16, 32, 3, padding=1)
     plain.load_state_dict(ours.state_dict(), strict=True)
     x = lay(torch.randn(batch, 16, 8, 8), "channels_last")

@@ -1,0 +1,79 @@
+"""Classes that stand in for others: what `diffusion_ext.fuse` makes of a module's class.
+
+Other libraries look at a layer's type and build another one of it: adapters (peft's LoRA), torch.ao
+quantisation, whoever copies by class. So to all of them a stand-in is the class that it stands for:
+it is a subclass of it and has its name, it equals it where types are compared or looked up in a
+table, and to call it constructs the original, for a layer that others build is not ours.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+
+class _StandInType(type):
+    """The type of stand-ins; `original` is the class that one stands for."""
+
+    def __call__(cls, *args, **kwargs):
+        return cls.original(*args, **kwargs)
+
+    def __eq__(cls, other) -> bool:
+        return other is cls or other is cls.original
+
+    def __hash__(cls) -> int:
+        return hash(cls.original)
+
+
+class StandIn(nn.Module):
+    """A module whose class `swap_class` has changed, and nothing else of it.
+
+    Parameters, submodules, hooks and names stay the very same objects. `notes` names what `fuse`
+    writes down in an instance.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def _get_name(self) -> str:  # in a printed model
+        return type(self).fused.__name__
+
+    def __reduce_ex__(self, protocol):  # pickle and copy cannot find the class by its name
+        fused, original = type(self).fused, type(self).original
+        return _blank, (fused, original), *super().__reduce_ex__(max(protocol, 2))[2:]
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name == "qconfig" and value is not None:  # torch.ao will replace it, by its exact class
+            restore_class(self)
+
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script compiles a class's source
+        restore_class(self)
+        return self
+
+
+def swap_class(module: nn.Module, fused: type[StandIn]) -> None:
+    """Make module a `fused`, which stands for what it was."""
+    module.__class__ = _stand_in(fused, type(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give module the class that it had, where it was swapped."""
+    if isinstance(module, StandIn):
+        for note in module.notes:
+            module.__dict__.pop(note, None)
+        module.__class__ = type(module).original
+
+
+@functools.cache
+def _stand_in(fused: type[StandIn], original: type) -> _StandInType:
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return _StandInType(
+        original.__name__, (fused, original), names | {"fused": fused, "original": original}
+    )
+
+
+def _blank(fused: type[StandIn], original: type) -> nn.Module:
+    """A stand-in without any state, as unpickling and copying want it."""
+    cls = _stand_in(fused, original)
+    return cls.__new__(cls)
