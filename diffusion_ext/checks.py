@@ -76,6 +76,13 @@ def check_number(name: str, value) -> None:
         raise ValueError(f"{name}: wanted a finite number, got {value}")
 
 
+def check_eta(eta) -> None:
+    """eta is a number from 0 (deterministic) to 1 (DDPM's posterior variance)."""
+    check_number("eta", eta)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: wanted a number from 0 to 1, got {eta}")
+
+
 def check_schedule(schedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
@@ -107,7 +114,7 @@ def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
 
     Values in device memory are not read (that would stall the stream): there the kernel traps.
     """
-    if tensor.device.type != "cpu" or tensor.numel() == 0 or _hides_its_values(tensor):
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or hides_its_values(tensor):
         return
     if tensor.numel() <= 64:  # a list is cheaper than a reduction
         values = tensor.tolist()
@@ -119,7 +126,32 @@ def check_in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
 
 
-def _hides_its_values(tensor: Tensor) -> bool:
+def as_timestep(name: str, t, x: Tensor, low: int, high: int) -> int | Tensor:
+    """A timestep of samples x [B, *]: an int where the host has one for all of them, else int64 []
+    or [B] on x's device.
+
+    Args: t: an int of Python's or numpy's, or integers [] or [B] of any dtype, which are waited for
+        on no device but the CPU. low, high: between which it lies, as far as the host can tell.
+    """
+    if isinstance(t, np.ndarray):
+        t = torch.from_numpy(t) if t.ndim else t[()]
+    if not isinstance(t, Tensor):
+        if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
+            raise TypeError(f"{name}: wanted an int64 tensor or an int, got {type(t).__name__}")
+        if not low <= t <= high:
+            raise ValueError(f"{name}: wanted from {low} to {high}, got {t}")
+        return t if isinstance(t, int) else int(t)
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise TypeError(f"{name}: wanted dtype torch.int64, or other integers, got {t.dtype}")
+    if t.dim() and t.shape != x.shape[:1]:
+        raise ValueError(f"{name}: wanted shape [] or [{len(x)}], got {list(t.shape)}")
+    check_in_range(name, t, low, high)
+    if t.dim() == 0 and t.device.type == "cpu" and not hides_its_values(t):
+        return int(t)
+    return moved(t, x.device, torch.int64)
+
+
+def hides_its_values(tensor: Tensor) -> bool:
     """Whether it stands for values that a program, or a transform of torch.func, is yet to have."""
     return (
         torch.compiler.is_compiling()

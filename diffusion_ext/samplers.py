@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import grids
-from .checks import check_clip, check_number, check_schedule
+from .checks import check_clip, check_eta, check_schedule
 from .grids import SPACINGS, Grid, spaced_timesteps
 from .schedules import NoiseSchedule
 from .step_table import COLUMNS, StepTable
@@ -101,9 +101,7 @@ def ddim_between(
 
 
 def _ddim(grid: Grid, eta: float, clip: float | None, prediction: str) -> StepTable:
-    check_number("eta", eta)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: wanted a number from 0 to 1, got {eta}")
+    check_eta(eta)
     # Eq. 16 with ᾱ = signal².
     shrinking = 1 - (grid.signal / grid.next_signal) ** 2
     sigma = eta * grid.next_sigma / grid.sigma * np.sqrt(shrinking)

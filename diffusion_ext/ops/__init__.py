@@ -4,7 +4,8 @@ from .backend import current_backend, use_backend
 from .group_norm_act import group_norm_act
 from .perturb import perturb
 from .philox_normal import philox_normal
-from .sampler_step import ddim_step, ddpm_step, sampler_step
+from .sampler_step import sampler_step
+from .single_steps import ddim_step, ddpm_step
 
 __all__ = [
     "current_backend",

@@ -33,8 +33,8 @@ def group_norm_act(
         y = act((1 + scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift
 
     Args:
-        x: [N, C, *spatial], 3-D to 5-D. Contiguous and channels_last are read as they lie; any
-            other strides are copied first.
+        x: [N, C, *spatial]. Contiguous and channels_last are read as they lie; any other strides
+            are copied first.
         num_groups: G, which divides C. weight, bias: [C] or None. eps: added to the variance.
         act: "identity", "relu", "silu", "gelu" (erf) or "gelu_tanh".
         scale, shift, post_scale, post_shift, pre_shift: [N, C] or None, in any floating dtype:
@@ -49,6 +49,9 @@ def group_norm_act(
     """
     modulation = (scale, shift, post_scale, post_shift, pre_shift)
     _check(x, num_groups, weight, bias, eps, act, modulation)
+    if not 3 <= x.dim() <= 5:  # kernels know those
+        shape, x = x.shape, x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
+        return group_norm_act(x, num_groups, weight, bias, eps, act, *modulation).reshape(shape)
     args = (x, num_groups, weight, bias, eps, act, *modulation)
     if serves(x):
         return group_norm_act_unchecked(*args)
@@ -127,8 +130,8 @@ def _reference_gradients(ctx, dy, inputs, wanted):
 def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
     check_floating("x", x)
     shape = x.shape
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"x: wanted 3 to 5 dimensions [N, C, *spatial], got {list(shape)}")
+    if len(shape) < 2:
+        raise ValueError(f"x: wanted shape [N, C, *spatial], got {list(shape)}")
     batch, channels = shape[0], shape[1]
     if isinstance(num_groups, bool) or not isinstance(num_groups, int):
         raise TypeError(f"num_groups: wanted an int, got {type(num_groups).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_in_range, check_indices, check_like, check_sample, check_schedule
+from ..checks import as_timestep, check_like, check_sample, check_schedule
 from ..schedules import NoiseSchedule
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
@@ -17,7 +17,7 @@ NOISINGS = {"standard": "sigma", "course": "variance"}
 
 def perturb(
     x0: Tensor,
-    t: Tensor,
+    t: int | Tensor,
     schedule: NoiseSchedule,
     noise: Tensor | torch.Generator | None = None,
     seeds: int | Tensor | None = None,
@@ -28,7 +28,7 @@ def perturb(
 
     Args:
         x0: [B, *], clean samples; any floating dtype, memory format and strides.
-        t: int64 [B], from 0 to T.
+        t: from 0 to T: integers [B], or one for all samples.
         schedule: the noise schedule.
         noise: ε [B, *] in x0's dtype, or a torch.Generator to draw it from.
         seeds: int64 [B] or an int (sample b gets seeds + b): ε is made in the kernel, stream 2.
@@ -42,12 +42,14 @@ def perturb(
     """
     check_sample("x0", x0)
     check_schedule(schedule)
-    check_indices("t", t, x0.shape[0], x0.device)
-    check_in_range("t", t, 0, schedule.timesteps)
+    t = as_timestep("t", t, x0, 0, schedule.timesteps)
     if target not in TARGETS:
         raise ValueError(f"target: wanted one of {TARGETS}, got {target!r}")
     if noising not in NOISINGS:
         raise ValueError(f"noising: wanted one of {tuple(NOISINGS)}, got {noising!r}")
+    if not isinstance(t, Tensor):
+        t = torch.full(x0.shape[:1], t, device=x0.device)
+    t = t.expand(x0.shape[:1])
     noise, seeds = resolve_noise(x0, noise, seeds)
     if noise is not None:
         check_like("noise", noise, "x0", x0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +17,9 @@ from ..checks import (
     check_number,
     check_same_kind,
     check_sample,
-    check_schedule,
 )
-from ..schedules import NoiseSchedule
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
-from .noise import resolve_noise
 
 
 def sampler_step(
@@ -62,7 +56,7 @@ def sampler_step(
     check_number("guidance", guidance)
     tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, history)
     differentiable = (x, model_output, coefficients, noise, history)
-    out, x0 = _apply(tensors, (clip, guidance, return_x0), differentiable)
+    out, x0 = apply_row(tensors, (clip, guidance, return_x0), differentiable)
     return (out, x0) if return_x0 else out
 
 
@@ -70,7 +64,7 @@ def sampler_step(
 _REFUSALS = (RuntimeError, TypeError, AttributeError)
 
 
-def _apply(tensors: tuple, options: tuple, differentiable: tuple):
+def apply_row(tensors: tuple, options: tuple, differentiable: tuple):
     """(x', x0) of the op's arguments, its tensors and its options; which may ask for gradients.
 
     A kernel checks its arguments before it runs, so ours, which took as long as a small step, are
@@ -134,115 +128,6 @@ def _check_table(x, coefficients, timesteps, row) -> None:
     if row.dim() and row.shape != x.shape[:1]:
         raise ValueError(f"row: wanted shape [] or [{len(x)}], got {list(row.shape)}")
     check_in_range("row", row, 0, coefficients.shape[0] - 1)
-
-
-def ddpm_step(
-    x: Tensor,
-    model_output: Tensor,
-    t: int | Tensor,
-    schedule: NoiseSchedule,
-    noise: Tensor | torch.Generator | None = None,
-    seeds: int | Tensor | None = None,
-) -> Tensor:
-    """One step of ancestral sampling with an epsilon model, t to t-1 (Ho et al. 2020, alg. 2).
-
-    Args:
-        x: [B, *], the sample at t. model_output: [B, *], the predicted noise, in x's dtype.
-        t: an int from 1 to T, or int64 [] or [B] on x's device.
-        noise: z [B, *] or a torch.Generator; seeds: int64 [B] or an int, for z made in the kernel.
-            With neither, seeds are drawn from torch's default generator. None is needed at t = 1.
-
-    Returns: the sample at t-1, [B, *]. Raises: TypeError, ValueError.
-    """
-    check_sample("x", x)
-    check_schedule(schedule)
-    table = schedule.constant(_ddpm_tensors, x.device, x.dtype)
-    if isinstance(t, Tensor):
-        check_int64("t", t, x.device)
-        if t.dim() and t.shape != x.shape[:1]:
-            raise ValueError(f"t: wanted shape [] or [{len(x)}], got {list(t.shape)}")
-        check_in_range("t", t, 1, schedule.timesteps)
-        row, needs_noise = schedule.timesteps - t, True
-    else:
-        _check_timestep("t", t, 1, schedule.timesteps)
-        # Filled on the device: a tensor of a host's number would be copied, and waited for.
-        row = torch.full((), schedule.timesteps - int(t), dtype=torch.int64, device=x.device)
-        needs_noise = t > 1
-    return _step(x, model_output, table, row, noise, seeds, needs_noise)
-
-
-def ddim_step(
-    x: Tensor,
-    model_output: Tensor,
-    t: int,
-    t_prev: int,
-    schedule: NoiseSchedule,
-    eta: float = 0.0,
-    noise: Tensor | torch.Generator | None = None,
-    seeds: int | Tensor | None = None,
-) -> Tensor:
-    """One DDIM step with an epsilon model, t to t_prev (Song et al. 2021, eq. 12 and 16).
-
-    Args:
-        x: [B, *], the sample at t. model_output: [B, *], the predicted noise, in x's dtype.
-        t, t_prev: ints, 0 <= t_prev < t <= T.
-        eta: from 0 (deterministic, no noise) to 1. noise, seeds: as for `ddpm_step`.
-
-    Returns: the sample at t_prev, [B, *]. Raises: TypeError, ValueError.
-    """
-    check_sample("x", x)
-    check_schedule(schedule)
-    _check_timestep("t", t, 1, schedule.timesteps)
-    _check_timestep("t_prev", t_prev, 0, t - 1)
-    check_number("eta", eta)
-    numbers = _constant(t), _constant(t_prev), _constant(eta)
-    table = schedule.constant(_ddim_tensors, *numbers, x.device, x.dtype)
-    row = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _step(x, model_output, table, row, noise, seeds, eta > 0 and t_prev > 0)
-
-
-def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
-    """A step by a table (coefficients, timesteps) of our own and a row of it: x'.
-
-    The table is not asked for requires_grad, which torch.compile cannot read off a constant.
-    """
-    if needs_noise:
-        noise, seeds = resolve_noise(x, noise, seeds)
-    else:
-        noise = seeds = None
-    tensors = (x, model_output, *table, row, noise, seeds, None)
-    return _apply(tensors, (None, 1.0, False), (x, model_output, noise))[0]
-
-
-def _check_timestep(name: str, t, low: int, high: int) -> None:
-    if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
-        raise TypeError(f"{name}: wanted an int, got {type(t).__name__}")
-    if not low <= t <= high:
-        raise ValueError(f"{name}: wanted from {low} to {high}, got {t}")
-
-
-def _constant(number):
-    """number, which torch.compile makes a symbol where it changes; hashing it gives its value."""
-    (value,) = {number}
-    return value
-
-
-def _ddpm_tensors(schedule, device, dtype) -> tuple[Tensor, Tensor]:
-    return _ddpm_table(schedule).tensors(device, dtype)
-
-
-def _ddim_tensors(schedule, t, t_prev, eta, device, dtype) -> tuple[Tensor, Tensor]:
-    return _ddim_table(schedule, t, t_prev, eta).tensors(device, dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _ddpm_table(schedule: NoiseSchedule) -> samplers.StepTable:
-    return samplers.ddpm(schedule)
-
-
-@functools.lru_cache(maxsize=4096)  # a run revisits its (t, t_prev) pairs
-def _ddim_table(schedule, t: int, t_prev: int, eta: float) -> samplers.StepTable:
-    return samplers.ddim_between(schedule, np.array([t]), np.array([t_prev]), eta)
 
 
 @register_fake("sampler_step")

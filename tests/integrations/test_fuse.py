@@ -259,3 +259,19 @@ def test_what_is_not_a_module_is_refused():
         dx.fuse({})
     with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got list"):
         dx.unfuse([])
+
+
+@pytest.mark.parametrize("pair", [(nn.GroupNorm(4, 16),), (nn.GroupNorm(4, 16), nn.SiLU())])
+def test_norms_of_vectors(pair):
+    model = nn.Sequential(nn.Linear(8, 16), *pair)
+    x = torch.randn(5, 8)
+    expected = model(x)
+    assert len(dx.fuse(model).fused) == 1
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_group_of_one_value_is_refused_as_torch_refuses_it():
+    model = nn.Sequential(nn.GroupNorm(4, 4), nn.SiLU())
+    dx.fuse(model)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model(torch.randn(1, 4))

@@ -1,5 +1,6 @@
 """Bad input raises ValueError or TypeError that names the argument, before any kernel runs."""
 
+import numpy as np
 import pytest
 import torch
 from harness import KERNELS
@@ -28,6 +29,10 @@ def perturb(x=X, t=T, **options):
 
 def philox(seeds=0, shape=(2, 3), **options):
     return lambda: dx.philox_normal(seeds, shape, **options)
+
+
+def ddim(t, t_prev, **options):
+    return lambda: dx.ddim_step(X, X, t, t_prev, SCHEDULE, **options)
 
 
 BAD = [
@@ -59,7 +64,7 @@ BAD = [
     (step(row=3), TypeError, "row: wanted an int64 tensor, got int"),
     (step(coefficients=[1.0]), TypeError, "coefficients: wanted a tensor, got list"),
     (step(m=X.to("meta")), ValueError, "model_output: wanted a tensor on cpu, got one on meta"),
-    (norm(x=torch.zeros(2, 4)), ValueError, "x: wanted 3 to 5 dimensions"),
+    (norm(x=torch.zeros(4)), ValueError, r"x: wanted shape \[N, C, \*spatial\], got \[4\]"),
     (norm(x="x"), TypeError, "x: wanted a tensor, got str"),
     (norm(groups=3), ValueError, "num_groups: wanted a divisor of the 4 channels, got 3"),
     (norm(groups=0), ValueError, "num_groups: wanted a divisor"),
@@ -74,7 +79,7 @@ BAD = [
     (norm(weight=torch.zeros(4, device="meta")), ValueError, "weight: wanted a tensor on cpu"),
     (perturb(t=torch.tensor([1, 11])), ValueError, "t: wanted values from 0 to 10, got 1 to 11"),
     (perturb(t=torch.tensor([-1, 1])), ValueError, "t: wanted values from 0 to 10"),
-    (perturb(t=torch.tensor([1])), ValueError, r"t: wanted shape \[2\]"),
+    (perturb(t=torch.tensor([1])), ValueError, r"t: wanted shape \[\] or \[2\], got \[1\]"),
     (perturb(t=[1, 2]), TypeError, "t: wanted an int64 tensor"),
     (perturb(t=T.float()), TypeError, "t: wanted dtype torch.int64"),
     (perturb(target="x0"), ValueError, "target: wanted one of"),
@@ -97,6 +102,13 @@ BAD = [
     (lambda: dx.ddpm_step(X, X, 0, SCHEDULE), ValueError, "t: wanted from 1 to 10, got 0"),
     (lambda: dx.ddpm_step(X, X, 1.0, SCHEDULE), TypeError, "t: wanted an int"),
     (lambda: dx.ddpm_step(X, X, T + 5, SCHEDULE), ValueError, "t: wanted values from 1 to 10"),
+    (lambda: dx.ddpm_step(X, X, T > 1, SCHEDULE), TypeError, "t: wanted dtype torch.int64"),
+    (lambda: dx.ddpm_step(X, X, True, SCHEDULE), TypeError, "t: wanted an int64 tensor or an int"),
+    (ddim(T, T.clamp(max=9)), ValueError, "t_prev: wanted values below t's"),
+    (ddim(T, torch.tensor([0, -1])), ValueError, "t_prev: wanted values from 0 to 9"),
+    (ddim(np.array(3), 3), ValueError, "t_prev: wanted from 0 to 2, got 3"),
+    (ddim(T, 0, eta=2), ValueError, "eta: wanted a number from 0 to 1, got 2"),
+    (ddim(T, "0"), TypeError, "t_prev: wanted an int64 tensor or an int, got str"),
     (lambda: dx.ddpm_step(X, X, T[:1], SCHEDULE), ValueError, r"t: wanted shape \[\] or \[2\]"),
     (lambda: dx.ddpm_step(X, X[:1], 1, SCHEDULE), ValueError, "model_output: wanted x's shape"),
     (lambda: dx.ddpm_step(X, X, 5, SCHEDULE, noise=X[:1]), ValueError, "noise: wanted x's shape"),

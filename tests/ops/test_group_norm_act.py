@@ -265,3 +265,37 @@ def test_create_graph_of_inputs_that_depend_on_each_other(backend):
         return torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)[0]
 
     torch.testing.assert_close(penalised(True).detach(), penalised(False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 16), (1, 16), (0, 16), (2, 8, 2, 3, 2, 2)])
+def test_any_number_of_dimensions_as_torchs_group_norm(backend, dtype, shape):
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    scale = torch.randn(shape[:2])
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
+    y = dx.group_norm_act(x, 4, weight, bias, act="relu", scale=scale)
+    wide = x.detach().double().requires_grad_()
+    expected = F.group_norm(wide, 4, weight.double(), bias.double())
+    expected = F.relu(expected * (1 + scale.double().reshape(shape[:2] + (1,) * (len(shape) - 2))))
+    assert_close(y, expected)
+    dy = torch.randn(shape)
+    (dx_,) = torch.autograd.grad(y, x, dy.to(dtype))
+    (wanted,) = torch.autograd.grad(expected, wide, dy.to(dtype).double())
+    assert_close(dx_, wanted, factor=4)
+
+
+AMBIGUOUS = [(2, 16, 1, 1), (2, 4, 4, 1), (2, 4, 1, 4), (1, 4, 4, 4), (2, 1, 4, 4), (2, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", AMBIGUOUS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "one value"])
+def test_layouts_that_a_size_of_1_leaves_open(backend, shape, layout):
+    """Whatever the strides of a size of 1, or of an expanded one: torch's values and format."""
+    x = torch.randn(()).expand(shape) if layout == "one value" else lay(torch.randn(shape), layout)
+    groups = 1 if shape[1] == 1 else 2
+    y = dx.group_norm_act(x, groups, act="identity")
+    expected = F.group_norm(x.contiguous().double(), groups)
+    assert_close(y, expected)
+    for layout_ in (torch.contiguous_format, torch.channels_last):
+        if x.dim() == 4 and x.is_contiguous(memory_format=layout_):
+            assert y.is_contiguous(memory_format=layout_)
