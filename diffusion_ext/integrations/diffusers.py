@@ -6,7 +6,8 @@
 They are subclasses of diffusers' own, with the same arguments, configs, errors and, for the same
 torch.Generator, the same samples to the rounding of their dtype. A step is one kernel over the
 sample (two with thresholding) and waits for no device: the coefficients of every timestep are
-computed once per set_timesteps, in float64, and kept on the device in float32.
+computed once per set_timesteps, as diffusers computes them (exact_coefficients=True: in float64),
+and kept on the device.
 
 What a row of coefficients cannot say (a model output that has to be broadcast, bad input) goes to
 diffusers' own step. docs/drop-in.md lists where results differ from diffusers', and why.
@@ -26,10 +27,12 @@ try:
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 except ImportError as error:
-    raise ImportError("diffusers is missing: pip install 'diffusion_ext[diffusers]'") from error
+    raise ImportError(
+        "diffusers is missing, or has no such schedulers: pip install 'diffusion_ext[diffusers]'"
+    ) from error
 
 from ..ops import philox_normal, reference
-from .fused_scheduler import FusedScheduler, with_switches
+from .fused_scheduler import FusedScheduler, check_release, with_switches
 from .scheduler_rows import FINAL, UNKNOWN, ddim_rows, ddpm_rows, log_variances, next_in_run
 from .scheduler_run import Run
 
@@ -37,18 +40,23 @@ __all__ = ["DDIMScheduler", "DDPMScheduler"]
 
 LEARNED = ("learned", "learned_range")
 
+check_release(diffusers.__version__)
 
-@with_switches(diffusers.DDPMScheduler, noise="generator")
+
+@with_switches(diffusers.DDPMScheduler, noise="generator", exact_coefficients=False)
 class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
     """diffusers.DDPMScheduler (Ho et al. 2020) with the step, add_noise and get_velocity fused.
 
-    Args: diffusers' own, and noise: "generator" draws as diffusers does; "counter" makes the noise
-        in the kernel, from the seeds of `set_seeds`. A learned variance scales a noise tensor that
-        is made before the kernel either way.
+    Args: diffusers' own, and
+        noise: "generator" draws as diffusers does; "counter" makes the noise in the kernel, from
+            the seeds of `set_seeds`. A learned variance scales a noise tensor that is made before
+            the kernel either way.
+        exact_coefficients: compute the weights of a step in float64, rounded once, in place of
+            diffusers' float32, whose errors of up to 1e-4 a seed's images have in them.
     """
 
-    def __init__(self, *args, noise="generator", **kwargs):
-        super().__init__(*args, noise=noise, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
         """As diffusers': num_inference_steps evenly spaced timesteps, or those of a list."""
@@ -115,34 +123,41 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
         return same and (self.variance_type in LEARNED) == (predicted is not None)
 
     def _scaled(self, run, predicted, row, t, noise, seeds) -> Tensor:
-        """σ·z [B, C, *], float32: σ² is the model's, or lies between β̃ and β as it says."""
+        """σ·z [B, C, *], wide: σ² is the model's, or lies between β̃ and β as it says."""
         if noise is None and t is not None:
             noise = philox_normal(seeds, predicted.shape, t + 1, stream=1, device=row.device)
         elif noise is None:  # the reference takes a step that only the device knows
             step = run.steps(row.device).index_select(0, row.reshape(1)).squeeze(0)
             noise = reference.philox_normal(seeds, predicted.shape, step, 1, torch.float32)
-        predicted = predicted.float()
+        wide = torch.promote_types(predicted.dtype, torch.float32)
+        predicted, noise = predicted.to(wide), noise.to(wide)
         if self.variance_type == "learned":
-            return predicted.sqrt() * noise.float()
+            return predicted.sqrt() * noise
         logs = run.tensor(
             "logs", row.device, torch.float32, lambda: log_variances(run.alpha_bar, run.previous)
         )
         low, high = logs.index_select(0, row.reshape(1)).squeeze(0)
-        # Nichol & Dhariwal 2021, eq. 15.
-        return torch.exp(0.5 * (low + 0.5 * (predicted + 1) * (high - low))) * noise.float()
+        share = (predicted + 1) / 2  # Nichol & Dhariwal 2021, eq. 15
+        return torch.exp(0.5 * (share * high + (1 - share) * low)) * noise
 
 
-@with_switches(diffusers.DDIMScheduler, noise="generator", exact_previous_timestep=False)
+@with_switches(
+    diffusers.DDIMScheduler,
+    noise="generator",
+    exact_coefficients=False,
+    exact_previous_timestep=False,
+)
 class DDIMScheduler(FusedScheduler, diffusers.DDIMScheduler):
     """diffusers.DDIMScheduler (Song et al. 2021) with the step, add_noise and get_velocity fused.
 
-    Args: diffusers' own; noise, as in DDPMScheduler; exact_previous_timestep: a step leads to the
-        next of `timesteps`. diffusers, and the default, take t - T//n, which is another one where
-        n does not divide T and with the spacing "linspace".
+    Args: diffusers' own; noise and exact_coefficients, as in DDPMScheduler;
+        exact_previous_timestep: a step leads to the next of `timesteps`. diffusers, and the
+        default, take t - T//n, which is another one where n does not divide T and with the spacing
+        "linspace".
     """
 
-    def __init__(self, *args, noise="generator", exact_previous_timestep=False, **kwargs):
-        super().__init__(*args, noise=noise, **kwargs)
+    def __init__(self, *args, exact_previous_timestep=False, **kwargs):
+        super().__init__(*args, **kwargs)
         self._switch(exact_previous_timestep=bool(exact_previous_timestep))
 
     def set_timesteps(self, num_inference_steps, device=None):

@@ -14,9 +14,10 @@ from ..checks import FLOATING, as_seeds
 from ..ops import sampler_step
 from ..ops.perturb import perturb_by_table
 from ..samplers import COLUMNS
-from .scheduler_rows import PREDICTIONS
+from .scheduler_rows import PREDICTIONS, root
 from .scheduler_run import Run
 
+OLDEST = (0, 32)  # of diffusers' releases; tests/integrations/test_oldest_diffusers.py runs it
 NOISES = ("generator", "counter")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 A0, AH = COLUMNS.index("a0"), COLUMNS.index("ah")
@@ -29,11 +30,11 @@ class FusedScheduler:
     _previous(timesteps [n]) -> int64 [T]; _weights(run, *options) -> float64 [T, 7].
     """
 
-    def __init__(self, *args, noise: str = "generator", **kwargs):
+    def __init__(self, *args, noise="generator", exact_coefficients=False, **kwargs):
         if noise not in NOISES:
             raise ValueError(f"noise: wanted one of {NOISES}, got {noise!r}")
         super().__init__(*args, **kwargs)
-        self._switch(noise=noise)
+        self._switch(noise=noise, exact_coefficients=bool(exact_coefficients))
         self._seeds = self._run = None
 
     def _switch(self, **switches) -> None:
@@ -92,11 +93,13 @@ class FusedScheduler:
             return None
         dtype = torch.promote_types(x.dtype, noise.dtype)
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # diffusers takes the roots in float64 for float64 samples, and for those alone.
+        alpha_bar = run.alpha_bar.astype(np.float64) if dtype == torch.float64 else run.alpha_bar
         signal, sigma = (
             run.tensor(name, x.device, table_dtype, values)
             for name, values in (
-                ("signal", lambda: np.sqrt(run.alpha_bar)),
-                ("sigma", lambda: np.sqrt(1 - run.alpha_bar)),
+                ("signal", lambda: root(alpha_bar)),
+                ("sigma", lambda: root(1 - alpha_bar)),
             )
         )
         t = timesteps.to(x.device, torch.int64).flatten().expand(batch).contiguous()
@@ -110,14 +113,19 @@ class FusedScheduler:
         host = self.timesteps[self.timesteps >= 0]
         self.timesteps = host.to(device)
         timesteps = host.numpy().copy()
-        self._run = Run(self._held(), timesteps, self._previous(timesteps))
+        self._run = self._new_run(timesteps)
 
     def _current_run(self) -> Run:
-        held = self._held()
-        if self._run is None or not self._run.holds(held):
-            timesteps = self.timesteps.cpu().numpy().copy()
-            self._run = Run(held, timesteps, self._previous(timesteps))
+        if self._run is None or not self._run.holds(self._all_held()):
+            self._run = self._new_run(self.timesteps.cpu().numpy().copy())
         return self._run
+
+    def _new_run(self, timesteps: np.ndarray) -> Run:
+        previous = self._previous(timesteps)
+        return Run(self._all_held(), timesteps, previous, self.exact_coefficients)
+
+    def _all_held(self) -> tuple:
+        return *self._held(), self.exact_coefficients
 
     def _clipped(self) -> bool:
         return bool(self.config.thresholding or self.config.clip_sample)
@@ -182,13 +190,28 @@ class FusedScheduler:
         return rows
 
 
+def check_release(version: str) -> None:
+    """Raises: ImportError for a release of diffusers older than OLDEST."""
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"diffusers {version} is older than {oldest}, the oldest that these schedulers are "
+            f"tested with: pip install 'diffusers>={oldest}'"
+        )
+
+
 def with_switches(parent: type, **switches):
     """Decorates a scheduler: its constructor takes the parent's arguments, then our switches.
 
     A config knows the arguments of a class by this signature.
+
+    Raises: ImportError where a method that we replace has other arguments in this diffusers.
     """
 
     def decorate(scheduler: type) -> type:
+        for name in ("step", "set_timesteps", "add_noise", "get_velocity"):
+            _check_arguments(getattr(parent, name), getattr(scheduler, name), parent)
         theirs = inspect.signature(parent.__init__).parameters.values()
         ours = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
@@ -198,6 +221,15 @@ def with_switches(parent: type, **switches):
         return scheduler
 
     return decorate
+
+
+def _check_arguments(theirs, ours, parent: type) -> None:
+    wanted, known = (list(inspect.signature(f).parameters) for f in (theirs, ours))
+    if wanted != known:
+        raise ImportError(
+            f"this release of diffusers has {parent.__name__}.{theirs.__name__}{tuple(wanted)}, "
+            f"diffusion_ext knows {tuple(known)}: install another release of one of them"
+        )
 
 
 def _alike(a, b) -> bool:

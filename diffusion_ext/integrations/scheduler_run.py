@@ -19,14 +19,17 @@ class Run:
 
     Attributes:
         timesteps: int64 [n], the host's copy of the scheduler's.
-        alpha_bar: float64 [T], the scheduler's alphas_cumprod.
+        alpha_bar: [T], the scheduler's alphas_cumprod, of the dtype to compute with: float64 for
+            exact coefficients, else float32 as the scheduler's own are.
         previous: int64 [T], where the step from each timestep leads (see scheduler_rows).
     """
 
-    def __init__(self, held: tuple, timesteps: np.ndarray, previous: np.ndarray):
+    def __init__(self, held: tuple, timesteps: np.ndarray, previous: np.ndarray, exact: bool):
         self._held, self._versions = held, _versions(held)
         self.timesteps = timesteps
-        self.alpha_bar = held[1].detach().double().cpu().numpy()
+        alpha_bar = held[1].detach().cpu()
+        own = torch.promote_types(alpha_bar.dtype, torch.float32)
+        self.alpha_bar = alpha_bar.to(torch.float64 if exact else own).numpy()
         self.previous = previous
         self._tensors: dict = {}
 

@@ -70,19 +70,24 @@ def test_the_last_of_the_noise_is_not_nan():
         timestep_spacing="trailing",
         prediction_type="v_prediction",
     )
+    right = ours.DDIMScheduler.from_config(us.config, exact_coefficients=True)
     m, x, z = noise(), noise(), noise()
     # √(1 - ᾱ_{t-1} - σ²) is 0 at ᾱ_t = 0, eta = 1. In float32 it is 0, 3e-4 or NaN, which depends
     # on the number of steps and on the processor.
     for steps in range(1, 40):
-        them.set_timesteps(steps), us.set_timesteps(steps)
-        result = us.step(m, us.timesteps[0], x, eta=1.0, variance_noise=z).prev_sample
+        for scheduler in (them, us, right):
+            scheduler.set_timesteps(steps)
+        default, result, other = (
+            s.step(m, them.timesteps[0], x, eta=1.0, variance_noise=z).prev_sample
+            for s in (us, right, them)
+        )
         previous = 999 - 1000 // steps
         signal = (us.alphas_cumprod[previous] if previous >= 0 else us.final_alpha_cumprod).double()
         x0 = -m.double().clamp(-1, 1)
         exact = signal**0.5 * x0 + (1 - signal) ** 0.5 * z.double()
         torch.testing.assert_close(result.double(), exact, atol=2e-5, rtol=0)
-        other = them.step(m, them.timesteps[0], x, eta=1.0, variance_noise=z).prev_sample
-        assert other.isnan().all() or torch.allclose(other, result, atol=2e-3)
+        assert torch.allclose(default, result, atol=2e-3)  # diffusers' 3e-4, but never its NaN
+        assert other.isnan().all() or torch.allclose(other, default, atol=1e-5)
     spoilt = them.step(m, 600, x, eta=1.7).prev_sample
     assert torch.equal(us.step(m, 600, x, eta=1.7).prev_sample.isnan(), spoilt.isnan())
 
@@ -116,7 +121,8 @@ def test_the_previous_timestep():
     """t - T//n is reproduced, and by the switch corrected: each step leads to the next one's t."""
     config = {"timestep_spacing": "trailing", "clip_sample": False}
     them, us = pair("DDIMScheduler", **config)
-    exact = ours.DDIMScheduler.from_config(us.config, exact_previous_timestep=True)
+    switches = {"exact_previous_timestep": True, "exact_coefficients": True}
+    exact = ours.DDIMScheduler.from_config(us.config, **switches)
     x0, z = noise().double(), noise().double()
     for steps in (30, 50):
         missed = 0.0
@@ -135,12 +141,14 @@ def test_the_previous_timestep():
         exact.step(z, 998, x)
 
 
-def test_the_float32_difference_that_is_left():
-    """1 - ᾱ_t/ᾱ_{t-1} in float32 has lost figures: diffusers' weights of x and x0 miss the mean."""
+def test_exact_coefficients():
+    """1 - ᾱ_t/ᾱ_{t-1} in float32 has lost figures: diffusers' weights of x and x0 miss the mean,
+    and ours as far, until they are asked to be exact."""
     them, us = pair("DDPMScheduler", clip_sample=False, prediction_type="sample")
+    right = ours.DDPMScheduler.from_config(us.config, exact_coefficients=True)
     x0 = torch.ones(1, 1, 1, 1)
     errors = []
-    for scheduler in (them, us):
+    for scheduler in (them, us, right):
         alpha_bar = them.alphas_cumprod.double().sqrt()
         worst = 0.0
         for t in range(1, 20):
@@ -149,8 +157,10 @@ def test_the_float32_difference_that_is_left():
             z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
             worst = max(worst, float((got - sigma * z - alpha_bar[t - 1]).abs().max()))
         errors.append(worst)
-    assert errors[1] < 5e-6
+    assert errors[2] < 5e-6
     assert 1e-5 < errors[0] < 2e-4
+    assert abs(errors[1] - errors[0]) < 1e-6
+    assert ours.DDPMScheduler.from_config(right.config).exact_coefficients
 
 
 def test_counter_noise_is_that_of_sample():

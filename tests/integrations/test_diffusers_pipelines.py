@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,9 +37,11 @@ def run(pipe, scheduler, **arguments):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(2)
     images = [
-        pipe(batch_size=2, generator=generator, output_type="pt", **arguments)[0] for _ in range(2)
+        pipe(batch_size=2, generator=generator, output_type="np", **arguments)[0] for _ in range(2)
     ]
-    return torch.cat(images)  # the second run goes on with the generator of the first
+    return torch.from_numpy(
+        np.concatenate(images)
+    )  # the second run goes on with the generator of the first
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -286,3 +286,41 @@ def test_errors_of_settings():
             scheduler.step(m, 100, x, eta=1.0, generator=generators(0), variance_noise=m)
     with pytest.raises(ValueError, match="noise: wanted"):
         ours.DDPMScheduler(noise="none")
+
+
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("kind", [*VARIANCES, 0.0, 0.6, 1.0])
+def test_coefficients_are_diffusers_own(prediction, clip, kind):
+    """In float64 samples, where nothing else rounds, the steps agree to 1e-12: the float32 weights
+    in them are the same numbers. (A weight one unit off in its last place would show as 6e-8.)"""
+    config = {"prediction_type": prediction, "clip_sample": clip, "timestep_spacing": "trailing"}
+    generator = torch.Generator().manual_seed(5)
+    x, m, z = torch.randn(3, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    if isinstance(kind, str):
+        them, us = pair("DDPMScheduler", {"variance_type": kind, **config})
+        m = torch.cat([m, z.tanh().abs()], 1) if kind.startswith("learned") else m
+        options = [{"generator": torch.Generator().manual_seed(6)} for _ in range(2)]
+    else:
+        them, us = pair("DDIMScheduler", config)
+        options = [{"eta": kind, "variance_noise": z if kind else None}] * 2
+    for steps in (1000, 7):
+        them.set_timesteps(steps), us.set_timesteps(steps)
+        for t in them.timesteps[:: max(1, steps // 60)]:
+            want, got = (s.step(m, t, x, **o) for s, o in zip((them, us), options, strict=True))
+            for a, b in zip(got.values(), want.values(), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noising_has_diffusers_own_coefficients(name, dtype):
+    them, us = pair(name, {})
+    x, z = torch.zeros(1000, 1, dtype=dtype), torch.ones(1000, 1, dtype=dtype)
+    t = torch.arange(1000)
+    for a, b in ((x, z), (z, x)):
+        assert torch.equal(us.add_noise(a, b, t), them.add_noise(a, b, t))
+        assert torch.equal(us.get_velocity(a, b, t), them.get_velocity(a, b, t))
