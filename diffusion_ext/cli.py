@@ -48,6 +48,13 @@ class Train:
     """an .npy of labels or context vectors for an .npy of images"""
     layout: Literal["auto", "NHWC", "NCHW"] = "auto"
     """the order of an array's axes"""
+    value_range: Annotated[str, tyro.conf.arg(name="range")] = "auto"
+    """black and white of an array's numbers, or of pictures of numbers (16 bits, floats): "0,1",
+    "-1,1", "0,255" or any "LOW,HIGH"; auto takes what the values tell, and says so"""
+    background: str = "white"
+    """colour that a folder's transparent pixels are laid over"""
+    skip_unreadable: bool = False
+    """leave out a folder's files that cannot be read, and name them"""
     n_feat: int = 64
     """channels of the network's first level, a multiple of 8"""
     norm: Literal["batch", "group"] = "group"
@@ -65,7 +72,12 @@ class Train:
     """torch device; auto is CUDA where there is one"""
 
     def run(self) -> None:
-        data = load_data(self.data, self.size, self.labels, self.layout)
+        data = load_data(
+            self.data, self.size, self.labels, self.layout,
+            self.value_range, self.background, self.skip_unreadable,
+        )  # fmt: skip
+        for note in data.notes:
+            print(note)
         _, channels, height, _ = data.images.shape
         torch.manual_seed(self.training.seed)  # of the initial weights
         model = ContextUnet(channels, self.n_feat, data.contexts.shape[1], height, norm=self.norm)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from .image_files import PictureReader
+from .value_range import described, parse_range, recognised_range, to_unit_range
 
 LAYOUTS = ("auto", "NHWC", "NCHW")
 MAX_CHANNELS = 4  # tells the channel axis from the others where the layout is not declared
@@ -25,6 +28,7 @@ class ImageData:
             without context, which get zeros [N, 1].
         class_names: a name for each label or context feature; default their numbers, or none
             where there is no context.
+        notes: lines for people to read, of what the files were taken for.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -33,6 +37,7 @@ class ImageData:
     images: Tensor
     contexts: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.images = _checked_images(self.images)
@@ -57,10 +62,14 @@ def load_data(
     size: int = 32,
     labels: str | Path | None = None,
     layout: str = "auto",
+    value_range: str = "auto",
+    background: str = "white",
+    skip_unreadable: bool = False,
 ) -> ImageData:
     """Loads "digits", a folder of images or an .npy/.npz array, whichever `source` names.
 
-    Args: size is for a folder, labels and layout for an array; see the functions below.
+    Args: size, background and skip_unreadable are for a folder, labels and layout for an array; see
+        the functions below.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -68,9 +77,9 @@ def load_data(
     if str(source) == "digits":
         return load_digits()
     if path.is_dir():
-        return load_image_folder(path, size)
+        return load_image_folder(path, size, value_range, background, skip_unreadable)
     if path.suffix in (".npy", ".npz"):
-        return load_image_array(path, labels, layout)
+        return load_image_array(path, labels, layout, value_range)
     if not path.exists():
         raise FileNotFoundError(f"data: no file or folder {path}")
     raise ValueError(f'data: wanted "digits", a folder, .npy or .npz, got {path}')
@@ -89,11 +98,20 @@ def load_digits() -> ImageData:
     return ImageData(images, torch.from_numpy(labels))
 
 
-def load_image_folder(folder: str | Path, size: int) -> ImageData:
+def load_image_folder(
+    folder: str | Path,
+    size: int,
+    value_range: str = "auto",
+    background: str = "white",
+    skip_unreadable: bool = False,
+) -> ImageData:
     """Every image in a folder, cropped to its central square and resized to size x size.
 
     Sub-folders are classes, in alphabetical order; without any, the images have no context.
-    The images become grey where all of them are, RGB otherwise.
+    The images become grey where all of them are, RGB otherwise; of an animation it is the first
+    frame.
+
+    Args: value_range, background and skip_unreadable: see PictureReader.
 
     Raises: ValueError for a folder without images, images beside class folders, or an image
     that cannot be read.
@@ -102,39 +120,53 @@ def load_image_folder(folder: str | Path, size: int) -> ImageData:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if classes and _image_files(folder):
         raise ValueError(f"data: {folder} has images beside its class folders; move them into one")
-    files = [_image_files(c) for c in classes] or [_image_files(folder)]
-    for place, found in zip(classes or [folder], files, strict=True):
-        if not found:
-            raise ValueError(f"data: no images in {place}")
-    pictures = [_read_image(file, size) for found in files for file in found]
-    mode = "L" if all(p.mode in ("1", "L") for p in pictures) else "RGB"
-    pixels = np.stack([np.asarray(p.convert(mode)).reshape(size, size, -1) for p in pictures])
-    images = torch.from_numpy(_to_unit_range(pixels)).permute(0, 3, 1, 2)
+    reader = PictureReader(size, background, value_range, skip_unreadable)
+    places = classes or [folder]
+    pixels, read = reader.read([file for place in places for file in _image_files(place)])
+    counts = [sum(file.parent == place for file in read) for place in places]
+    for place, count in zip(places, counts, strict=True):
+        if not count:
+            raise ValueError("\n".join([f"data: no images in {place}", *reader.notes]))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     if not classes:
-        return ImageData(images)
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(f) for f in files]))
-    return ImageData(images, labels, tuple(c.name for c in classes))
+        return ImageData(images, notes=reader.notes)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return ImageData(images, labels, tuple(c.name for c in classes), reader.notes)
 
 
 def load_image_array(
-    path: str | Path, labels: str | Path | None = None, layout: str = "auto"
+    path: str | Path,
+    labels: str | Path | None = None,
+    layout: str = "auto",
+    value_range: str = "auto",
 ) -> ImageData:
     """Images from an .npy array, or from `images` (and `labels`, where there) of an .npz.
 
     Args:
-        path: array [N, S, S], [N, S, S, C] or [N, C, S, S]; uint8, or floats in [-1, 1].
+        path: array [N, S, S], [N, S, S, C] or [N, C, S, S] of numbers.
         labels: an .npy of int [N] labels, or [N, n_cfeat] contexts.
         layout: "NHWC", "NCHW", or "auto": whichever the shape allows, an error where it
             allows both.
+        value_range: "LOW,HIGH", black and white; "auto": see `recognised_range`.
 
-    Raises: FileNotFoundError; ValueError for what is not such an array.
+    Raises: FileNotFoundError; ValueError for what is not such an array, and where its values do not
+    tell their range.
     """
     pixels, contexts = _read_arrays(Path(path))
     if labels is not None:
         contexts = _read_arrays(Path(labels))[0]
     pixels = _to_nchw(pixels, layout)
-    images = torch.from_numpy(_to_unit_range(pixels))
-    return ImageData(images, None if contexts is None else torch.from_numpy(contexts))
+    if pixels.dtype != np.bool_ and not np.issubdtype(pixels.dtype, np.number):
+        raise ValueError(f"data: wanted numbers, got an array of {pixels.dtype}")
+    if np.iscomplexobj(pixels):
+        raise ValueError(f"data: wanted real numbers, got {pixels.dtype}")
+    if contexts is not None:
+        contexts = _checked_contexts(torch.from_numpy(contexts), len(pixels), 0)
+    if not pixels.size:
+        return ImageData(torch.from_numpy(pixels), contexts)  # its error
+    limits = parse_range(value_range) or recognised_range(pixels)
+    images = torch.from_numpy(to_unit_range(pixels, *limits))
+    return ImageData(images, contexts, notes=(described(pixels, *limits),))
 
 
 def _checked_images(images: Tensor) -> Tensor:
@@ -164,17 +196,6 @@ def _checked_contexts(contexts: Tensor, count: int, classes: int) -> Tensor:
 def _image_files(folder: Path) -> list[Path]:
     suffixes = Image.registered_extensions()
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in suffixes)
-
-
-def _read_image(file: Path, size: int) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode not in ("1", "L"):
-                upright = upright.convert("RGB")
-            return ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"data: cannot read the image {file}: {error}") from error
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -211,12 +232,3 @@ def _to_nchw(pixels: np.ndarray, layout: str) -> np.ndarray:
         raise ValueError(f"data: the shape {pixels.shape} does not tell its layout; declare it")
     nhwc = "NHWC" in (layout, *possible) and layout != "NCHW"
     return np.moveaxis(pixels, 3, 1) if nhwc else pixels
-
-
-def _to_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 -1..1; floats stay as they are."""
-    if pixels.dtype == np.uint8:
-        return pixels.astype(np.float32) / 127.5 - 1
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise ValueError(f"data: wanted uint8, or floats in [-1, 1], got {pixels.dtype}")
-    return pixels.astype(np.float32)
