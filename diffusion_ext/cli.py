@@ -1,4 +1,4 @@
-"""The command line: diffusion-ext demo | train | sample | info.
+"""The command line: diffusion-ext demo | train | sample | export | info.
 
 Each command is a dataclass whose fields are its options.
 """
@@ -25,7 +25,15 @@ from .recognition import recognise_digits
 from .samplers import StepTable, ddim, ddpm
 from .sampling import SampleResult, sample
 from .schedules import NoiseSchedule
-from .training import CHECKPOINT_NAME, Trainer, TrainingConfig, load_checkpoint, load_data
+from .training import (
+    CHECKPOINT_NAME,
+    StateDictOptions,
+    Trainer,
+    TrainingConfig,
+    load_data,
+    load_trained,
+    save_state_dict,
+)
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 UNLABELLED_COLUMNS = 10
@@ -63,6 +71,13 @@ class Train:
     """noise schedule"""
     timesteps: int = 500
     """noising steps T"""
+    shortcut: Literal["scaled", "zero", "random"] = "scaled"
+    """the first block's shortcut; zero or random fine-tune the course's networks"""
+    pool_window: int | None = None
+    """side of the average pooling; default the whole map, the course's networks have 4"""
+    init_from: Path | None = None
+    """start from the weights of a checkpoint, or of a state dict (.pth, .pt, .safetensors), whose
+    sizes and norm the network then has"""
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(
         default_factory=TrainingConfig
     )
@@ -80,7 +95,7 @@ class Train:
             print(note)
         _, channels, height, _ = data.images.shape
         torch.manual_seed(self.training.seed)  # of the initial weights
-        model = ContextUnet(channels, self.n_feat, data.contexts.shape[1], height, norm=self.norm)
+        model = self._model(channels, data.contexts.shape[1], height)
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
         device = _device(self.device)
         trainer = Trainer(model, schedule, data, self.out, self.training, device)
@@ -93,13 +108,22 @@ class Train:
         except ImportError as error:
             print(error)
 
+    def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:
+        quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
+        if self.init_from is None:
+            return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
+        model = load_trained(_file(self.init_from), StateDictOptions(**quirks)).model
+        print(f"weights     {self.init_from}")
+        return model
+
 
 @dataclass(frozen=True)
 class Sample:
     """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
 
     checkpoint: Path = Path("runs/digits")
-    """a checkpoint, or the folder of one"""
+    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
+    such as the course's, whose classes are numbered"""
     out: Path | None = None
     """folder for the pictures; default the checkpoint's"""
     per_class: int = 10
@@ -118,6 +142,9 @@ class Sample:
     """of the first sample; the others count up from it"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
+    state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
+        default_factory=StateDictOptions
+    )
 
     def run(self) -> None:
         self.draw()
@@ -126,13 +153,13 @@ class Sample:
         """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
         if self.per_class < 1:
             raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
-        path = self.checkpoint / CHECKPOINT_NAME if self.checkpoint.is_dir() else self.checkpoint
-        checkpoint = load_checkpoint(path)
-        model = checkpoint.build_model().to(_device(self.device), memory_format=torch.channels_last)
-        names = checkpoint.class_names
+        path = _file(self.checkpoint)
+        trained = load_trained(path, self.state_dict)
+        model = trained.model.to(_device(self.device), memory_format=torch.channels_last)
+        names = trained.class_names
         count = self.per_class * max(len(names), 1)
         labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
-        table = self._table(checkpoint.schedule)
+        table = self._table(trained.schedule)
         result = sample(
             model,
             (count, model.in_channels, model.height, model.height),
@@ -174,6 +201,22 @@ class Sample:
             frames, columns = by_class.transpose(1, 2).flatten(1, 2), len(names)
         save_denoising_animation(path, frames, timesteps, columns, names)
         print(f"denoising   {path}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint's averaged weights as a state dict alone, for other code."""
+
+    checkpoint: Path = Path("runs/digits")
+    """a checkpoint, or the folder of one"""
+    out: Path = Path("model.pth")
+    """a .pth, .pt or .safetensors file; the course's notebook loads what --norm batch trained"""
+
+    def run(self) -> None:
+        model = load_trained(_file(self.checkpoint)).model
+        save_state_dict(model, self.out)
+        options = ", ".join(f"{name}={value!r}" for name, value in model.configuration.items())
+        print(f"state dict  {self.out}, of ContextUnet({options})")
 
 
 @dataclass(frozen=True)
@@ -230,6 +273,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -245,6 +289,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print("diffusion-ext: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
     return 0
+
+
+def _file(checkpoint: Path) -> Path:
+    """The file of a checkpoint that may be named by its folder."""
+    return checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
 
 
 def _device(name: str) -> torch.device:

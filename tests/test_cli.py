@@ -12,7 +12,12 @@ from PIL import Image
 
 from diffusion_ext import cli
 from diffusion_ext.recognition import recognise_digits
-from diffusion_ext.training import load_checkpoint, load_digits
+from diffusion_ext.training import (
+    StateDictOptions,
+    TrainingConfig,
+    load_checkpoint,
+    load_digits,
+)
 
 TINY = ["--n-feat", "8", "--timesteps", "10", "--epochs", "2", "--batch-size", "8"]
 
@@ -56,11 +61,12 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_help_shows_every_default(capsys):
-    nested = len(fields(cli.TrainingConfig)) - 1
+    nested, of_state_dicts = (len(fields(c)) - 1 for c in (TrainingConfig, StateDictOptions))
     for config, options in (
         (cli.Demo, len(fields(cli.Demo))),
         (cli.Train, len(fields(cli.Train)) + nested),
-        (cli.Sample, len(fields(cli.Sample))),
+        (cli.Sample, len(fields(cli.Sample)) + of_state_dicts),
+        (cli.Export, len(fields(cli.Export))),
     ):
         text = help_of(capsys, config.__name__.lower())
         assert text.count("(default:") == options

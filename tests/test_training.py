@@ -110,7 +110,8 @@ def test_every_draw(tmp_path, monkeypatch):
     """Seeds are used once, times lie in 1..T, each image comes once an epoch, contexts drop."""
     seen = {"seeds": [], "t": [], "images": [], "kept": [], "time": []}
 
-    def recording(x0, t, schedule, seeds):
+    def recording(x0, t, schedule, seeds, noising):
+        assert noising == "standard"
         seen["seeds"] += seeds.tolist()
         seen["t"] += t.tolist()
         seen["images"] += x0[:, 0, 0, 0].tolist()

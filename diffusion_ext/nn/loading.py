@@ -25,7 +25,7 @@ def load_context_unet(path: str | Path, **options) -> ContextUnet:
             unpickled.
         options: of ContextUnet, where the file comes from code with quirks of its own. For the
             course's checkpoints: pool_window=4, shortcut="random" or "zero". Perturb its training
-            data with noising="course".
+            data with noising="course". The norm is told by the file too.
 
     Returns: ContextUnet on the CPU, in evaluation mode. Raises: FileNotFoundError; ValueError for a
     file that does not hold a ContextUnet's state dict; pickle.UnpicklingError for one that holds
@@ -45,7 +45,9 @@ def load_context_unet(path: str | Path, **options) -> ContextUnet:
         for size, meaning in zip(state[name].shape, meanings, strict=False):
             sizes[meaning] = size
     arguments = {name: sizes[name] for name in ("in_channels", "n_feat", "n_cfeat")}
-    model = ContextUnet(**arguments, height=4 * sizes["bottom"], **options)
+    norm = "batch" if "init_conv.conv1.1.running_mean" in state else "group"
+    arguments |= {"height": 4 * sizes["bottom"], "norm": norm}
+    model = ContextUnet(**arguments | options)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

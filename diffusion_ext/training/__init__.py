@@ -3,6 +3,7 @@
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from .data import ImageData, load_data, load_digits, load_image_array, load_image_folder
 from .ema import ExponentialMovingAverage
+from .state_dicts import StateDictOptions, TrainedModel, load_trained, save_state_dict
 from .trainer import CHECKPOINT_NAME, Trainer, TrainingConfig
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Checkpoint",
     "ExponentialMovingAverage",
     "ImageData",
+    "StateDictOptions",
+    "TrainedModel",
     "Trainer",
     "TrainingConfig",
     "load_checkpoint",
@@ -17,5 +20,7 @@ __all__ = [
     "load_digits",
     "load_image_array",
     "load_image_folder",
+    "load_trained",
     "save_checkpoint",
+    "save_state_dict",
 ]

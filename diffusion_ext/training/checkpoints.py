@@ -71,9 +71,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         for name, value in vars(checkpoint).items()
         if name not in (*TENSOR_GROUPS, "schedule")
     }
+    write_whole(path, save(tensors, metadata={METADATA_KEY: json.dumps(rest)}))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes or replaces a file so that a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(save(tensors, metadata={METADATA_KEY: json.dumps(rest)}))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())  # the content reaches the disk before the name does
     os.replace(temporary, path)

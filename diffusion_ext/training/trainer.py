@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..nn.context_unet import ContextUnet
 from ..ops import perturb
+from ..ops.perturb import NOISINGS
 from ..schedules import NoiseSchedule
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from .data import ImageData
@@ -42,6 +44,8 @@ class TrainingConfig:
     """epochs between checkpoints; the last epoch always writes one"""
     seed: int = 0
     """of the noise, the times, the order and the context dropout"""
+    noising: Literal["standard", "course"] = "standard"
+    """how images are noised; course: without the root of the noise's variance, as its notebook"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_every"):
@@ -51,6 +55,8 @@ class TrainingConfig:
             raise ValueError(f"learning_rate: wanted more than 0, got {self.learning_rate}")
         if not 0 <= self.context_keep <= 1:
             raise ValueError(f"context_keep: wanted a probability, got {self.context_keep}")
+        if self.noising not in NOISINGS:
+            raise ValueError(f"noising: wanted one of {tuple(NOISINGS)}, got {self.noising!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed: wanted 0 to {MAX_SEED}, got {self.seed}")
 
@@ -184,7 +190,8 @@ class Trainer:
         context = self.contexts[index] * keep[:, None]
         # A seed of its own for each sample ever seen, so that no noise comes twice.
         seeds = (self.config.seed << 32) + self.samples_seen + torch.arange(batch)
-        x_t, noise = perturb(self.images[index], t, self.schedule, seeds=seeds.to(self.device))
+        seeds, noising = seeds.to(self.device), self.config.noising
+        x_t, noise = perturb(self.images[index], t, self.schedule, seeds=seeds, noising=noising)
 
         loss = F.mse_loss(self.model(x_t, t / last, context), noise)
         self.optimizer.zero_grad()
@@ -239,7 +246,8 @@ class Trainer:
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         wanted = self.model.configuration | asdict(self.config)
-        found = checkpoint.model_configuration | checkpoint.training
+        # An older checkpoint lacks what was fixed then, at the default of today.
+        found = checkpoint.model_configuration | asdict(TrainingConfig()) | checkpoint.training
         for name in wanted.keys() - {"epochs", "checkpoint_every"}:
             if wanted[name] != found[name]:
                 raise ValueError(

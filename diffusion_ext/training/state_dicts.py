@@ -1,0 +1,103 @@
+"""State dicts alone, such as the course's checkpoints: read, and written for other code."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+
+from ..nn.context_unet import ContextUnet
+from ..nn.loading import load_context_unet
+from ..schedules import NoiseSchedule
+from .checkpoints import load_checkpoint, write_whole
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+COURSE_WINDOW = 4
+
+
+@dataclass(frozen=True)
+class StateDictOptions:
+    """What a state dict alone does not tell of its network; by default the course's."""
+
+    schedule: Literal["course", "linear", "cosine"] = "course"
+    """of a state dict: the noise schedule it was trained with; the course's is course"""
+    timesteps: int = 500
+    """of a state dict: noising steps T; the course's are 500"""
+    shortcut: Literal["zero", "random", "scaled"] = "zero"
+    """of a state dict: the first block's shortcut; the course's is random, a new convolution at
+    every call, or zero, what that is on average; scaled is ContextUnet's own"""
+    pool_window: int | None = None
+    """of a state dict: side of the average pooling; the course's is 4, the default where it fits"""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network to sample from, in evaluation mode, its schedule and its classes' names."""
+
+    model: ContextUnet
+    schedule: NoiseSchedule
+    class_names: tuple[str, ...]
+
+
+def load_trained(path: str | Path, options: StateDictOptions | None = None) -> TrainedModel:
+    """The averaged weights of a checkpoint of ours, or a ContextUnet's state dict.
+
+    Args:
+        path: a checkpoint, or a .pth, .pt or .safetensors of parameters alone; its classes are
+            numbered.
+        options: what a state dict does not tell.
+
+    Raises: FileNotFoundError; ValueError for a file that is neither.
+    """
+    path, options = Path(path), options or StateDictOptions()
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError:
+        if path.suffix not in SUFFIXES:
+            raise
+    else:
+        return TrainedModel(checkpoint.build_model(), checkpoint.schedule, checkpoint.class_names)
+    model = load_state_dict(path, options.shortcut, options.pool_window)
+    schedule = getattr(NoiseSchedule, options.schedule)(options.timesteps)
+    return TrainedModel(model, schedule, tuple(str(i) for i in range(model.n_cfeat)))
+
+
+def load_state_dict(path: Path, shortcut: str, pool_window: int | None) -> ContextUnet:
+    """A state dict's network. pool_window None: 4, as the course's, where that pools to 1x1."""
+    try:
+        model = load_context_unet(path, shortcut=shortcut)
+        if pool_window is None:
+            fits = model.height // 4 // COURSE_WINDOW == 1
+            pool_window = COURSE_WINDOW if fits else model.height // 4
+        if pool_window == model.options["pool_window"]:
+            return model
+        return load_context_unet(path, shortcut=shortcut, pool_window=pool_window)
+    except ValueError:
+        raise
+    except Exception as error:  # unpickling raises whatever the bytes make it stumble over
+        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+
+
+def save_state_dict(model: ContextUnet, path: str | Path) -> None:
+    """Writes model's parameters and buffers alone, for code that knows ContextUnet: torch.load and
+    load_state_dict(strict=True).
+
+    Raises: ValueError for a path that does not end in .pth, .pt or .safetensors.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"out: wanted a file ending in one of {SUFFIXES}, got {path.name}")
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()
+    if path.suffix == ".safetensors":
+        content.write(safetensors.torch.save(state))
+    else:
+        torch.save(state, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
