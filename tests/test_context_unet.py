@@ -241,3 +241,16 @@ def test_bad_input(change, error, message):
     x, t, c = inputs()
     with pytest.raises(error, match=message):
         small()(**({"x": x, "t": t, "c": c} | change))
+
+
+def test_converted_batch_norms_keep_their_activations():
+    model = dx.nn.ContextUnet(3, 16, 5, 16).eval()
+    x, t, c = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5)
+    expected = model(x, t, c)
+    keys = list(model.state_dict())
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x, t, c), expected, rtol=1e-4, atol=1e-4)
+    optimized = dx.optimize_for_sampling(model)
+    torch.testing.assert_close(optimized(x, t, c), expected, rtol=1e-4, atol=1e-4)

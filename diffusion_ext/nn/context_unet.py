@@ -19,14 +19,28 @@ RESIDUAL_SCALE = 1.414  # not sqrt(2): the checkpoints were trained with this nu
 NORM_GROUPS = 8
 
 NORMS = ("batch", "group")
+NORM_CLASSES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 SHORTCUTS = ("scaled", "zero", "random")
 
 
-def _conv_norm_gelu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
+def _conv_norm_gelu(in_channels: int, out_channels: int, norm: str) -> ConvNormGelu:
     conv = WinogradConv2d(in_channels, out_channels, kernel_size=3, padding=1)
     if norm == "batch":
-        return nn.Sequential(conv, BatchNormAct(out_channels, act="gelu"))
-    return nn.Sequential(conv, GroupNormAct(NORM_GROUPS, out_channels, act="gelu"))
+        return ConvNormGelu(conv, BatchNormAct(out_channels, act="gelu"))
+    return ConvNormGelu(conv, GroupNormAct(NORM_GROUPS, out_channels, act="gelu"))
+
+
+class ConvNormGelu(nn.Sequential):
+    """A convolution, and a norm with its GELU, or whatever norm another library put in its place.
+
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm does, and takes no activation over.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
+        conv, norm = self
+        y = norm(conv(x))
+        acts = isinstance(norm, (BatchNormAct, GroupNormAct)) or not isinstance(norm, NORM_CLASSES)
+        return y if acts else F.gelu(y)
 
 
 class ResidualConvBlock(nn.Module):

@@ -94,6 +94,8 @@ def fuse(model: nn.Module) -> FuseReport:
 def unfuse(model: nn.Module) -> None:
     """Give every module that `fuse` changed the class it had: types and results are as before.
 
+    Modules whose forward was replaced since (accelerate's hooks) stay fused until that is undone.
+
     Raises: TypeError unless model is a torch.nn.Module.
     """
     _check(model)

@@ -134,7 +134,7 @@ class _Maker:
     def half(self, half: nn.Sequential, side: int, scale: float = 1.0) -> nn.Module:
         """A half of a ResidualConvBlock."""
         conv, norm = half[:2]
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return self.conv(conv, side, scale, norm)
         return nn.Sequential(self.conv(conv, side, scale), _copied(norm))
 

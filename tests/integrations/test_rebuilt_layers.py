@@ -292,3 +292,26 @@ def test_parametrised_layers():
         with torch.no_grad():
             results.append(run(model))
     close(*results)
+
+
+@pytest.mark.parametrize("order", ["fuse, hook", "hook, fuse"])
+def test_hooks_that_replace_a_forward(order):
+    hooks = pytest.importorskip("accelerate").hooks
+    plain, model = unet(), unet()
+    for step in order.split(", "):
+        if step == "fuse":
+            dx.fuse(model)
+        else:
+            for module in model.modules():
+                hooks.add_hook_to_module(module, hooks.ModelHook())
+    with torch.no_grad():
+        expected = run(plain)
+        close(run(model), expected)
+        dx.unfuse(model)
+        close(run(model), expected)
+        for module in model.modules():
+            hooks.remove_hook_from_module(module)
+        close(run(model), expected)
+        dx.unfuse(model)
+        assert not any(isinstance(m, StandIn) for m in model.modules())
+        close(run(model), expected)
