@@ -77,6 +77,8 @@ def test_numbers_of_a_folder_have_one_range(tmp_path):
     Image.fromarray((4095 * RAMP).round().astype(np.uint16)).save(sixteen / "camera.png")
     assert_ramp(loaded(sixteen), 1e-5, RAMP / 16.0037)
     assert_ramp(loaded(sixteen, value_range="0,4095"), 2e-4)
+    with pytest.raises(ValueError, match=r"camera\.png: range: wanted values from 0 to 255, got"):
+        loaded(sixteen, value_range="0,255")
 
 
 def test_modes_that_are_not_known_are_named(tmp_path, monkeypatch):

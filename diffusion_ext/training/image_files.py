@@ -59,8 +59,11 @@ class PictureReader:
             self.taken = described(values, *recognised)
         colour = any(pixels.ndim == 3 for pixels, _ in pictures.values())
         images = []
-        for pixels, known in pictures.values():
-            unit = np.atleast_3d(to_unit_range(pixels, *(known or recognised)))
+        for file, (pixels, known) in pictures.items():
+            try:
+                unit = np.atleast_3d(to_unit_range(pixels, *(known or recognised)))
+            except ValueError as error:
+                raise ValueError(f"data: {file}: {error}") from error
             images.append(np.broadcast_to(unit, (*unit.shape[:2], 3 if colour else 1)))
         return np.stack(images) if images else np.empty((0,)), list(pictures)
 
