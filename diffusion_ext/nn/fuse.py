@@ -61,7 +61,8 @@ def fuse(model: nn.Module) -> FuseReport:
     Parameters, module names, the state dict and the module objects themselves stay: what changes is
     their class. Modules with hooks, and subclasses with a forward of their own, are left. Where no
     kernel serves an input (float64, another device), a fused module computes as it did before.
-    Fuse before torch.compile; `unfuse` before replacing modules or pickling for others.
+    A swapped class stands in for the one that was (see stand_in.py), so adapters and other wrappers
+    find what they look for. Fuse before torch.compile; a pickle of the model needs diffusion_ext.
 
     Returns: FuseReport of every GroupNorm in model; print it. Fusing again changes nothing.
     Raises: TypeError unless model is a torch.nn.Module.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops import group_norm_act
+from ..ops.group_norm_act import ACTIVATIONS
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -16,6 +17,9 @@ class GroupNormAct(nn.GroupNorm):
         num_groups: G, which divides num_channels. num_channels: C.
         act: "identity", "relu", "silu", "gelu" or "gelu_tanh".
         eps, affine, device, dtype: as for torch.nn.GroupNorm.
+
+    Raises: ValueError for another act (it stands where torch.nn.GroupNorm has eps), and what
+    torch.nn.GroupNorm raises.
     """
 
     def __init__(
@@ -28,6 +32,8 @@ class GroupNormAct(nn.GroupNorm):
         device=None,
         dtype=None,
     ) -> None:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act: wanted one of {ACTIVATIONS}, got {act!r}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.act = act
 

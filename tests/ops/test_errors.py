@@ -71,6 +71,7 @@ BAD = [
     (norm(groups=2.0), TypeError, "num_groups: wanted an int, got float"),
     (norm(eps=0), ValueError, "eps: wanted a number above 0"),
     (norm(eps="small"), TypeError, "eps: wanted a number, got str"),
+    (lambda: dx.nn.GroupNormAct(2, 4, 1e-5), ValueError, "act: wanted one of .* got 1e-05"),
     (norm(act="swish"), ValueError, "act: wanted one of .* got 'swish'"),
     (norm(weight=torch.zeros(3)), ValueError, r"weight: wanted shape \[C\] = \[4\], got \[3\]"),
     (norm(bias=torch.zeros(4).int()), TypeError, "bias: wanted float16"),
