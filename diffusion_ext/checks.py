@@ -141,14 +141,16 @@ def as_timestep(name: str, t, x: Tensor, low: int, high: int) -> int | Tensor:
         if not low <= t <= high:
             raise ValueError(f"{name}: wanted from {low} to {high}, got {t}")
         return t if isinstance(t, int) else int(t)
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+    int64 = t.dtype == torch.int64
+    if not int64 and (t.dtype == torch.bool or t.is_floating_point() or t.is_complex()):
         raise TypeError(f"{name}: wanted dtype torch.int64, or other integers, got {t.dtype}")
-    if t.dim() and t.shape != x.shape[:1]:
+    scalar = t.dim() == 0
+    if not scalar and t.shape != x.shape[:1]:
         raise ValueError(f"{name}: wanted shape [] or [{len(x)}], got {list(t.shape)}")
     check_in_range(name, t, low, high)
-    if t.dim() == 0 and t.device.type == "cpu" and not hides_its_values(t):
+    if scalar and t.device.type == "cpu" and not hides_its_values(t):
         return int(t)
-    return moved(t, x.device, torch.int64)
+    return t if int64 and t.device == x.device else moved(t, x.device, torch.int64)
 
 
 def hides_its_values(tensor: Tensor) -> bool:

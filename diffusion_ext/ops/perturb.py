@@ -49,7 +49,8 @@ def perturb(
         raise ValueError(f"noising: wanted one of {tuple(NOISINGS)}, got {noising!r}")
     if not isinstance(t, Tensor):
         t = torch.full(x0.shape[:1], t, device=x0.device)
-    t = t.expand(x0.shape[:1])
+    if t.dim() == 0:
+        t = t.expand(x0.shape[:1])
     noise, seeds = resolve_noise(x0, noise, seeds)
     if noise is not None:
         check_like("noise", noise, "x0", x0)
