@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .context_unet import ContextUnet
 
@@ -32,24 +33,40 @@ def load_context_unet(path: str | Path, **options) -> ContextUnet:
     more than tensors.
     """
     path = Path(path)
+    return context_unet_of(read_state_dict(path), path.name, **options)
+
+
+def read_state_dict(path: Path):
+    """What a file holds, unpickling nothing but tensors."""
     if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def sizes_of(state, name: str) -> dict[str, int]:
+    """in_channels, n_feat, n_cfeat and bottom, the side of the smallest map, off the shapes.
+
+    Args: state: a state dict; name: of its file. Raises: ValueError for another one's, or none.
+    """
     if not isinstance(state, dict):
-        raise ValueError(f"path: wanted a state dict in {path.name}, got {type(state).__name__}")
+        raise ValueError(f"path: wanted a state dict in {name}, got {type(state).__name__}")
     sizes = {}
-    for name, meanings in SHAPES.items():
-        if name not in state:
-            raise ValueError(f"path: wanted a ContextUnet's state dict, {path.name} has no {name}")
-        for size, meaning in zip(state[name].shape, meanings, strict=False):
-            sizes[meaning] = size
-    arguments = {name: sizes[name] for name in ("in_channels", "n_feat", "n_cfeat")}
+    for key, meanings in SHAPES.items():
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"path: wanted a ContextUnet's state dict, {name} has no {key}")
+        sizes |= zip(meanings, state[key].shape, strict=False)
+    return sizes
+
+
+def context_unet_of(state, name: str, **options) -> ContextUnet:
+    """`load_context_unet` of a state dict that is read already; name: of its file."""
+    sizes = sizes_of(state, name)
+    arguments = {size: sizes[size] for size in ("in_channels", "n_feat", "n_cfeat")}
     norm = "batch" if "init_conv.conv1.1.running_mean" in state else "group"
     arguments |= {"height": 4 * sizes["bottom"], "norm": norm}
     model = ContextUnet(**arguments | options)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"path: {path.name} is not a ContextUnet's state dict: {error}") from error
+        raise ValueError(f"path: {name} is not a ContextUnet's state dict: {error}") from error
     return model.eval()

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from ..nn.context_unet import ContextUnet
-from ..nn.loading import load_context_unet
+from ..nn.loading import context_unet_of, read_state_dict, sizes_of
 from ..schedules import NoiseSchedule
 from .checkpoints import load_checkpoint, write_whole
 
@@ -63,25 +63,21 @@ def load_trained(path: str | Path, options: StateDictOptions | None = None) -> T
             raise
     else:
         return TrainedModel(checkpoint.build_model(), checkpoint.schedule, checkpoint.class_names)
-    model = load_state_dict(path, options.shortcut, options.pool_window)
+    model = _context_unet(path, options)
     schedule = getattr(NoiseSchedule, options.schedule)(options.timesteps)
     return TrainedModel(model, schedule, tuple(str(i) for i in range(model.n_cfeat)))
 
 
-def load_state_dict(path: Path, shortcut: str, pool_window: int | None) -> ContextUnet:
-    """A state dict's network. pool_window None: 4, as the course's, where that pools to 1x1."""
+def _context_unet(path: Path, options: StateDictOptions) -> ContextUnet:
+    """A state dict's network, as the options say."""
     try:
-        model = load_context_unet(path, shortcut=shortcut)
-        if pool_window is None:
-            fits = model.height // 4 // COURSE_WINDOW == 1
-            pool_window = COURSE_WINDOW if fits else model.height // 4
-        if pool_window == model.options["pool_window"]:
-            return model
-        return load_context_unet(path, shortcut=shortcut, pool_window=pool_window)
-    except ValueError:
-        raise
+        state = read_state_dict(path)
     except Exception as error:  # unpickling raises whatever the bytes make it stumble over
         raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    window = options.pool_window
+    if window is None and sizes_of(state, path.name)["bottom"] // COURSE_WINDOW == 1:
+        window = COURSE_WINDOW
+    return context_unet_of(state, path.name, shortcut=options.shortcut, pool_window=window)
 
 
 def save_state_dict(model: ContextUnet, path: str | Path) -> None:
