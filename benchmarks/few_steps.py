@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import diffusion_ext as dx
-from diffusion_ext.recognition import recognise_digits
+from diffusion_ext.app.recognition import recognise_digits
 from diffusion_ext.training import CHECKPOINT_NAME, load_checkpoint
 
 STEPS = (2, 3, 4, 5, 6, 8, 10, 15, 20, 50)

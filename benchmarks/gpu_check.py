@@ -135,7 +135,7 @@ class Plan:
         environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **self.using()}
         # What torch.compile takes would leave little for the rest. A CPU skips the engines.
         ops = [OPS] if self.device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
-        engines = [ROOT / "tests" / "test_engines_cuda.py"]
+        engines = [ROOT / "tests" / "sampling" / "test_engines_cuda.py"]
         return [
             Step("test", name, [*command, *files, "-m", "not compiles"], share * seconds,
                  environment, self.library)

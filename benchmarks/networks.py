@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.engines import ENGINES
+from diffusion_ext.sampling.engines import ENGINES
 
 from . import source
 from .eager import SCHEDULE

@@ -1,29 +1,26 @@
 """diffusion_ext: fused C++/CUDA kernels, samplers and a UNet for PyTorch diffusion models."""
 
 from . import nn
-from .information import info
-from .nn import fuse, optimize_for_sampling, unfuse
-from .ops import (
-    ddim_step,
-    ddpm_step,
-    group_norm_act,
-    perturb,
-    philox_normal,
-    sampler_step,
-    use_backend,
-)
+from .app.information import info
+from .fusing import fuse, unfuse
+from .integrations import adapters
+from .nn import optimize_for_sampling
+from .ops import group_norm_act, philox_normal, sampler_step, use_backend
 from .samplers import (
+    NoiseSchedule,
     StepTable,
     ddim,
     ddim_inversion,
+    ddim_step,
     ddpm,
+    ddpm_step,
     dpmpp_2m,
     euler,
     euler_ancestral,
     flow_euler,
+    perturb,
 )
 from .sampling import SampleResult, sample
-from .schedules import NoiseSchedule
 from .version import __version__
 
 __all__ = [
@@ -31,6 +28,7 @@ __all__ = [
     "SampleResult",
     "StepTable",
     "__version__",
+    "adapters",
     "ddim",
     "ddim_inversion",
     "ddim_step",

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedules import NoiseSchedule
-
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -81,11 +79,6 @@ def check_eta(eta) -> None:
     check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: wanted a number from 0 to 1, got {eta}")
-
-
-def check_schedule(schedule) -> None:
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
 
 
 def check_clip(clip) -> None:

@@ -1,4 +1,4 @@
-// One element of one sampler step; diffusion_ext/samplers.py derives the coefficients.
+// One element of one sampler step; diffusion_ext/samplers/rows.py derives the coefficients.
 #pragma once
 
 #include "portable.h"

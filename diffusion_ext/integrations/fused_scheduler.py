@@ -11,9 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..checks import FLOATING, as_seeds
-from ..ops import sampler_step
 from ..ops.perturb import perturb_by_table
-from ..samplers import COLUMNS
+from ..ops.sampler_step import COLUMNS, sampler_step
 from .scheduler_rows import PREDICTIONS, root
 from .scheduler_run import Run
 

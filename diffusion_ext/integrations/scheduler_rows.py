@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..samplers import COLUMNS, _predictions
+from ..ops.sampler_step import COLUMNS
+from ..samplers.rows import predictions
 
 __all__ = ["FINAL", "UNKNOWN", "ddim_rows", "ddpm_rows", "log_variances", "next_in_run", "root"]
 
@@ -134,7 +135,7 @@ def _rows(alpha_bar, *, x, x0, eps, z, prediction, clipped, rederived=False) -> 
     """
     signal, sigma = root(alpha_bar), root(1 - alpha_bar)
     signal, sigma, x, x0, eps, z = (w.astype(np.float64) for w in (signal, sigma, x, x0, eps, z))
-    kx, km, ex, em = _predictions(signal, sigma, PREDICTIONS[prediction])
+    kx, km, ex, em = predictions(signal, sigma, PREDICTIONS[prediction])
     if not clipped:
         ax, am, a0 = x + x0 * kx + eps * ex, x0 * km + eps * em, np.zeros_like(x)
     elif rederived:

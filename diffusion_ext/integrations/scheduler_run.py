@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schedules import is_lasting
+from ..samplers.schedules import is_lasting
 from .scheduler_rows import UNKNOWN
 
 __all__ = ["Run"]

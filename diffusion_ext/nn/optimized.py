@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import FLOATING
-from ..layouts import layout_of
+from ..ops.layouts import layout_of
 from .context_unet import RESIDUAL_SCALE, ContextUnet, ResidualConvBlock, UnetForward, UnetUp
 from .convolutions import Conv3x3, Unpool
 

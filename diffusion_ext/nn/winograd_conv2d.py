@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.conv3x3 import conv3x3
-from .stand_in import StandIn
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -20,10 +19,6 @@ class WinogradConv2d(nn.Conv2d):
         if is_plain_conv3x3(self):
             return conv3x3(x, self.weight, self.bias)
         return super().forward(x)
-
-
-class FusedConv2d(StandIn, WinogradConv2d):
-    """A Conv2d that `fuse` has taken."""
 
 
 def is_plain_conv3x3(conv: nn.Conv2d) -> bool:

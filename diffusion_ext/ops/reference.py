@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layouts import layout_of
+from .layouts import layout_of
 
 ACTIVATIONS = {
     "identity": lambda a: a,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import samplers
 from ..checks import (
     check_clip,
     check_device,
@@ -20,6 +19,9 @@ from ..checks import (
 )
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
+
+# The weights of a row, in the order in which the kernels read them.
+COLUMNS = ("kx", "km", "ax", "am", "a0", "ah", "az")
 
 
 def sampler_step(
@@ -117,7 +119,7 @@ def _check_samples(x, model_output, noise, seeds, history) -> None:
 
 def _check_table(x, coefficients, timesteps, row) -> None:
     check_floating("coefficients", coefficients)
-    if coefficients.dim() != 2 or coefficients.shape[1] != len(samplers.COLUMNS):
+    if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS):
         raise ValueError(f"coefficients: wanted shape [n, 7], got {list(coefficients.shape)}")
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if coefficients.dtype != wanted:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..nn.context_unet import ContextUnet
-from ..schedules import NoiseSchedule
+from ..samplers.schedules import NoiseSchedule
 
 METADATA_KEY = "diffusion_ext"
 TENSOR_GROUPS = ("model", "ema", "optimizer")

@@ -12,7 +12,7 @@ import torch
 
 from ..nn.context_unet import ContextUnet
 from ..nn.loading import context_unet_of, read_state_dict, sizes_of
-from ..schedules import NoiseSchedule
+from ..samplers.schedules import NoiseSchedule
 from .checkpoints import load_checkpoint, write_whole
 
 SUFFIXES = (".pth", ".pt", ".safetensors")

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..nn.context_unet import ContextUnet
-from ..ops import perturb
-from ..ops.perturb import NOISINGS
-from ..schedules import NoiseSchedule
+from ..samplers.noising import NOISINGS, perturb
+from ..samplers.schedules import NoiseSchedule
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from .data import ImageData
 from .ema import ExponentialMovingAverage

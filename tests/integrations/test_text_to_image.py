@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from fusing import ops_of
+from fused_models import ops_of
 from test_fuse import pytestmark  # noqa: F401
 from torch import nn
 

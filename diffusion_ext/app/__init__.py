@@ -1,0 +1,1 @@
+"""The command line, and what only it shows: pictures, recognition, the report of info."""

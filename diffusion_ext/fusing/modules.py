@@ -1,0 +1,241 @@
+"""The classes that `diffusion_ext.fuse` gives to modules it has recognised (see stand_in.py)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..nn.winograd_conv2d import WinogradConv2d
+from ..ops.backend import serves
+from ..ops.group_norm_act import group_norm_act_unchecked
+from ..ops.reference import ACTIVATIONS
+from .stand_in import StandIn, swap_class
+
+ALONE = "alone"  # in a report: a norm without an activation
+
+# Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`;
+# `fuse` adds other people's Swish classes as it meets them.
+ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+# Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
+# leaves the dtype alone.
+AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches or changes what goes through this very module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def act_of(module: nn.Module) -> str | None:
+    """module's name among group_norm_act's activations; None if it is not one of them, or not one
+    of its own any more."""
+    if isinstance(module, AbsorbedActivation):
+        return None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return ACTIVATION_NAMES.get(type(module))
+
+
+def pair_kind(activation: nn.Module) -> str:
+    """How a report calls a norm that is followed by activation."""
+    name = type(activation).__name__
+    return f"{ALONE}: the {name} after it has hooks" if hooked(activation) else f"with {name}"
+
+
+class FusedGroupNorm(StandIn, nn.GroupNorm):
+    """A GroupNorm that the fused op computes, wherever a kernel of it serves the input."""
+
+    notes = ("carries",)
+    casts_to_float32 = True  # under autocast, where torch's does
+    carries: str = "identity"  # the activation of the AbsorbedActivation that follows
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = carried(self)
+        y = fused_op(self, x, act)
+        return ACTIVATIONS[act](self.unfused(x)) if y is None else y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.carries == "identity" else f", {self.carries}")
+
+    def unfused(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class FusedGroupNorm32(FusedGroupNorm):
+    """A GroupNorm that computes in float32 and returns its input's dtype, as the fused op does."""
+
+    casts_to_float32 = False
+
+    def unfused(self, x: Tensor) -> Tensor:
+        return super().unfused(x.float()).to(x.dtype)
+
+
+class PairedSequential(nn.Sequential):
+    """A Sequential that runs each GroupNorm with the activation after it as one op.
+
+    Pairs are looked for on every call, so slices, insertions and later hooks keep their meaning.
+    """
+
+    def forward(self, x):
+        modules = list(self)
+        taken = False  # by the norm before it
+        for module, after in zip(modules, [*modules[1:], None], strict=True):
+            if taken:
+                taken = False
+            elif isinstance(module, FusedGroupNorm) and after is not None and act_of(after):
+                x, taken = norm_act(module, after, x), True
+            else:
+                x = module(x)
+        return x
+
+
+class FusedSequential(StandIn, PairedSequential):
+    """A Sequential that `fuse` has taken. Its slices run in pairs too, compiled or not."""
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        return PairedSequential(OrderedDict(list(self._modules.items())[index]))
+
+
+class AbsorbedActivation(StandIn):
+    """An activation that the norm before it computes already: hands its input through.
+
+    It acts itself as soon as that norm does not: once the norm is unfused, or hooked.
+    """
+
+    notes = ("absorbed_by",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.absorbed_by
+        if isinstance(norm, FusedGroupNorm) and carried(norm) != "identity":
+            return x
+        return super().forward(x)  # the original's, which is the other base of a stand-in
+
+    def extra_repr(self) -> str:
+        return type(self).original.__name__
+
+
+def absorb(norm: FusedGroupNorm, activation: nn.Module) -> None:
+    """Move an activation that only ever follows norm into it. A tuple keeps it no submodule."""
+    norm.carries = act_of(activation)
+    swap_class(activation, AbsorbedActivation)
+    activation.__dict__["absorbed_by"] = (norm,)
+
+
+def carried(norm: FusedGroupNorm) -> str:
+    """The activation that norm computes now: none while hooks watch, for they see norms alone."""
+    if norm.carries == "identity" or hooked(norm) or _has_any_global_hook():
+        return "identity"
+    return norm.carries
+
+
+def norm_act(
+    norm: nn.Module,
+    activation: nn.Module,
+    x: Tensor,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    rounded_after: bool = False,
+) -> Tensor:
+    """activation((1 + scale)·norm(x + pre_shift) + shift) [N, C, *spatial]: one op where it can be.
+
+    It can where `fuse` has taken norm, no hook watches a module and a kernel serves x. Otherwise
+    the modules are called one after the other.
+
+    Args:
+        pre_shift, scale, shift: [N or 1, C] or None; scale and shift come together.
+        rounded_after: what follows rounds to autocast's dtype, so that no float32 is made for it.
+    """
+    act = act_of(activation)
+    if (
+        act is not None
+        and isinstance(norm, FusedGroupNorm)
+        and norm.carries == "identity"
+        and not (hooked(norm) or hooked(activation) or _has_any_global_hook())
+    ):
+        y = fused_op(norm, x, act, pre_shift, scale, shift, rounded_after)
+        if y is not None:
+            return y
+
+    def over_space(t: Tensor) -> Tensor:
+        return t[(...,) + (None,) * (x.dim() - 2)]
+
+    y = norm(x if pre_shift is None else x + over_space(pre_shift))
+    if scale is not None:
+        y = y * (1 + over_space(scale)) + over_space(shift)
+    return activation(y)
+
+
+def fused_op(
+    norm: FusedGroupNorm,
+    x: Tensor,
+    act: str,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    rounded_after: bool = False,
+) -> Tensor | None:
+    """`norm_act` as the op; None where that is not for the op to do, but for torch's, or to refuse.
+
+    These are all the checks of a call: the op's own would double them.
+    """
+    if (
+        not isinstance(x, Tensor)
+        or not 3 <= x.dim() <= 5
+        or not serves(x)
+        or x.layout is not torch.strided
+    ):
+        return None
+    weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape
+    samples, channels = shape[0], shape[1]
+    if (
+        channels != norm.num_channels
+        or not _is_per_channel(weight, channels, device)
+        or not _is_per_channel(bias, channels, device)
+    ):
+        return None
+    modulation = [scale, shift, None, None, pre_shift]
+    for i, t in enumerate(modulation):
+        if t is None:
+            continue
+        rows = t.shape[0]  # one each, or one for all
+        if t.shape != (rows, channels) or rows not in (1, samples):
+            return None
+        if t.dtype != x.dtype or t.device != device:
+            return None
+        if rows != samples:
+            modulation[i] = t.expand(samples, -1)
+    x = x if rounded_after else promoted(norm, x)
+    return group_norm_act_unchecked(x, norm.num_groups, weight, bias, norm.eps, act, *modulation)
+
+
+def _is_per_channel(parameter: Tensor | None, channels: int, device: torch.device) -> bool:
+    """parameter is [C], on x's device, or there is none."""
+    return parameter is None or (parameter.shape == (channels,) and parameter.device == device)
+
+
+def promoted(norm: FusedGroupNorm, x: Tensor) -> Tensor:
+    """x in the dtype that norm's result has under the autocast of the moment."""
+    if x.dtype == torch.float32 or not norm.casts_to_float32:
+        return x
+    if x.device.type not in AUTOCAST_TO_FLOAT32:
+        return x
+    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+
+class FusedConv2d(StandIn, WinogradConv2d):
+    """A Conv2d that `fuse` has taken."""

@@ -1,0 +1,203 @@
+"""Noise schedules: float64 tables of beta and alpha_bar over timesteps 0 (clean data) to T."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+__all__ = ["NoiseSchedule"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The variance schedule of a diffusion process: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
+
+    Build one with `linear`, `cosine`, `scaled_linear`, `from_betas` or `course`.
+
+    Attributes:
+        beta: float64 [T+1], the variance added at each step (Ho et al. 2020, eq. 2).
+        alpha_bar: float64 [T+1], the fraction of signal variance left; `alpha_bar[0]` is 1.
+        signal: float64 [T+1], √ᾱ, the factor of x_0 in x_t.
+        sigma: float64 [T+1], √(1-ᾱ), the standard deviation of the noise in x_t.
+        timesteps: T, the number of noising steps; timesteps run from 1 to T, and 0 is clean data.
+    """
+
+    beta: np.ndarray
+    alpha_bar: np.ndarray
+    signal: np.ndarray = field(init=False, repr=False)
+    sigma: np.ndarray = field(init=False, repr=False)
+    timesteps: int = field(init=False)
+    _tables: dict = field(default_factory=dict, init=False, repr=False)
+    _digest: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = {
+            "beta": self.beta.copy(),
+            "alpha_bar": self.alpha_bar.copy(),
+            "signal": np.sqrt(self.alpha_bar),
+            "sigma": np.sqrt(1.0 - self.alpha_bar),
+        }
+        for name, table in tables.items():
+            table.setflags(write=False)
+            object.__setattr__(self, name, table)
+        object.__setattr__(self, "timesteps", len(self.alpha_bar) - 1)
+        content = hashlib.sha256(self.beta.tobytes() + self.alpha_bar.tobytes())
+        object.__setattr__(self, "_digest", content.hexdigest())
+
+    def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
+        """A table of this schedule ("signal", "sigma" or "variance" = σ²) on `device`, kept there.
+
+        Returns: [T+1] of `dtype`.
+        """
+        key = (name, device, dtype)
+        if key in self._tables:
+            return self._tables[key]
+        values = self.sigma**2 if name == "variance" else getattr(self, name)
+        table = torch.from_numpy(values.copy()).to(device, dtype)
+        if is_lasting(table):
+            self._tables[key] = table
+        return table
+
+    def constant(self, make: Callable, *arguments):
+        """What `make` makes of this schedule: a constant to torch.compile, which traces no numpy.
+
+        It compiles again where the arguments, or the numbers of the schedule, are others.
+
+        Args: make: a function of the schedule and the arguments; arguments: constants themselves.
+        Returns: make(self, *arguments). Raises: what make raises.
+        """
+        return self._constant(self._digest, make, *arguments)
+
+    # torch 2.10 and 2.11 take no schedule as an argument of such a function, only as the object of
+    # a method, and no torch looks whether that is still the same: the digest tells.
+    @torch.compiler.assume_constant_result
+    def _constant(self, digest: str, make: Callable, *arguments):
+        return make(self, *arguments)
+
+    @classmethod
+    def linear(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):
+        """Linear β over T+1 entries: β_i = β_start + (β_end - β_start) i/T, ᾱ_i = Π_{j<=i} (1-β_j).
+
+        The product starts at j = 0 (so ᾱ_1 = α_0 α_1), and ᾱ_0 is then set to 1. Ho et al.'s
+        variant with T entries is `from_betas(np.linspace(beta_start, beta_end, timesteps))`.
+
+        Raises: ValueError for timesteps < 1 or betas outside 0 < β_start <= β_end < 1.
+        """
+        _check_range(timesteps, beta_start, beta_end)
+        beta = beta_start + (beta_end - beta_start) * np.arange(timesteps + 1) / timesteps
+        alpha_bar = np.exp(np.cumsum(np.log1p(-beta)))  # the sum of logs does not underflow
+        alpha_bar[0] = 1.0
+        return cls(beta, alpha_bar)
+
+    @classmethod
+    def course(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):
+        """`linear`, evaluated in float32 in the order of the course's notebook.
+
+        Bit for bit the table that the published course checkpoints were trained with.
+
+        Raises: ValueError, as `linear`.
+        """
+        _check_range(timesteps, beta_start, beta_end)
+        steps = torch.linspace(0, 1, timesteps + 1, dtype=torch.float32, device="cpu")
+        beta = (beta_end - beta_start) * steps + beta_start
+        alpha_bar = torch.cumsum((1 - beta).log(), dim=0).exp()
+        alpha_bar[0] = 1
+        return cls(beta.double().numpy(), alpha_bar.double().numpy())
+
+    @classmethod
+    def scaled_linear(
+        cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ):
+        """√β linear over T entries (Rombach et al. 2022; Stable Diffusion's defaults).
+
+        Raises: ValueError, as `linear`.
+        """
+        _check_range(timesteps, beta_start, beta_end)
+        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2)
+
+    @classmethod
+    def cosine(cls, timesteps: int = 500, offset: float = 0.008, beta_max: float = 0.999):
+        """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + s)/(1 + s)) (Nichol & Dhariwal 2021, eq. 17).
+
+        Args: offset is s; β is clipped at `beta_max`, so that ᾱ_T stays above 0.
+
+        Raises: ValueError for timesteps < 1.
+        """
+        _check_timesteps(timesteps)
+        t = np.arange(timesteps + 1) / timesteps
+        f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
+        return cls.from_betas(np.minimum(1 - f[1:] / f[:-1], beta_max))
+
+    @classmethod
+    def from_betas(cls, betas):
+        """From T betas, those of timesteps 1..T: ᾱ_t = Π_{s<=t} (1-β_s) (Ho et al. 2020, eq. 4).
+
+        Args: betas: [T] numbers in (0, 1], as a sequence, array or tensor.
+
+        Raises: TypeError for what is not numbers; ValueError for another shape or range.
+        """
+        if isinstance(betas, torch.Tensor):
+            betas = betas.detach().cpu().double().numpy()
+        try:
+            betas = np.array(betas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"betas: wanted numbers [T], got {type(betas).__name__}") from error
+        if betas.ndim != 1 or betas.size == 0:
+            raise ValueError(f"betas: wanted shape [T] with T >= 1, got shape {list(betas.shape)}")
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(
+                f"betas: wanted values in (0, 1], got from {betas.min()} to {betas.max()}"
+            )
+        if (betas[:-1] == 1).any():
+            raise ValueError("betas: wanted 1 at most as the last, for nothing is left after it")
+        beta = np.concatenate(([0.0], betas))
+        return cls(beta, np.cumprod(1 - beta))
+
+    def zero_terminal_snr(self):
+        """This schedule with √ᾱ shifted and scaled so that ᾱ_T = 0 (Lin et al. 2023, algorithm 1).
+
+        At t = T the sample is then pure noise, and an epsilon model says nothing about x_0 there:
+        the samplers want prediction "v" or "x0" with it.
+
+        Returns: a new NoiseSchedule. Raises: ValueError where T is 1.
+        """
+        if self.timesteps < 2:
+            raise ValueError("zero_terminal_snr: wanted a schedule with T >= 2, got T = 1")
+        first, last = self.signal[1], self.signal[-1]
+        signal = (self.signal - last) * first / (first - last)
+        signal[0], signal[-1] = 1.0, 0.0
+        alpha_bar = signal**2
+        beta = np.concatenate(([0.0], 1 - alpha_bar[1:] / alpha_bar[:-1]))
+        return type(self)(beta, alpha_bar)
+
+
+def is_lasting(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be kept for later calls: not one of inference mode or of a tracer."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(tensor) is torch.Tensor and not tensor.is_inference()
+
+
+def check_schedule(schedule) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
+
+
+def _check_timesteps(timesteps: int) -> None:
+    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)):
+        raise TypeError(f"timesteps: wanted an int, got {type(timesteps).__name__}")
+    if timesteps < 1:
+        raise ValueError(f"timesteps: wanted at least 1, got {timesteps}")
+
+
+def _check_range(timesteps: int, beta_start: float, beta_end: float) -> None:
+    _check_timesteps(timesteps)
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            "beta_start, beta_end: wanted 0 < beta_start <= beta_end < 1, "
+            f"got {beta_start} and {beta_end}"
+        )

@@ -1,0 +1,82 @@
+"""The arguments of `sample`, checked and on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATING, check_number, moved
+from ..ops import philox_normal
+from ..ops.layouts import layout_of
+from ..samplers import StepTable
+from .stepping import Known
+
+
+def check_options(table, save_rate, guidance_scale, noise) -> None:
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
+    if save_rate is not None and (not isinstance(save_rate, int) or save_rate < 1):
+        raise ValueError(f"save_rate: wanted an int of at least 1 or None, got {save_rate!r}")
+    check_number("guidance_scale", guidance_scale)
+    if noise is not None and not callable(noise) and not isinstance(noise, torch.Generator):
+        raise TypeError(
+            f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"
+        )
+
+
+def memory_format_of(model, x_T, shape) -> torch.memory_format:
+    """channels_last for images where x_T is, or a convolution's weights are."""
+    tensors = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    tensors += [x_T] if isinstance(x_T, Tensor) else []
+    if len(shape) == 4 and any(layout_of(t) == torch.channels_last for t in tensors):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    if device is None:
+        device = "cpu" if parameter is None else parameter.device
+    if dtype is None:
+        dtype = torch.float32 if parameter is None else parameter.dtype
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+    return torch.device(device), dtype
+
+
+def initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:
+    """x_T [B,C,H,W]: the caller's, or normals of stream 0."""
+    if x_T is None:
+        return philox_normal(seeds, shape, step=0, stream=0, dtype=dtype)
+    if not isinstance(x_T, Tensor):
+        raise TypeError(f"x_T: wanted a tensor or None, got {type(x_T).__name__}")
+    if x_T.shape != shape:
+        raise ValueError(f"x_T: wanted shape {list(shape)}, got {list(x_T.shape)}")
+    return moved(x_T, device, dtype)
+
+
+def as_known(start, mask, first_step, noise: Tensor, table: StepTable) -> Known | None:
+    """The image to start from, checked, in the sample's dtype and device."""
+    if not isinstance(first_step, int) or not 0 <= first_step < len(table):
+        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
+    if start is None:
+        if mask is not None or first_step:
+            raise ValueError("start: wanted an image for a mask or a first_step, got None")
+        return None
+    if not isinstance(start, Tensor) or start.shape != noise.shape:
+        got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"start: wanted shape {list(noise.shape)}, got {got}")
+    if table.levels is None:
+        raise ValueError("start: wanted a table that knows its noise levels (StepTable.levels)")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or not _broadcasts(mask, noise):
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: wanted to broadcast to {list(noise.shape)}, got {got}")
+        mask = moved(mask, noise.device, noise.dtype)
+    _, levels = table.run_tensors(noise.device, noise.dtype)
+    return Known(moved(start, noise.device, noise.dtype), noise, levels, mask)
+
+
+def _broadcasts(mask: Tensor, x: Tensor) -> bool:
+    sizes = zip(mask.shape, x.shape, strict=False)
+    return mask.dim() == x.dim() and all(m in (1, n) for m, n in sizes)

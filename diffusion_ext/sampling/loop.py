@@ -1,0 +1,161 @@
+"""The sampling loop: a model, a table of steps, and one fused kernel call per step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checks import as_seeds, check_sizes
+from ..samplers import StepTable
+from .conditioning import as_context, doubled
+from .engines import ENGINES, check_engine
+from .engines import start as start_run
+from .frames import Frames
+from .inputs import as_known, check_options, initial, memory_format_of, placement
+from .stepping import NoiseSource, draws
+
+__all__ = ["ENGINES", "SampleResult", "sample"]
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What `sample` returns.
+
+    Attributes:
+        images: [B, C, H, W], the samples at timestep 0, on the model's device.
+        frames: [F, B, C, H, W] on the CPU, the samples kept on the way (F = 0 without save_rate).
+        frame_timesteps: int64 [F], the timestep whose step produced each frame.
+    """
+
+    images: Tensor
+    frames: Tensor
+    frame_timesteps: np.ndarray
+
+
+def sample(
+    model: Callable,
+    shape,
+    table: StepTable,
+    context=None,
+    guidance_scale: float = 1.0,
+    seeds: int | Tensor = 0,
+    x_T: Tensor | None = None,
+    noise: Callable[[int, int], Tensor] | torch.Generator | None = None,
+    save_rate: int | None = None,
+    engine: str = "eager",
+    progress: bool = True,
+    callback: Callable[[int, int, Tensor], None] | None = None,
+    device=None,
+    dtype: torch.dtype | None = None,
+    null_context=None,
+    start: Tensor | None = None,
+    first_step: int = 0,
+    mask: Tensor | None = None,
+    differentiable: bool = False,
+) -> SampleResult:
+    """Draw samples: run the model and the table's steps from noise to images.
+
+    The sample is updated in place; with the kernels, the loop itself allocates nothing where the
+    model's output lies in memory as its input does (channels_last if x_T is, or the model's
+    weights are). A sample depends on its own seed alone, whatever the batch it is drawn in.
+
+    A ContextUnet as it is, without hooks or methods of yours, embeds the times and the context of
+    the whole run at once: its outputs to the rounding of a product of matrices. What would change
+    more, hold a copy of the weights or choose by the clock is `optimize_for_sampling`'s.
+
+    Args:
+        model: model(x [B,C,H,W], t [B] = table.times[i], c [B,n] or None) -> [B,C,H,W]. x and t are
+            the loop's own buffers: clone what you keep. A module is in evaluation mode for the run.
+        shape: (B, C, H, W).
+        table: the sampler, from `ddpm`, `ddim`, `dpmpp_2m`, `flow_euler` or another.
+        context: [B, n] floats; int64 labels [B], which become one-hot of model.n_cfeat; or a dict,
+            tuple or list of tensors [B, ...], handed to the model as it is.
+        guidance_scale: w of classifier-free guidance, m = m_0 + w·(m_c - m_0) (Ho & Salimans 2022),
+            m_0 with null_context; both run as one doubled batch. 1 is no guidance.
+        seeds: an int (sample b gets seeds + b) or int64 [B].
+        x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
+        noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
+            for steps that add none. Or a torch.Generator, which then draws x_T too.
+        save_rate: keep a frame after the first step and those at t < 8 and multiples of save_rate;
+            None keeps none.
+        engine: "eager" calls the model at each step. "compile" calls it under torch.compile, whose
+            outputs are the model's to rounding. "graph", on a GPU, captures model and step in a
+            CUDA graph, once for each kind of run, and replays it: the bits of "eager", and no wait
+            for the GPU within the loop. It wants the kernel's noise and a model that is nothing but
+            work for the GPU: its Python runs at the capture alone. The last graphs of a model are
+            kept for as long as the model is.
+        progress: show a progress bar, on a terminal.
+        callback: callback(step_index, timestep, x) after each step; x is the live sample.
+        device, dtype: of the samples; by default those of the model's parameters, else the CPU and
+            float32.
+        null_context: what guidance sees in the context's place, of its structure; None is zeros.
+        start: [B,C,H,W], an image to start from, noised to where the table is before first_step
+            (image to image): first_step 0 leaves almost none of it, the last one nearly all.
+        mask: [B or 1, C or 1, H, W], 1 where the image is drawn anew and 0 where start is kept,
+            noised like the sample after each step (inpainting).
+        differentiable: gradients flow through every step to x_T, the context, start and the model's
+            parameters; every step's sample is then kept.
+
+    Returns: SampleResult. Raises: TypeError, ValueError; RuntimeError where the engine "graph"
+    cannot capture the model.
+    """
+    shape = check_sizes(shape, "(B, C, H, W)")
+    check_options(table, save_rate, guidance_scale, noise)
+    device, dtype = placement(model, device, dtype)
+    check_engine(engine, device, noise, differentiable)
+    if isinstance(noise, torch.Generator):
+        noise = draws(noise, shape, dtype, device)
+        x_T = noise() if x_T is None else x_T
+    seeds = as_seeds(seeds, shape[0], device)
+    context = as_context(model, context, shape[0], device, dtype)
+    null_context = as_context(model, null_context, shape[0], device, dtype, "null_context")
+    if guidance_scale != 1:
+        if context is None:
+            raise ValueError(f"guidance_scale: {guidance_scale} wants a context, got context=None")
+        context = doubled(context, null_context)
+
+    grad = contextlib.nullcontext() if differentiable else torch.no_grad()
+    with grad, _evaluation(model):
+        x = initial(x_T, shape, seeds, dtype, device)
+        known = as_known(start, mask, first_step, x, table)
+        stepper = start_run(
+            engine, model, table, x if known is None else known.before(first_step), context,
+            NoiseSource(table, seeds, noise), guidance_scale, memory_format_of(model, x_T, shape),
+            known, first_step, differentiable,
+        )  # fmt: skip
+        timesteps = table.timesteps.tolist()
+        frames = Frames(timesteps, first_step, save_rate, stepper.x)
+        # None: tqdm hides itself where there is no terminal.
+        bar = tqdm(
+            timesteps[first_step:],
+            desc="sampling",
+            unit="step",
+            disable=None if progress else True,
+        )
+        for i, timestep in enumerate(bar, first_step):
+            stepper.advance(i)
+            frames.keep(i, stepper.x)
+            if callback is not None:
+                callback(i, timestep, stepper.x)
+        return SampleResult(stepper.result(), *frames.result())
+
+
+@contextlib.contextmanager
+def _evaluation(model):
+    """A module in evaluation mode, as it was afterwards."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

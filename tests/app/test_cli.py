@@ -1,0 +1,217 @@
+"""The command line, end to end with tiny settings, and what it says where something is wrong."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_ext.app import cli
+from diffusion_ext.app.recognition import recognise_digits
+from diffusion_ext.training import (
+    StateDictOptions,
+    TrainingConfig,
+    load_checkpoint,
+    load_digits,
+)
+
+TINY = ["--n-feat", "8", "--timesteps", "10", "--epochs", "2", "--batch-size", "8"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "diffusion_ext", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def array(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "set.npz"
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (16, 8, 8, 3), np.uint8)
+    np.savez(path, images=images, labels=random.integers(0, 3, 16))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, array):
+    """The folder of a trained run: 3 classes of 8x8 RGB images."""
+    folder = tmp_path_factory.mktemp("run")
+    assert cli.main(["train", "--data", str(array), "--out", str(folder), *TINY]) == 0
+    return folder
+
+
+def help_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+
+def test_help_lists_the_commands(capsys):
+    text = help_of(capsys)
+    assert all(f"• {name}" in text for name in ("demo", "train", "sample", "info"))
+
+
+def test_help_shows_every_default(capsys):
+    nested, of_state_dicts = (len(fields(c)) - 1 for c in (TrainingConfig, StateDictOptions))
+    for config, options in (
+        (cli.Demo, len(fields(cli.Demo))),
+        (cli.Train, len(fields(cli.Train)) + nested),
+        (cli.Sample, len(fields(cli.Sample)) + of_state_dicts),
+        (cli.Export, len(fields(cli.Export))),
+    ):
+        text = help_of(capsys, config.__name__.lower())
+        assert text.count("(default:") == options
+    assert "--learning-rate FLOAT Adam's; falls linearly per epoch" in help_of(capsys, "train")
+    assert "guidance scale; 1 is none (default: 2.0)" in help_of(capsys, "sample")
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_train_writes_the_run(run):
+    pytest.importorskip("matplotlib")
+    assert {path.name for path in run.iterdir()} >= {"checkpoint.safetensors", "loss.png"}
+    checkpoint = load_checkpoint(run / "checkpoint.safetensors")
+    assert len(checkpoint.losses) == 2
+    assert checkpoint.schedule.timesteps == 10
+    assert checkpoint.training["batch_size"] == 8
+    assert checkpoint.model_configuration["norm"] == "group"
+    assert checkpoint.class_names == ("0", "1", "2")
+
+
+def test_sample_writes_the_pictures_and_prints_where(run, tmp_path, capsys):
+    arguments = ["sample", "--checkpoint", str(run), "--out", str(tmp_path / "pictures")]
+    assert cli.main([*arguments, "--per-class", "2", "--steps", "5"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("samples.png", "denoising.gif"):
+        path = tmp_path / "pictures" / name
+        assert str(path) in printed
+        with Image.open(path) as picture:
+            assert picture.width > 100
+            assert getattr(picture, "n_frames", 1) == (5 if name.endswith("gif") else 1)
+
+
+def test_samples_depend_on_the_seed_alone(run, tmp_path):
+    def pixels(seed, folder):
+        sample = cli.Sample(run, tmp_path / folder, per_class=1, steps=2, seed=seed)
+        return sample.draw()[0]
+
+    assert torch.equal(pixels(3, "a"), pixels(3, "b"))
+    assert not torch.equal(pixels(3, "a"), pixels(4, "c"))
+
+
+def test_ddpm_and_a_checkpoint_file(run, tmp_path):
+    path = run / "checkpoint.safetensors"
+    images, labels = cli.Sample(path, tmp_path, per_class=2, sampler="ddpm").draw()
+    assert images.shape == (6, 3, 8, 8)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with Image.open(tmp_path / "denoising.gif") as animation:
+        assert animation.n_frames == 8  # t = T = 10 and t < 8
+
+
+def test_images_without_classes(tmp_path):
+    np.save(tmp_path / "grey.npy", np.zeros((8, 8, 8), np.uint8))
+    data = str(tmp_path / "grey.npy")
+    assert cli.main(["train", "--data", data, "--out", str(tmp_path), *TINY]) == 0
+    images, labels = cli.Sample(tmp_path, per_class=12, steps=2).draw()
+    assert images.shape == (12, 1, 8, 8)
+    assert labels is None
+
+
+def test_resume(run, array, capsys):
+    arguments = ["train", "--data", str(array), "--out", str(run), *TINY]
+    assert cli.main(arguments) == 2
+    assert "is there already: resume it, or choose another" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert len(load_checkpoint(run / "checkpoint.safetensors").losses) == 2
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Train, "run", interrupt)
+    assert cli.main(["train"]) == 130
+    assert "interrupted; the last checkpoint is whole" in capsys.readouterr().err
+
+
+def test_demo(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = ["demo", "--out", str(tmp_path), "--epochs", "1"]
+    arguments += ["--per-class", "2", "--steps", "2"]
+    for _ in range(2):  # a second demo replaces the first
+        assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    found = re.search(r"recognised +(\d+\.\d)% of 20 generated digits.*of (\d+\.\d)% on", printed)
+    assert 0 <= float(found[1]) <= 100
+    assert float(found[2]) > 97
+    assert {p.name for p in tmp_path.iterdir()} >= {"samples.png", "denoising.gif", "loss.png"}
+
+
+def test_recognition_tells_digits_apart():
+    pytest.importorskip("sklearn")
+    data = load_digits()
+    labels = data.contexts.argmax(1)
+    assert recognise_digits(data.images, labels).generated > 0.98
+    assert recognise_digits(data.images, (labels + 1) % 10).generated < 0.02
+    assert recognise_digits(torch.zeros(50, 1, 8, 8), labels[:50]).generated < 0.3
+    assert recognise_digits(data.images, labels).held_out == pytest.approx(0.989, abs=0.005)
+
+
+def test_as_a_process(tmp_path):
+    result = command("train", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"diffusion-ext: data: no images in {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--checkpoint", "nowhere"], "checkpoint: no file nowhere"),
+        (["sample", "--per-class", "0"], "per_class: wanted at least 1, got 0"),
+        (["train", "--data", "nowhere"], "data: no file or folder nowhere"),
+        (["train", "--n-feat", "10"], "n_feat: wanted a positive multiple of 8, got 10"),
+        (
+            ["train", "--device", "abacus"],
+            "device: wanted a torch device like cpu, got 'abacus'",
+        ),
+    ],
+)
+def test_user_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"diffusion-ext: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["paint"], ["train", "--epochs", "many"], ["train", "-x"]]
+)
+def test_bad_options(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_bad_configuration_is_one_line(capsys):
+    assert cli.main(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "diffusion-ext: epochs: wanted at least 1, got 0\n"
+
+
+def test_missing_extras_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["train"]) == 2
+    assert "pip install 'diffusion_ext[demo]'" in capsys.readouterr().err

@@ -1,0 +1,268 @@
+"""benchmarks/gpu_check.py with the CPU standing in for the GPU: both calls, in small."""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from test_build import OBJECTS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
+
+from benchmarks.gpu import diffusion_models as networks  # noqa: E402
+from benchmarks.gpu import running  # noqa: E402
+from benchmarks.gpu import sampling_report as report  # noqa: E402
+
+
+def gpu_check(*arguments, **environment):
+    """(exit status, what it printed)"""
+    knobs = ("GPU_CHECK", "GPU_CHECK_DEVICE", "PYTEST_ADDOPTS", "DIFFUSION_EXT_BACKEND")
+    clean = {name: value for name, value in os.environ.items() if name not in knobs}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", *map(str, arguments)],
+        env={**clean, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def results_of(printed):
+    """{"stage: step": result} as the summary of the last call has them."""
+    _, _, table = printed.rpartition("| stage |")
+    lines = re.findall(r"^\| (\w+) \| (.*?) \| \d+ \| \d+ \| (.*) \|$", table, re.M)
+    return {f"{stage}: {step}": result for stage, step, result in lines}
+
+
+# What test_tune.py is about is left out; without the build the second call uses the first one's.
+STAGES = {"first": "build,smoke,bench", "second": "test,sanitize,sample"}
+STEPS = {
+    "first": ("build: compile", "build: load", "smoke: smoke", "bench: bench"),
+    "second": (
+        "test: tests/ops",
+        "test: engines",
+        "sanitize: sanitized",
+        "sample: diffusion_models",
+        "sample: sampling",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(a folder with one of each call's results, {call: what it printed})"""
+    folder, printed = tmp_path_factory.mktemp("results"), {}
+    for call, stages in STAGES.items():
+        with OBJECTS:
+            status, printed[call] = gpu_check(
+                "--call", call, "--results", folder / call, GPU_CHECK=stages
+            )
+        assert status == 0, printed[call]
+    return folder, printed
+
+
+def test_every_stage_runs(whole):
+    _, printed = whole
+    for call, steps in STEPS.items():
+        results = results_of(printed[call])
+        results.pop("build: wheels", None)  # where there are any
+        assert results == dict.fromkeys(steps, "passed")
+    assert re.search(r"(\d+) of \1 checks passed", printed["first"])
+    assert re.search(r"\d+ calls on cpu", printed["second"])
+
+
+def test_what_a_call_leaves(whole):
+    """At most eight files, all that was printed, and a summary of under 100 lines."""
+    folder, printed = whole
+    for call in STAGES:
+        assert len([path for path in (folder / call).rglob("*") if path.is_file()]) <= 8
+        summary = (folder / call / f"{call}.md").read_text()
+        assert summary.count("\n") < 100
+        assert printed[call].rstrip().endswith(summary.rstrip())
+        assert "=== " in (folder / call / f"{call}.log").read_text()
+    assert "missed in" in (folder / "first" / "first.md").read_text()  # a CPU is no H100
+
+
+def test_the_results_are_complete(whole):
+    folder, _ = whole
+    (device,) = (path for path in (folder / "first").iterdir() if path.is_dir())
+    data = json.loads((device / "ops.json").read_text())
+    assert data["complete"]
+    assert {"device", "torch", "CUDA", "driver", "date"} <= set(data)
+    works = {(row["op"], row["variant"]) for row in data["rows"]}
+    assert {op for op, _ in works} == {"sampler_step", "perturb", "philox_normal", "group_norm_act"}
+    assert len(works) == 9
+    for row in data["rows"]:
+        assert "error" not in row, row
+        for times in (row["device_us"], row["call_us"]):
+            assert {"copy", "fused", "eager"} <= set(times)
+            assert min(times.values()) > 0
+        assert ("plan" in row) == (row["op"] == "group_norm_act")
+    assert {row["dtype"] for row in data["rows"]} == {"bfloat16"}
+    assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1
+    assert all(target["met"] <= target["rows"] for target in data["targets"])
+    text = (device / "ops.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert sum(table.count("\n") - 2 for table in tables[2:]) == len(data["rows"])
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "Incomplete" not in text
+
+
+def test_the_sampling_runs_are_complete(whole):
+    folder, _ = whole
+    (device,) = (path for path in (folder / "second").iterdir() if path.is_dir())
+    data = json.loads((device / "sampling.json").read_text())
+    assert data["complete"]
+    assert data["targets"] == []  # which are about a graph
+    assert {(row["sampler"], row["dtype"]) for row in data["rows"]} == set(
+        itertools.product(("DDIM, 2 steps", "DDPM, 3 steps"), ("float32", "bfloat16"))
+    )
+    for row in data["rows"]:
+        assert "failed" not in row, row
+        assert {"source", "ours", "ours, optimized"} <= set(row["seconds"])
+        assert set(row["missing"]) == {"ours, graph", "ours, optimized, graph"}
+        assert min(row["seconds"].values()) > 0
+        assert set(row["error"]) == set(row["seconds"]) - {"source"}
+    assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1
+    text = (device / "sampling.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_networks_are_measured(whole):
+    pytest.importorskip("diffusers")
+    folder, _ = whole
+    data = json.loads(next(folder.glob("second/*/networks.json")).read_text())
+    assert data["complete"]
+    assert len(data["rows"]) == 2
+    for row in data["rows"]:
+        assert row["compile"] == "compiled"
+        assert set(row["off"]) == set(row["ms"]) == set(networks.WAYS)
+        assert min(row["ms"].values()) > 0
+    assert len(data["summary"]) == 4
+
+
+def test_a_gain_is_over_the_faster_eager_network():
+    ms = {networks.PLAIN: 3.0, networks.EAGER: 4.0, networks.FUSED: 2.0}
+    assert networks.gains(ms) == [(networks.FUSED, networks.PLAIN, 1.5)]
+    ms |= {networks.EAGER: 1.0, networks.COMPILED: 5.0, networks.BOTH: 2.0}
+    assert networks.gains(ms) == [
+        (networks.FUSED, networks.EAGER, 0.5),
+        (networks.BOTH, networks.COMPILED, 2.5),
+    ]
+    assert networks.gains({networks.FUSED: 1.0}) == []
+
+
+def test_sampling_targets():
+    def row(source, ours, **more):
+        return {"seconds": {report.SOURCE: source, report.BEST: ours, **more}}
+
+    rows = [row(4.0, 1.0), row(2.0, 1.0), {"seconds": {}, "failed": "an error"}]
+    (found,) = report.targets(rows)
+    assert (found["rows"], found["met"], found["worst"]) == (2, 1, 2.0)
+    rows.append(row(4.0, 1.0, **{report.COMPILED: 1.2}))
+    assert [target["met"] for target in report.targets(rows)] == [2, 0]
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(whole, tmp_path):
+    status, printed = gpu_check(
+        "--call", "second", "--results", tmp_path, GPU_CHECK="sanitize,test",
+        PYTEST_ADDOPTS="--no-such-option",
+    )  # fmt: skip
+    assert status == 1
+    steps = dict.fromkeys(("test: tests/ops", "test: engines"), "failed (status 4)")
+    steps["sanitize: sanitized"] = "passed"
+    assert results_of(printed) == steps
+    first = printed.rpartition("# The second call")[2].split("\n")[2]
+    assert first.startswith("* **test: tests/ops failed (status 4)** ")
+    assert "--no-such-option" in first
+
+
+def test_a_stage_that_does_not_exist(tmp_path):
+    status, printed = gpu_check("--results", tmp_path, GPU_CHECK="tset")
+    assert status == 1
+    assert (
+        "GPU_CHECK: wanted some of build,variants,smoke,bench,tune,test,sanitize,sample, got tset"
+        in printed
+    )
+
+
+# --- the rest of the logic, on steps that take a moment -------------------------------------------
+
+
+def step(name, code, seconds=1, **options):
+    return running.Step("stage", name, [sys.executable, "-c", code], seconds, **options)
+
+
+@pytest.fixture
+def log(tmp_path):
+    with running.Log(tmp_path, "call") as log:
+        yield log
+
+
+def test_nothing_runs_without_what_is_needed(tmp_path, log):
+    fails = step("fails", "print('no such thing'); raise SystemExit(3)", needed=True)
+    skipped = step("skipped", "", skipped="not installed")
+    outcomes = running.run_all([skipped, fails, step("next", "")], 60, log)
+    assert [outcome.result for outcome in outcomes] == [
+        "skipped (not installed)",
+        "failed (status 3)",
+        "not run (stage: fails failed (status 3))",
+    ]
+    assert [outcome.good for outcome in outcomes] == [True, False, False]
+    assert outcomes[1].error == "no such thing"
+    missing = running.Step("stage", "missing", [str(tmp_path / "missing")], 1)
+    assert running.run_all([missing], 60, log)[0].result.startswith("failed (")
+
+
+def test_a_step_that_outlasts_its_limit_takes_nothing_from_the_next(tmp_path, log):
+    """What it printed until then is kept."""
+    sleeps = step("sleeps", "import time; print('begun', flush=True); time.sleep(60)")
+    first, second = running.run_all([sleeps, step("next", "", seconds=8)], 10, log)
+    assert first.result == "timed out"
+    assert first.limit == pytest.approx(2, abs=0.5)
+    assert (second.result, second.limit > 4) == ("passed", True)
+    assert "begun" in (tmp_path / "call.log").read_text()
+
+
+def test_what_is_needed_may_take_the_time_of_what_would_not_run_without_it(log):
+    slow = step("slow", "import time; time.sleep(1.5)", needed=True)
+    first, second = running.run_all([slow, step("next", "", seconds=9)], 10, log)
+    assert first.limit == pytest.approx(10, abs=0.5)
+    assert (second.result, second.limit < 9) == ("passed", True)
+
+
+@pytest.mark.parametrize(
+    "lines, error",
+    [
+        (["ok", "E       assert 1 == 2", "FAILED test_x"], "E       assert 1 == 2"),
+        (["a.cu(3): error: expected a ;", "2 errors"], "a.cu(3): error: expected a ;"),
+        (["========= Invalid __global__ read", "x"], "========= Invalid __global__ read"),
+        (["Traceback", "RuntimeError: CUDA error: x"], "RuntimeError: CUDA error: x"),
+        (["one", "two"], "two"),
+        ([], ""),
+    ],
+)
+def test_the_first_line_that_says_what_went_wrong(lines, error):
+    assert running.first_error(lines) == error
+
+
+def test_a_long_summary_keeps_what_is_worst(tmp_path):
+    (tmp_path / "device").mkdir()
+    rows = [f"line {i}" for i in range(300)]
+    (tmp_path / "device" / "ops.json").write_text(json.dumps({"summary": rows}))
+    passed = running.Outcome(step("fine", ""), "passed")
+    failed = running.Outcome(step("bad", ""), "failed (status 1)", error="why")
+    text = running.summary("first", [passed, failed], tmp_path)
+    assert text.count("\n") < 100
+    assert text.split("\n")[2] == "* **stage: bad failed (status 1)** why"
+    assert "* line 0\n" in text
+    assert "| stage | bad | 0 | 1 | failed (status 1) |" in text

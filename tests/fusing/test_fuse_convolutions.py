@@ -1,0 +1,106 @@
+"""The 3x3 convolutions of a fused model: which they are, and that they compute what they did."""
+
+import pytest
+import torch
+from fused_models import assert_same_results, fused_copy, ops_of, results
+from torch import nn
+from torch.nn import functional as F
+
+import diffusion_ext as dx
+from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
+from diffusion_ext.ops.conv3x3 import VECTORISED
+
+PLAIN = {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1}
+
+
+def images(batch=4, layout=torch.channels_last):
+    return torch.randn(batch, 16, 16, 16).to(memory_format=layout)
+
+
+def network():
+    convolutions = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1, bias=False)
+    first, last = convolutions
+    return nn.Sequential(first, nn.GroupNorm(4, 32), nn.SiLU(), last).to(
+        memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_results_and_gradients_are_those_of_the_original(layout):
+    model, inputs = network(), [images(layout=layout)]
+    fused, report = fused_copy(model)
+    assert report.convolutions == ["0", "3"]
+    assert "2 convolutions by Winograd, on channels_last" in str(report)
+    assert_same_results(results(fused, inputs), results(model, inputs), 1e-5)
+    # What torch makes of a contiguous input with channels_last weights is channels_last.
+    served = 2 if layout == torch.channels_last else 1
+    count = ops_of(lambda: fused(*inputs))["conv3x3_once"]
+    assert count == (served if VECTORISED else 0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": (3, 5), "padding": (1, 2)},
+        {"stride": 2},
+        {"padding": 0},
+        {"padding": "same"},
+        {"dilation": 2},
+        {"groups": 2},
+        {"padding_mode": "circular"},
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left(other):
+    conv = nn.Conv2d(**(PLAIN | other))
+    assert dx.fuse(conv).convolutions == []
+    assert type(conv) is nn.Conv2d
+
+
+def test_subclasses_and_hooked_ones_are_left():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked, replaced = nn.Conv2d(**PLAIN), nn.Conv2d(**PLAIN)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x
+    assert dx.fuse(nn.Sequential(Doubled(**PLAIN), hooked, replaced)).convolutions == []
+
+
+def test_a_network_that_has_them_keeps_them():
+    model = dx.nn.ContextUnet(3, 16, 5, 8)
+    dx.fuse(model)
+    dx.unfuse(model)
+    assert any(isinstance(m, WinogradConv2d) for m in model.modules())
+
+
+def test_function_transforms_are_torchs():
+    model, x = network(), images()
+    alone = nn.Conv2d(**PLAIN)  # torch's GroupNorm asks vmap for what it does not have
+
+    def transformed():
+        gradient = torch.func.grad(lambda a: model(a).square().sum())
+        return gradient(x), torch.func.vmap(alone)(x[None])[0]
+
+    expected = transformed()
+    dx.fuse(model)
+    dx.fuse(alone)
+    for actual, wanted in zip(transformed(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_sizes_left_open(strict):
+    model, x = network(), images()
+    expected = model(x)
+    dx.fuse(model)
+    sizes = {0: torch.export.Dim("batch", max=64), 2: torch.export.Dim("height", max=64)}
+    program = torch.export.export(model, (x,), dynamic_shapes=[sizes], strict=strict).module()
+    torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+    other = torch.randn(7, 16, 20, 16)
+    expected = F.conv2d(other, model[0].weight, model[0].bias, padding=1)
+    expected = model[3](F.silu(F.group_norm(expected, 4, model[1].weight, model[1].bias)))
+    torch.testing.assert_close(program(other), expected, rtol=1e-4, atol=1e-5)
