@@ -41,11 +41,12 @@ MaybeTensor map(const MaybeTensor& t, const F& f) {
   return t ? MaybeTensor(f(*t)) : std::nullopt;
 }
 
-// Whether t is dense in the layout, judged by its strides (dimensions of size 1 have any stride).
-inline bool fits(const Tensor& t, Layout layout) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = t.dim();
-  if (t.numel() == 0) return true;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Whether sizes are dense in the layout, judged by their strides (dimensions of size 1 have any).
+inline bool fits(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, Layout layout) {
+  const int64_t dims = sizes.size();
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   if (layout == Layout::channels_last && dims < 3) return false;
   int64_t expected = 1;
   const auto step = [&](int64_t d) {
@@ -58,6 +59,7 @@ inline bool fits(const Tensor& t, Layout layout) {
     if (!(layout == Layout::channels_last && d == 1) && !step(d)) return false;
   return true;
 }
+inline bool fits(const Tensor& t, Layout layout) { return fits(t.sizes(), t.strides(), layout); }
 
 // channels_last only where t is so and is not contiguous as well.
 inline Layout layout_of(const Tensor& t) {
@@ -67,7 +69,6 @@ inline Layout layout_of(const Tensor& t) {
 
 // Uninitialised, on the device of `like`, contiguous or of the strides given. Asked of the shim:
 // torch::stable's functions pass through the dispatcher, which takes 1 us more.
-using torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor fresh_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes,
                             IntHeaderOnlyArrayRef strides, int32_t dtype) {
   int32_t device;

@@ -11,8 +11,12 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance, "
       "bool return_x0) -> (Tensor, Tensor)");
   m.def(
+      "sampler_step_with_slots(Tensor x, Tensor model_output, Tensor coefficients, "
+      "Tensor timesteps, Tensor row, Tensor? noise, Tensor? seeds, Tensor(a!) slots, float? clip, "
+      "float guidance, bool return_x0) -> (Tensor, Tensor)");
+  m.def(
       "sampler_step_(Tensor(a!) x, Tensor model_output, Tensor coefficients, Tensor timesteps, "
-      "Tensor row, Tensor? noise, Tensor? seeds, Tensor(b!)? history, float? clip, "
+      "Tensor row, Tensor? noise, Tensor? seeds, Tensor(b!)? slots, float? clip, "
       "float guidance) -> ()");
   m.def(
       "perturb(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, Tensor? seeds, "

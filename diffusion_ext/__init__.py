@@ -18,6 +18,7 @@ from .samplers import (
     euler,
     euler_ancestral,
     flow_euler,
+    guided,
     perturb,
 )
 from .sampling import SampleResult, sample
@@ -40,6 +41,7 @@ __all__ = [
     "flow_euler",
     "fuse",
     "group_norm_act",
+    "guided",
     "info",
     "nn",
     "optimize_for_sampling",

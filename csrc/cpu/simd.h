@@ -1,7 +1,7 @@
 // The vector unit is chosen when the program runs. A kernel is written once, as a lambda marked
 // DX_KERNEL that calls only DX_INLINE functions; it is inlined into a function compiled for each
 // instruction set, where the compiler vectorises its loops, and the best one that the processor
-// has is called.
+// has is called. A function marked DX_APART is not inlined into the one that calls it.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,10 @@
 
 #if defined(__GNUC__)
 #define DX_KERNEL __attribute__((always_inline))
+#define DX_APART __attribute__((noinline))
 #else
 #define DX_KERNEL
+#define DX_APART
 #endif
 
 namespace dx {

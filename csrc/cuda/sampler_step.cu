@@ -7,13 +7,15 @@
 namespace dx {
 namespace {
 
-template <class T>
+// `with_slots`: rows of several slots or of writes; else a row's one slot is read with x, and x0
+// may go where it lies.
+template <class T, bool with_slots>
 struct SamplerStep {
   Step step;
   Samples<T> s;
 
   struct Sample {
-    StepCoefficients c;
+    StepRow row;
     NoiseKey key;
     bool noisy;  // noise is made here
   };
@@ -23,11 +25,11 @@ struct SamplerStep {
   };
 
   DX_DEVICE Sample sample(int64_t b) const {
-    const int64_t row = step.rows[step.row_per_sample ? b : 0];
-    require(row >= 0 && row < step.table_rows, "sampler_step: row out of range");
-    Sample sample{step.table[row], {}, false};
-    if (step.seeds != nullptr && sample.c.az != 0.0f) {
-      sample.key = {uint64_t(step.seeds[b]), uint32_t(step.timesteps[row]), kSamplerStream};
+    const int64_t index = step.rows[step.row_per_sample ? b : 0];
+    require(index >= 0 && index < step.table_rows, "sampler_step: row out of range");
+    Sample sample{step.row(index), {}, false};
+    if (step.seeds != nullptr && sample.row.noisy()) {
+      sample.key = {uint64_t(step.seeds[b]), uint32_t(step.timesteps[index]), kSamplerStream};
       sample.noisy = true;
     }
     return sample;
@@ -40,28 +42,71 @@ struct SamplerStep {
     in.m = load_pack<n, full>(s.m + at, count);
     if (s.m_cond != nullptr) in.cond = load_pack<n, full>(s.m_cond + at, count);
     if (s.noise != nullptr) in.noise = load_pack<n, full>(s.noise + at, count);
-    if (s.history != nullptr) in.history = load_pack<n, full>(s.history + at, count);
+    if (!with_slots && s.slots != nullptr) in.history = load_pack<n, full>(s.slots + at, count);
     return in;
   }
 
   template <int n, bool full>
   DX_DEVICE void write(int64_t at, int count, const Sample& sample, const Inputs<n>& in,
                        const float (&made)[n]) const {
-    const StepCoefficients& c = sample.c;
-    const bool given = s.noise != nullptr && c.az != 0.0f;  // where az is 0, z does not matter
-    const StepTerms terms{c.a0 != 0.0f, s.history != nullptr, given || sample.noisy};
-    float out[n], x0[n];
+    const StepRow& row = sample.row;
+    const float kx = row.kx(), km = row.km(), guidance = row.guidance(step.guidance);
+    float x[n], m[n], x0[n], z[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      const float x = to_float(in.x.at[k]);
-      float m = to_float(in.m.at[k]);
-      if (s.m_cond != nullptr) m = guide(m, to_float(in.cond.at[k]), step.guidance);
-      x0[k] = clip_x0(predict_x0(c, x, m), step.limit);
-      const float z = given ? to_float(in.noise.at[k]) : made[k];
-      out[k] = step_sample(c, terms, x, m, x0[k], to_float(in.history.at[k]), z);
+      x[k] = to_float(in.x.at[k]);
+      m[k] = to_float(in.m.at[k]);
+      if (s.m_cond != nullptr) m[k] = guide(m[k], to_float(in.cond.at[k]), guidance);
+      x0[k] = clip_x0(predict_x0(kx, km, x[k], m[k]), step.limit);
+      z[k] = s.noise != nullptr ? to_float(in.noise.at[k]) : made[k];
+    }
+    const bool noisy = s.noise != nullptr || sample.noisy;
+    float out[n];
+    if constexpr (with_slots) {
+      float written[kMostWrites][n];
+#pragma unroll
+      for (int i = 0; i < kMostWrites; ++i)
+        if (i < row.shape.writes && row.slot(i) >= 0)
+          sum<n, full>(at, count, row.write(i), x, m, x0, z, noisy, written[i]);
+      sum<n, full>(at, count, row.next(), x, m, x0, z, noisy, out);
+#pragma unroll
+      for (int i = 0; i < kMostWrites; ++i)
+        if (i < row.shape.writes && row.slot(i) >= 0 && s.kept != nullptr) {
+          require(row.slot(i) < row.shape.slots, "sampler_step: slot out of range");
+          store_pack<n, full>(s.kept + row.slot(i) * s.slot_stride + at, count, written[i]);
+        }
+    } else {
+      const Combination a = row.next();
+      const float history = a.slots[0];
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        out[k] = combine(a, a.x0 != 0.0f, x[k], m[k], x0[k]);
+        if (s.slots != nullptr) out[k] = fma(history, to_float(in.history.at[k]), out[k]);
+        if (noisy && a.z != 0.0f) out[k] = fma(a.z, z[k], out[k]);
+      }
     }
     store_pack<n, full>(s.out + at, count, out);
     if (s.x0 != nullptr) store_pack<n, full>(s.x0 + at, count, x0);
+  }
+
+ private:
+  // A combination of a pack's terms; the slots with a weight are read anew, from the first cache.
+  template <int n, bool full>
+  DX_DEVICE void sum(int64_t at, int count, const Combination& a, const float (&x)[n],
+                     const float (&m)[n], const float (&x0)[n], const float (&z)[n], bool noisy,
+                     float (&out)[n]) const {
+#pragma unroll
+    for (int k = 0; k < n; ++k) out[k] = combine(a, a.x0 != 0.0f, x[k], m[k], x0[k]);
+    for (int j = 0; s.slots != nullptr && j < step.shape.slots; ++j) {
+      const float weight = a.slots[j];
+      if (weight == 0.0f) continue;
+      const Vec<T, n> slot = load_pack<n, full>(s.slots + j * s.slot_stride + at, count);
+#pragma unroll
+      for (int k = 0; k < n; ++k) out[k] = fma(weight, to_float(slot.at[k]), out[k]);
+    }
+    if (noisy && a.z != 0.0f)
+#pragma unroll
+      for (int k = 0; k < n; ++k) out[k] = fma(a.z, z[k], out[k]);
   }
 };
 
@@ -71,9 +116,17 @@ struct Cuda {
 
   template <class T>
   void run(const Step& step, const Samples<T>& s) const {
-    launch_elementwise<T>("sampler_step", device, step.batch, SamplerStep<T>{step, s},
-                          step.seeds != nullptr,
-                          {s.x, s.m, s.m_cond, s.noise, s.history, s.out, s.x0});
+    if (step.shape.keeps_x0())
+      launch_step(step, s, SamplerStep<T, false>{step, s});
+    else
+      launch_step(step, s, SamplerStep<T, true>{step, s});
+  }
+
+  template <class T, class Op>
+  void launch_step(const Step& step, const Samples<T>& s, const Op& op) const {
+    const T* second = s.slots ? s.slots + s.slot_stride : nullptr;  // aligned as all others are
+    launch_elementwise<T>("sampler_step", device, step.batch, op, step.seeds != nullptr,
+                          {s.x, s.m, s.m_cond, s.noise, s.slots, second, s.out, s.x0});
   }
 };
 
@@ -81,6 +134,7 @@ struct Cuda {
 
 DX_REGISTER_KERNELS(m) {
   m.impl("sampler_step", TORCH_BOX(&sampler_step<Cuda>));
+  m.impl("sampler_step_with_slots", TORCH_BOX(&sampler_step_with_slots<Cuda>));
   m.impl("sampler_step_", TORCH_BOX(&sampler_step_<Cuda>));
 }
 

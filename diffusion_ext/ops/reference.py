@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layouts import layout_of
+from .row_shape import RowShape
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -108,24 +109,59 @@ def sampler_step(
     clip: float | None = None,
     guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(x', x0) [B,*] of one sampler step; `diffusion_ext.samplers` states the formula."""
+    """(x', x0) [B,*] of a row of a table; `diffusion_ext.sampler_step` states the formula."""
+    slots = None if history is None else history[None]
+    table = coefficients, timesteps, row
+    return sampler_step_with_slots(x, model_output, *table, noise, seeds, slots, clip, guidance)[:2]
+
+
+def sampler_step_with_slots(
+    x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x', x0) and the slots [S,B,*] after the step. Args: as `sampler_step`; slots: or None."""
     dtype, x, m = x.dtype, _wide(x), _wide(model_output)
+    remembered = () if slots is None else _wide(slots).unbind()
+    shape = RowShape.of(coefficients.shape[1], max(len(remembered), 1))
+    c = _take(coefficients.to(x.dtype), row)  # [columns] or [B, columns]
+    columns = [_per_sample(column, x) for column in c.unbind(-1)]
     if m.shape[0] != x.shape[0]:
-        uncond, cond = m.chunk(2)
-        m = uncond + guidance * (cond - uncond)
-    c = _take(coefficients.to(x.dtype), row)  # [7] or [B, 7]
-    kx, km, ax, am, a0, ah, az = (_per_sample(column, x) for column in c.unbind(-1))
+        m = _guided(*m.chunk(2), columns[-1] if shape.guided else guidance)
+    kx, km = columns[:2]
     x0 = kx * x + km * m
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
-    out = ax * x + am * m + a0 * x0
-    if history is not None:
-        out = out + ah * _wide(history)
     if seeds is not None:
         noise = philox_normal(seeds, x.shape, _take(timesteps, row), stream=1, dtype=x.dtype)
-    if noise is not None:
-        out = out + torch.where(az == 0, 0, az * _wide(noise))  # where it is 0, z does not matter
-    return out.to(dtype), x0.to(dtype)
+
+    def combination(weights: list[Tensor]) -> Tensor:
+        ax, am, a0, *of_slots, az = weights
+        out = ax * x + am * m + a0 * x0
+        for weight, slot in zip(of_slots, remembered, strict=False):
+            out = out + _weighted(weight, slot)
+        return out if noise is None else out + _weighted(az, _wide(noise))
+
+    out, x0_out, after = combination(columns[shape.next]), x0.to(dtype), slots
+    if slots is not None and shape.keeps_x0:
+        after = x0_out[None]
+    elif slots is not None:
+        for write in range(shape.writes):
+            written, slot = combination(columns[shape.write(write)]), columns[shape.slot(write)]
+            after = torch.stack(
+                [torch.where(slot == j, written.to(dtype), s) for j, s in enumerate(after)]
+            )
+    return out.to(dtype), x0_out, after
+
+
+def _guided(uncond: Tensor, cond: Tensor, scale: Tensor | float) -> Tensor:
+    """Ho & Salimans 2022, eq. 6; a scale of 1 is the conditional output itself."""
+    if isinstance(scale, Tensor):
+        return torch.where(scale == 1, cond, uncond + scale * (cond - uncond))
+    return cond if scale == 1 else uncond + scale * (cond - uncond)
+
+
+def _weighted(weight: Tensor, term: Tensor) -> Tensor:
+    """weight·term; where the weight is 0, what the term is does not matter."""
+    return torch.where(weight == 0, 0, weight * term)
 
 
 def perturb(

@@ -19,8 +19,9 @@ from ..checks import (
 )
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
+from .row_shape import MOST_SLOTS, RowShape
 
-# The weights of a row, in the order in which the kernels read them.
+# The columns of a row of no slots, or of one that receives every row's x0.
 COLUMNS = ("kx", "km", "ax", "am", "a0", "ah", "az")
 
 
@@ -36,29 +37,39 @@ def sampler_step(
     clip: float | None = None,
     guidance: float = 1.0,
     return_x0: bool = False,
+    slots: Tensor | None = None,
 ):
     """Apply a row of a `StepTable`: x' and, where asked, the data prediction x0.
 
         m  = m_uncond + guidance·(m_cond - m_uncond)      where model_output is [2B, *]
         x0 = clip(kx·x + km·m)
-        x' = ax·x + am·m + a0·x0 + ah·history + az·z
+        x' = ax·x + am·m + a0·x0 + a_1·s_1 + ... + a_S·s_S + az·z
+
+    and up to two slots s_j take such a combination (b in place of a), of the terms as they were.
 
     Args:
         x: [B, *], the sample; model_output: [B, *], or [2B, *] (unconditional half first), in x's
-            dtype. history: [B, *] or None, the data prediction of the step before.
-        coefficients: float32 [n, 7] (float64 for a float64 x); timesteps: int64 [n].
+            dtype.
+        coefficients: float32 [n, columns] (float64 for a float64 x); timesteps: int64 [n].
         row: int64, [] or [B] (one per sample).
         noise: z [B, *], or seeds: int64 [B] for z made in the kernel (stream 1, step = the row's
-            timestep); with neither, z is 0. No noise is made where az is 0.
-        clip: x0 is clipped to [-clip, clip]. guidance: the scale of classifier-free guidance.
+            timestep); with neither, z is 0. No noise is made where its weights are 0.
+        history: [B, *], what s_1 is in a table of one slot; it is read only.
+        clip: x0 is clipped to [-clip, clip].
+        guidance: the scale of classifier-free guidance, where the rows have none of their own.
+        slots: [S, B, *], what the table remembers, from `StepTable.new_slots`; updated in place.
 
     Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
     """
     check_clip(clip)
     check_number("guidance", guidance)
-    tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, history)
-    differentiable = (x, model_output, coefficients, noise, history)
-    out, x0 = apply_row(tensors, (clip, guidance, return_x0), differentiable)
+    remembered = history if slots is None else slots
+    if slots is not None and history is not None:
+        raise ValueError("history, slots: wanted one of them, got both")
+    tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, remembered)
+    differentiable = (x, model_output, coefficients, noise, remembered)
+    step = apply_row if slots is None else apply_row_with_slots
+    out, x0 = step(tensors, (clip, guidance, return_x0), differentiable)
     return (out, x0) if return_x0 else out
 
 
@@ -86,6 +97,16 @@ def apply_row(tensors: tuple, options: tuple, differentiable: tuple):
     return reference.sampler_step(*tensors, *options[:-1])
 
 
+def apply_row_with_slots(tensors: tuple, options: tuple, differentiable: tuple):
+    """(x', x0); the slots, the last of the tensors, are updated in place."""
+    _check(*tensors, has_slots=True)
+    if serves(tensors[0]) and not _any_meta(*tensors) and not needs_grad(*differentiable):
+        return kernels().sampler_step_with_slots(*tensors, *options)
+    out, x0, after = reference.sampler_step_with_slots(*tensors, *options[:-1])
+    tensors[-1].copy_(after)
+    return out, x0
+
+
 def _any_meta(*tensors) -> bool:
     for tensor in tensors:  # noqa: SIM110 (any of a generator takes twice as long)
         if tensor is not None and tensor.is_meta:
@@ -93,12 +114,19 @@ def _any_meta(*tensors) -> bool:
     return False
 
 
-def _check(x, model_output, coefficients, timesteps, row, noise, seeds, history) -> None:
-    _check_samples(x, model_output, noise, seeds, history)
-    _check_table(x, coefficients, timesteps, row)
+def _check(
+    x, model_output, coefficients, timesteps, row, noise, seeds, remembered, has_slots=False
+) -> None:
+    _check_samples(x, model_output, noise, seeds)
+    slots = 1
+    if has_slots:
+        slots = _check_slots(x, remembered)
+    elif remembered is not None:
+        check_like("history", remembered, "x", x)
+    _check_table(x, coefficients, timesteps, row, slots)
 
 
-def _check_samples(x, model_output, noise, seeds, history) -> None:
+def _check_samples(x, model_output, noise, seeds) -> None:
     check_sample("x", x)
     check_sample("model_output", model_output)
     batch = x.shape[0]
@@ -110,17 +138,32 @@ def _check_samples(x, model_output, noise, seeds, history) -> None:
     check_same_kind("model_output", model_output, "x", x)
     if noise is not None and seeds is not None:
         raise ValueError("noise, seeds: wanted one of them, got both")
-    for name, tensor in (("noise", noise), ("history", history)):
-        if tensor is not None:
-            check_like(name, tensor, "x", x)
+    if noise is not None:
+        check_like("noise", noise, "x", x)
     if seeds is not None:
         check_indices("seeds", seeds, batch, x.device)
 
 
-def _check_table(x, coefficients, timesteps, row) -> None:
+def _check_slots(x, slots) -> int:
+    """How many there are."""
+    check_floating("slots", slots)
+    if slots.shape[1:] != x.shape or not 1 <= slots.shape[0] <= MOST_SLOTS:
+        raise ValueError(
+            f"slots: wanted shape [S, {', '.join(map(str, x.shape))}], S from 1 to {MOST_SLOTS}, "
+            f"got {list(slots.shape)}"
+        )
+    check_same_kind("slots", slots, "x", x)
+    return slots.shape[0]
+
+
+def _check_table(x, coefficients, timesteps, row, slots: int) -> None:
     check_floating("coefficients", coefficients)
-    if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS):
-        raise ValueError(f"coefficients: wanted shape [n, 7], got {list(coefficients.shape)}")
+    if coefficients.dim() != 2 or RowShape.of(coefficients.shape[1], slots) is None:
+        wanted = RowShape(slots).width
+        raise ValueError(
+            f"coefficients: wanted shape [n, {wanted}], or the columns of a table of {slots} "
+            f"slots with writes, got {list(coefficients.shape)}"
+        )
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if coefficients.dtype != wanted:
         raise TypeError(f"coefficients: wanted dtype {wanted}, got {coefficients.dtype}")
@@ -132,11 +175,20 @@ def _check_table(x, coefficients, timesteps, row) -> None:
     check_in_range("row", row, 0, coefficients.shape[0] - 1)
 
 
+def _stepped(x, return_x0: bool):
+    return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
+
+
 @register_fake("sampler_step")
 def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance, r):
-    return torch.empty_like(x), torch.empty_like(x) if r else x.new_empty(0)
+    return _stepped(x, r)
+
+
+@register_fake("sampler_step_with_slots")
+def _(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance, r):
+    return _stepped(x, r)
 
 
 @register_fake("sampler_step_")
-def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance):
+def _(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance):
     return None

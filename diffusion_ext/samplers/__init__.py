@@ -4,6 +4,7 @@ from ..ops.sampler_step import COLUMNS
 from .dpm_solver import dpmpp_2m
 from .first_order import ddim, ddim_inversion, ddpm, euler, euler_ancestral, flow_euler
 from .grids import SPACINGS, spaced_timesteps
+from .guidance import guided
 from .noising import perturb
 from .rows import PREDICTIONS
 from .schedules import NoiseSchedule
@@ -13,5 +14,5 @@ from .step_table import StepTable
 __all__ = [
     "COLUMNS", "PREDICTIONS", "SPACINGS", "NoiseSchedule", "StepTable", "ddim", "ddim_inversion",
     "ddim_step", "ddpm", "ddpm_step", "dpmpp_2m", "euler", "euler_ancestral", "flow_euler",
-    "perturb", "spaced_timesteps",
+    "guided", "perturb", "spaced_timesteps",
 ]  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
 
 from . import grids
-from .rows import table_of
-from .schedules import NoiseSchedule, check_schedule
+from .forms import X0, X, slot
+from .grids import Grid
+from .rows import Row, tabulate
+from .schedules import NoiseSchedule
 from .step_table import StepTable
 
 
@@ -24,19 +26,14 @@ def dpmpp_2m(
 
     Args, returns and raises as `ddim`.
     """
-    check_schedule(schedule)
-    grid = grids.spaced(schedule, steps, spacing)
-    with np.errstate(divide="ignore"):  # lambda is infinite where there is no signal, or no noise
-        h = np.log(grid.next_signal / grid.signal) - np.log(grid.next_sigma / grid.sigma)
-    w = np.zeros(len(grid))
-    w[1:-1] = h[1:-1] / (2 * h[:-2])
-    shrunk = grid.next_sigma / grid.sigma
-    weight = grid.next_signal - grid.signal * shrunk  # signal' (1 - e^-h)
-    return table_of(
-        grid,
-        x=shrunk,
-        x0=weight * (1 + w),
-        before=-weight * w,
-        clip=clip,
-        prediction=prediction,
-    )
+    return tabulate(_dpmpp_2m, grids.spaced(schedule, steps, spacing), clip, prediction)
+
+
+def _dpmpp_2m(grid: Grid) -> Iterator[Row]:
+    h_before = None
+    for here, there in grid.steps():
+        h, shrunk = there.lam - here.lam, there.sigma / here.sigma
+        w = 0.0 if h_before is None or not there.sigma else h / (2 * h_before)
+        weight = there.signal - here.signal * shrunk  # signal' (1 - e^-h)
+        yield Row(here, shrunk * X + weight * ((1 + w) * X0 - w * slot(0)), {0: X0})
+        h_before = h

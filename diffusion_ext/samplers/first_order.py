@@ -8,6 +8,7 @@ import numpy as np
 
 from ..checks import check_eta
 from . import grids
+from .forms import EPS, X0, X, Z
 from .grids import Grid, spaced_timesteps
 from .rows import table_of
 from .schedules import NoiseSchedule, check_schedule
@@ -35,14 +36,12 @@ def ddpm(schedule: NoiseSchedule, clip: float | None = None, prediction: str = "
     # ᾱ_{t-1}, as ᾱ_t/α_t so that the weights agree with the formula above at t = 1 of every table.
     with np.errstate(invalid="ignore", divide="ignore"):
         alpha_bar_prev = np.where(alpha > 0, alpha_bar / alpha, schedule.alpha_bar[t - 1])
-    return table_of(
-        grids.between(schedule, t, t - 1),
-        x=np.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar),
-        x0=np.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar),
-        z=np.sqrt(beta) * (t > 1),
-        clip=clip,
-        prediction=prediction,
+    posterior_mean = (
+        np.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * X
+        + np.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * X0
     )
+    next = posterior_mean + np.sqrt(beta) * (t > 1) * Z
+    return table_of(grids.between(schedule, t, t - 1), next, clip=clip, prediction=prediction)
 
 
 def ddim(
@@ -59,7 +58,7 @@ def ddim(
         schedule: the noise schedule the model was trained with.
         steps: n, from 1 to T; the last step always lands on index 0, the clean image.
         eta: from 0 (deterministic) to 1 (DDPM's posterior variance).
-        spacing: "trailing", "leading", "linspace", "karras" or "exponential": see `grids.spaced`.
+        spacing: one of `SPACINGS`, see `grids.spaced`.
         clip: clip the data prediction to [-clip, clip], and take ε as what it leaves of x,
             (x - √ᾱ_t x0)/√(1-ᾱ_t); None leaves both as the model has them.
         prediction: what the model predicts: "epsilon", "v" or "x0".
@@ -88,14 +87,9 @@ def _ddim(grid: Grid, eta: float, clip: float | None, prediction: str) -> StepTa
     # Eq. 16 with ᾱ = signal².
     shrinking = 1 - (grid.signal / grid.next_signal) ** 2
     sigma = eta * grid.next_sigma / grid.sigma * np.sqrt(shrinking)
-    return table_of(
-        grid,
-        x0=grid.next_signal,
-        eps=np.sqrt(np.maximum(grid.next_sigma**2 - sigma**2, 0)),
-        z=sigma,
-        clip=clip,
-        prediction=prediction,
-    )
+    direction = np.sqrt(np.maximum(grid.next_sigma**2 - sigma**2, 0))
+    next = grid.next_signal * X0 + direction * EPS + sigma * Z
+    return table_of(grid, next, clip=clip, prediction=prediction)
 
 
 def euler(
@@ -147,8 +141,8 @@ def ddim_inversion(
     t = spaced_timesteps(schedule.timesteps, steps, spacing)[::-1]
     back = grids.between(schedule, np.append(0, t[:-1]), t)
     grid = replace(back, timesteps=t, times=t / schedule.timesteps)
-    levels = {"x0": grid.next_signal, "eps": grid.next_sigma}
-    return table_of(grid, **levels, clip=None, prediction=prediction)
+    next = grid.next_signal * X0 + grid.next_sigma * EPS
+    return table_of(grid, next, clip=None, prediction=prediction)
 
 
 def flow_euler(steps: int = 20, shift: float = 1.0, clip: float | None = None) -> StepTable:

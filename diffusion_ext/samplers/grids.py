@@ -6,14 +6,45 @@ in a power of sigma/signal, whatever timesteps that falls on. Rectified flow has
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..checks import check_number
-from .schedules import NoiseSchedule
+from .schedules import NoiseSchedule, check_schedule
 
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+BY_TIMESTEP = ("leading", "trailing", "linspace", "simple")
+BETWEEN_TIMESTEPS = ("normal", "sgm_uniform", "beta")
+BY_RATIO = ("karras", "exponential", "kl_optimal")
+SPACINGS = (*BY_TIMESTEP, *BETWEEN_TIMESTEPS, *BY_RATIO)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level.
+
+    Attributes:
+        signal, sigma: x = signal·x0 + sigma·ε. time: what the model is given there.
+    """
+
+    signal: float
+    sigma: float
+    time: float
+
+    @property
+    def r(self) -> float:
+        """sigma/signal: the noise of x/signal, which Karras et al. 2022 call σ."""
+        return self.sigma / self.signal if self.signal else math.inf
+
+    @property
+    def lam(self) -> float:
+        """λ = log(signal/sigma), half the log of the signal-to-noise ratio (Lu et al. 2022)."""
+        if not self.sigma:
+            return math.inf
+        return math.log(self.signal / self.sigma) if self.signal else -math.inf
 
 
 @dataclass(frozen=True)
@@ -26,6 +57,7 @@ class Grid:
         signal, sigma: of the level that a step starts from.
         next_signal, next_sigma: of the level that it lands on.
         train_timesteps: T.
+        schedule: whose levels they are; None for those of rectified flow.
     """
 
     timesteps: np.ndarray
@@ -35,27 +67,61 @@ class Grid:
     next_signal: np.ndarray
     next_sigma: np.ndarray
     train_timesteps: int
+    schedule: NoiseSchedule | None
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def last(self) -> Level:
+        """The level that the last step lands on."""
+        return Level(float(self.next_signal[-1]), float(self.next_sigma[-1]), 0.0)
+
+    def levels(self) -> list[Level]:
+        """The n + 1 of them."""
+        rows = zip(self.signal.tolist(), self.sigma.tolist(), self.times.tolist(), strict=True)
+        return [*(Level(*row) for row in rows), self.last]
+
+    def steps(self) -> Iterator[tuple[Level, Level]]:
+        """Where each step starts, and where it lands."""
+        levels = self.levels()
+        return itertools.pairwise(levels)
+
+    def rest(self, first: int) -> Grid:
+        """The steps from `first` on."""
+        arrays = ("timesteps", "times", "signal", "sigma", "next_signal", "next_sigma")
+        return replace(self, **{name: getattr(self, name)[first:] for name in arrays})
+
+    def at(self, r: float) -> Level:
+        """The level where sigma/signal is r > 0, between timesteps: log r interpolates them."""
+        if self.schedule is None:  # signal + sigma = 1, and the time is sigma
+            return Level(1 / (1 + r), r / (1 + r), r / (1 + r))
+        signal = 1 / math.sqrt(1 + r * r)
+        return Level(signal, r * signal, float(_times_of(self.schedule, np.array(r))))
 
 
 def between(schedule: NoiseSchedule, t: np.ndarray, t_next: np.ndarray) -> Grid:
     """Steps from timesteps t to t_next (int64 [n] each, 0 is the clean image)."""
     signal, sigma, last = schedule.signal, schedule.sigma, schedule.timesteps
-    return Grid(t, t / last, signal[t], sigma[t], signal[t_next], sigma[t_next], last)
+    start, end = (signal[t], sigma[t]), (signal[t_next], sigma[t_next])
+    return Grid(t, t / last, *start, *end, last, schedule)
 
 
 def spaced(schedule: NoiseSchedule, steps: int, spacing: str) -> Grid:
     """n steps of a schedule from noise to the clean image.
 
-    "trailing", "leading", "linspace": see `spaced_timesteps`. In r = sigma/signal, from its value
-    at T down to that at t = 1 and then 0, "karras" is even in r^(1/7) (Karras et al. 2022, eq. 5),
-    "exponential" in log r; the model is given the t, between timesteps, whose log r that is.
-    Raises: ValueError for steps outside 1..T, an unknown spacing, or a grid in r where alpha_bar[T]
-    is 0.
+    On timesteps, "trailing", "leading", "linspace" and "simple": see `spaced_timesteps`. Between
+    them, where log(sigma/signal) is interpolated: "normal" is even from T to 1, "sgm_uniform" the
+    first n of n + 1 such, "beta" has the quantiles of Beta(0.6, 0.6), dense at both ends (Lee et
+    al. 2024), which needs scipy. In r = sigma/signal, from its value at T down to that at t = 1 and
+    then 0: "karras" is even in r^(1/7) (Karras et al. 2022, eq. 5), "exponential" in log r,
+    "kl_optimal" in arctan r (Sabour et al. 2024, theorem 3.1); the model is given the t whose log r
+    that is. The names are those of ComfyUI's schedulers and diffusers' options.
+    Raises: TypeError for another schedule; ValueError for steps outside 1..T, an unknown spacing,
+    or a grid between timesteps where alpha_bar[T] is 0.
     """
-    if spacing not in ("karras", "exponential"):
+    check_schedule(schedule)
+    if spacing in BY_TIMESTEP or spacing not in SPACINGS:
         t = spaced_timesteps(schedule.timesteps, steps, spacing)
         return between(schedule, t, np.append(t[1:], 0))
     last = _check_steps(schedule.timesteps, steps)
@@ -64,21 +130,50 @@ def spaced(schedule: NoiseSchedule, steps: int, spacing: str) -> Grid:
             f"spacing: {spacing!r} is a grid in sigma/signal, which is infinite at T, where "
             "alpha_bar is 0 (zero terminal SNR); wanted 'trailing'"
         )
-    known = schedule.sigma[1:] / schedule.signal[1:]
-    rho = 7 if spacing == "karras" else None
+    known = np.log(schedule.sigma[1:] / schedule.signal[1:])
+    if spacing in BETWEEN_TIMESTEPS:
+        t = _real_timesteps(last, steps, spacing)
+        r = np.exp(np.interp(t, np.arange(1, last + 1), known))
+        return _of_ratios(schedule, np.append(r, 0), t / last)
+    r = _ratios(*np.exp(known[[-1, 0]]), steps, spacing)
+    return _of_ratios(schedule, np.append(r, 0), _times_of(schedule, r))
+
+
+def _real_timesteps(last: int, steps: int, spacing: str) -> np.ndarray:
+    if spacing == "normal":
+        return np.linspace(last, 1, steps)
+    if spacing == "sgm_uniform":
+        return np.linspace(last, 1, steps + 1)[:-1]
+    try:
+        from scipy.stats import beta
+    except ImportError as error:
+        raise ImportError("spacing: 'beta' needs scipy: pip install scipy") from error
+    return 1 + beta.ppf(1 - np.arange(steps) / steps, 0.6, 0.6) * (last - 1)
+
+
+def _ratios(high: float, low: float, steps: int, spacing: str) -> np.ndarray:
     even = np.linspace(0, 1, steps)
-    high, low = (np.log(known[[-1, 0]]) if rho is None else known[[-1, 0]] ** (1 / rho)).tolist()
-    r = high + even * (low - high)
-    r = np.exp(r) if rho is None else r**rho
-    t = np.interp(np.log(r), np.log(known), np.arange(1, last + 1))
-    return _of_ratios(np.append(r, 0), t / last, last)
+    into, back = {
+        "karras": (lambda r: r ** (1 / 7), lambda u: u**7),
+        "exponential": (np.log, np.exp),
+        "kl_optimal": (np.arctan, np.tan),
+    }[spacing]
+    return back(into(high) + even * (into(low) - into(high)))
 
 
-def _of_ratios(r: np.ndarray, times: np.ndarray, train_timesteps: int) -> Grid:
+def _times_of(schedule: NoiseSchedule, r: np.ndarray) -> np.ndarray:
+    """t/T, between timesteps, of ratios r = sigma/signal above 0."""
+    known = np.log(schedule.sigma[1:] / schedule.signal[1:])
+    last = schedule.timesteps
+    return np.interp(np.log(r), known, np.arange(1, last + 1)) / last
+
+
+def _of_ratios(schedule: NoiseSchedule, r: np.ndarray, times: np.ndarray) -> Grid:
     """The grid of levels with sigma/signal = r, float64 [n+1], and signal² + sigma² = 1."""
     signal = 1 / np.sqrt(1 + r**2)
     sigma, counters = r * signal, np.arange(len(times), 0, -1)
-    return Grid(counters, times, signal[:-1], sigma[:-1], signal[1:], sigma[1:], train_timesteps)
+    start, end = (signal[:-1], sigma[:-1]), (signal[1:], sigma[1:])
+    return Grid(counters, times, *start, *end, schedule.timesteps, schedule)
 
 
 def flow(steps: int, shift: float = 1.0) -> Grid:
@@ -96,14 +191,15 @@ def flow(steps: int, shift: float = 1.0) -> Grid:
     t = 1 - np.arange(steps + 1) / steps
     t = shift * t / (1 + (shift - 1) * t)
     counters = np.arange(steps, 0, -1)
-    return Grid(counters, t[:-1], 1 - t[:-1], t[:-1], 1 - t[1:], t[1:], steps)
+    return Grid(counters, t[:-1], 1 - t[:-1], t[:-1], 1 - t[1:], t[1:], steps, None)
 
 
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     """n of the timesteps 1..T, descending (Lin et al. 2023, table 2).
 
     "trailing" starts at T and strides T/n; "leading" strides T//n and ends at 1; "linspace" spreads
-    evenly from T to 1. Where n divides T, "trailing" is T, T - T/n, ..., T/n.
+    evenly from T to 1; "simple" is "trailing" with T·i/n cut to integers. Where n divides T,
+    both are T, T - T/n, ..., T/n.
 
     Returns: int64 [n]. Raises: ValueError for steps outside 1..T or an unknown spacing.
     """
@@ -115,6 +211,8 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
         grid = 1 + (steps - 1 - i) * (timesteps // steps)
     elif spacing == "linspace":
         grid = np.linspace(timesteps, 1, steps)
+    elif spacing == "simple":
+        grid = timesteps - i * timesteps // steps
     else:
         raise ValueError(f"spacing: wanted one of {SPACINGS}, got {spacing!r}")
     return np.round(grid).astype(np.int64)

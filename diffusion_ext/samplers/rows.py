@@ -1,53 +1,174 @@
-"""Samplers as tables: a sampler is a pure function from a schedule to one row of numbers per step.
+"""Samplers as tables: a sampler is a pure function from a schedule to one row of numbers a call.
 
-Every step of every sampler here is the same arithmetic (x [B,*] the sample, m the model's output,
-z normal noise, h the data prediction of the step before):
+Every step of every sampler is the same arithmetic (x [B,*] the sample, m the model's output, z
+normal noise, s_j what was remembered in slot j):
 
     x0 = clip(kx·x + km·m)
-    x' = ax·x + am·m + a0·x0 + ah·h + az·z
+    x' = ax·x + am·m + a0·x0 + Σ_j aj·s_j + az·z
 
-so adding a sampler is writing the weights of x, x0, ε, h and z in x', from its paper, and nothing
+and up to two slots take a combination of the same terms. So adding a sampler is writing x', and
+what is kept, as forms of x, x0, ε, z and the slots (see forms.py), from its paper, and nothing
 else. The weights are computed in float64; the kernels read them as float32, whatever the sample's
 dtype (in half precision the noise of the last steps would vanish).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from ..checks import check_clip
-from ..ops.sampler_step import COLUMNS
-from .grids import Grid
+from ..ops.row_shape import RowShape
+from .forms import Form
+from .grids import Grid, Level
 from .step_table import StepTable
+
+__all__ = ["PREDICTIONS", "Row", "predictions", "table_of", "tabulate"]
 
 PREDICTIONS = ("epsilon", "v", "x0", "flow")
 
 
-def table_of(
-    grid: Grid, *, x=0.0, x0=0.0, eps=0.0, before=0.0, z=0.0, clip, prediction
+@dataclass(frozen=True)
+class Row:
+    """A call of the model and what follows from it.
+
+    Attributes:
+        at: the level of the sample that the model is given.
+        next: the next sample.
+        keep: slot -> what it receives; at most two.
+    """
+
+    at: Level
+    next: Form
+    keep: dict[int, Form] = field(default_factory=dict)
+
+
+def tabulate(
+    rule: Callable[[Grid], Iterable[Row]],
+    grid: Grid,
+    clip: float | None,
+    prediction: str,
+    shape: RowShape | None = None,
 ) -> StepTable:
-    """Rows from the weights in x' (float64 [n] each) of x, x0, ε, the x0 before, and z."""
+    """The table of the rows that a rule makes of a grid.
+
+    Args:
+        rule: a module's own function, or a partial of one, so that tables can be pickled; a run
+            that starts at a later step asks it for the rows of the rest of the grid.
+        shape: of the rows; None for the least that they need.
+    """
+    rows = list(rule(grid))
+    # Where a step has more than one row, each counts down, for its noise to be its own.
+    timesteps = grid.timesteps if len(rows) == len(grid) else np.arange(len(rows), 0, -1)
+    signal, sigma, times = np.array([[r.at.signal, r.at.sigma, r.at.time] for r in rows]).T
+    writes = []
+    for i in range(max(len(row.keep) for row in rows)):
+        kept = [list(row.keep.items())[i : i + 1] for row in rows]
+        goes_to = np.array([k[0][0] if k else -1.0 for k in kept])
+        writes.append((goes_to, _stacked([k[0][1] if k else Form({}) for k in kept])))
+    run = _Run(timesteps, times, signal, sigma, grid.last, grid.train_timesteps)
+    rest = _Rest(rule, grid, clip, prediction)
+    next = _stacked([row.next for row in rows])
+    return _assembled(run, next, writes, clip, prediction, rest, shape)
+
+
+def table_of(grid: Grid, next: Form, *, clip: float | None, prediction: str) -> StepTable:
+    """The table of a sampler that remembers nothing: a row for each step, arrays [n] as weights."""
+    run = _Run(grid.timesteps, grid.times, grid.signal, grid.sigma, grid.last, grid.train_timesteps)
+    return _assembled(run, next, [], clip, prediction)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a table's rows start from, [n] each, and where the last one ends."""
+
+    timesteps: np.ndarray
+    times: np.ndarray
+    signal: np.ndarray
+    sigma: np.ndarray
+    last: Level
+    train_timesteps: int
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """Makes the table of the last n rows of a run, which need nothing remembered."""
+
+    rule: Callable
+    grid: Grid
+    clip: float | None
+    prediction: str
+
+    def __call__(self, rows: int, shape: RowShape) -> StepTable | None:
+        for step in range(len(self.grid)):
+            table = tabulate(self.rule, self.grid.rest(step), self.clip, self.prediction, shape)
+            if len(table) == rows:
+                return table
+        return None
+
+
+def _stacked(forms: list[Form]) -> Form:
+    """Forms of numbers as one form of arrays [n]."""
+    terms = {term: None for form in forms for term in form.weights}
+    return Form({term: np.array([form.of(term) for form in forms]) for term in terms})
+
+
+def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> StepTable:
+    """A StepTable of forms: next, and for each write (slot numbers [n], the form)."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: wanted one of {PREDICTIONS}, got {prediction!r}")
     check_clip(clip)
-    signal, sigma = grid.signal, grid.sigma
-    if prediction == "epsilon" and (signal == 0).any():
+    if prediction == "epsilon" and (run.signal == 0).any():
+        t = run.timesteps[run.signal == 0][0]
         raise ValueError(
-            f"prediction: 'epsilon' cannot give x0 at t = {grid.timesteps[signal == 0][0]}, where "
-            "alpha_bar is 0 (zero terminal SNR); wanted a model that predicts 'v' or 'x0'"
+            f"prediction: 'epsilon' cannot give x0 at t = {t}, where alpha_bar is 0 (zero terminal "
+            "SNR); wanted a model that predicts 'v' or 'x0'"
         )
-    kx, km, ex, em = predictions(signal, sigma, prediction)
+    slots = _slots_read(next, writes) if shape is None else shape.slots
+    if shape is None:
+        shape = RowShape(max(slots, 1), 0 if _keeps_x0(slots, writes) else len(writes))
+    kx, km, *_ = levels = predictions(run.signal, run.sigma, prediction)
+    weights = np.zeros((len(run.times), shape.width))
     # Where x0 is beyond float32 it is not to be had; finite weights keep 0·x0 from being NaN.
-    kx, km = np.clip(kx, -1e30, 1e30), np.clip(km, -1e30, 1e30)
+    weights[:, 0], weights[:, 1] = np.clip(kx, -1e30, 1e30), np.clip(km, -1e30, 1e30)
+    weights[:, shape.next] = _combination(next, run, shape, clip, levels)
+    weights[:, [shape.slot(i) for i in range(shape.writes)]] = -1.0
+    for i, (goes_to, form) in enumerate(writes[: shape.writes]):
+        weights[:, shape.slot(i)] = np.where(goes_to < slots, goes_to, -1.0)
+        weights[:, shape.write(i)] = _combination(form, run, shape, clip, levels)
+    signal, sigma = np.append(run.signal, run.last.signal), np.append(run.sigma, run.last.sigma)
+    return StepTable(
+        run.timesteps, weights, clip, run.train_timesteps, run.times,
+        np.stack([signal, sigma], axis=1), slots, rest if slots else None,
+    )  # fmt: skip
+
+
+def _slots_read(next: Form, writes) -> int:
+    """How many slots there are, of those that any row reads: what nobody reads is not kept."""
+    return 1 + max(set().union(next.slots, *(form.slots for _, form in writes)), default=-1)
+
+
+def _keeps_x0(slots: int, writes) -> bool:
+    """Whether all that is kept is each row's x0, in one slot; the last row's does not matter."""
+    if slots != 1 or len(writes) != 1:
+        return slots == 0
+    goes_to, form = writes[0]
+    only_x0 = all(np.all(weight == (term == "x0")) for term, weight in form.weights.items())
+    return only_x0 and (goes_to == 0).all()
+
+
+def _combination(form: Form, run, shape: RowShape, clip, levels) -> np.ndarray:
+    """The weights of x, m, x0, the slots and z, float64 [n, 4 + S]."""
+    x, x0, eps = form.of("x"), form.of("x0"), form.of("eps")
+    kx, km, ex, em = levels
     if clip is None:  # x0 is linear in x and m: fold it, so that the kernel reads two weights
         ax, am, a0 = x + x0 * kx + eps * ex, x0 * km + eps * em, 0.0
     else:  # ε is what the clipped x0 leaves of x, so that the two still make up x
-        ax, am, a0 = x + eps / sigma, 0.0, x0 - eps * signal / sigma
-    columns = {"kx": kx, "km": km, "ax": ax, "am": am, "a0": a0, "ah": before, "az": z}
-    weights = np.stack([np.broadcast_to(columns[n], len(grid)) for n in COLUMNS], axis=1)
-    levels = [np.append(signal, grid.next_signal[-1]), np.append(sigma, grid.next_sigma[-1])]
-    times, levels = grid.times, np.stack(levels, axis=1)
-    return StepTable(grid.timesteps, weights, clip, grid.train_timesteps, times, levels)
+        ax, am, a0 = x + eps / run.sigma, 0.0, x0 - eps * run.signal / run.sigma
+    columns = [ax, am, a0, *(form.of(j) for j in range(shape.slots)), form.of("z")]
+    return np.stack([np.broadcast_to(column, len(run.times)) for column in columns], axis=1)
 
 
 def predictions(signal: np.ndarray, sigma: np.ndarray, prediction: str):

@@ -1,28 +1,35 @@
-"""StepTable: a sampler as one row of numbers per step."""
+"""StepTable: a sampler as one row of numbers for each call of its model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """A sampler, ready to run: the timesteps and one row of coefficients per step.
+    """A sampler, ready to run: one row of coefficients for each call of the model.
 
     Attributes:
-        timesteps: int64 [n], the step word of each step's noise: on a schedule its timestep.
-        weights: float64 [n, 7], in the order of `COLUMNS`.
+        timesteps: int64 [n], the step word of each row's noise: on a schedule its timestep.
+        weights: float64 [n, columns]: kx km | ax am a0 a1..aS az, then what the slots receive and
+            a guidance scale, where the table has them (see `RowShape`).
         clip: x0 is clipped to [-clip, clip]; None for no clipping.
         train_timesteps: T of the schedule.
-        times: float64 [n], what the model is given before each step; by default timesteps/T.
-        levels: float64 [n+1, 2], signal and sigma of the sample before each step and after the
+        times: float64 [n], what the model is given before each row; by default timesteps/T.
+        levels: float64 [n+1, 2], signal and sigma of the sample before each row and after the
             last: x = signal·x0 + sigma·ε. None where they are not known.
+        slots: S, how many tensors it remembers things in; by default 1 where a row looks back at
+            the x0 of the row before, else 0.
+        rest: rest(n, shape) -> the table of the last n rows with nothing remembered, of that
+            shape, or None where no step begins there; None where no sampler made the table.
     """
 
     timesteps: np.ndarray
@@ -31,11 +38,20 @@ class StepTable:
     train_timesteps: int
     times: np.ndarray | None = None
     levels: np.ndarray | None = None
+    slots: int | None = None
+    rest: Callable[[int, RowShape], StepTable | None] | None = field(default=None, repr=False)
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.times is None:
             object.__setattr__(self, "times", self.timesteps / self.train_timesteps)
+        if self.slots is None:
+            looks_back = (self.weights[:, COLUMNS.index("ah")] != 0).any()
+            object.__setattr__(self, "slots", int(looks_back))
+        if self.shape is None:
+            raise ValueError(
+                f"weights: no table of {self.slots} slots has {self.weights.shape[1]} columns"
+            )
         for name in ("timesteps", "weights", "times", "levels"):
             if getattr(self, name) is None:
                 continue
@@ -47,17 +63,61 @@ class StepTable:
         return len(self.timesteps)
 
     @property
+    def shape(self) -> RowShape | None:
+        """Where its rows have what."""
+        return RowShape.of(self.weights.shape[1], max(self.slots, 1))
+
+    @property
     def multistep(self) -> bool:
-        """Whether a step looks back at the data prediction of the one before."""
-        return bool((self.weights[:, COLUMNS.index("ah")] != 0).any())
+        """Whether a row looks back at what one before it remembered."""
+        return self.slots > 0
+
+    @property
+    def guidance(self) -> np.ndarray | None:
+        """float64 [n], the guidance scale of each row; None where a run has one for all."""
+        return self.weights[:, -1] if self.shape.guided else None
+
+    @property
+    def noisy(self) -> np.ndarray:
+        """bool [n], whether a row makes anything of noise."""
+        columns = [self.shape.next.stop - 1]
+        columns += [self.shape.write(i).stop - 1 for i in range(self.shape.writes)]
+        return (self.weights[:, columns] != 0).any(axis=1)
+
+    def new_slots(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Zeros [S, *x.shape] for what is remembered, each laid out as x; None for no slots."""
+        if not self.slots:
+            return None
+        like = torch.empty_like(x)
+        strides = (x.numel(), *like.stride())
+        return x.new_empty_strided((self.slots, *x.shape), strides).zero_()
+
+    def starting_at(self, row: int) -> StepTable:
+        """This table, with its rows from `row` on as they are where nothing is remembered yet.
+
+        Raises: ValueError where that row is inside a step, or what is remembered cannot be missed.
+        """
+        if row == 0 or not self.slots:
+            return self
+        unguided = replace(self.shape, guided=False)
+        rest = self.rest(len(self) - row, unguided) if self.rest else None
+        if rest is None:
+            raise ValueError(f"first_step: no step of this table begins at row {row}")
+        weights = self.weights.copy()
+        weights[row:, : unguided.width] = rest.weights
+        parts = {
+            name: np.concatenate([getattr(self, name)[:row], getattr(rest, name)])
+            for name in ("timesteps", "times", "levels")
+        }
+        return replace(self, weights=weights, **parts)
 
     @property
     def coefficients(self) -> np.ndarray:
-        """float32 [n, 7]: the weights as the kernels read them, whatever the sample's dtype."""
+        """float32 [n, columns], as the kernels read the weights, whatever the sample's dtype."""
         return self.weights.astype(np.float32)
 
     def tensors(self, device, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """(coefficients [n, 7], timesteps int64 [n]) on `device`, copied there once.
+        """(coefficients [n, columns], timesteps int64 [n]) on `device`, copied there once.
 
         The coefficients are float32, or float64 where the samples' dtype is.
         """

@@ -78,6 +78,14 @@ def doubled(context, null_context):
     )
 
 
+def conditional(tree, batch: int):
+    """The half with the context of what a guided run hands its model: of tensors [2B, *]."""
+    return pytree.tree_map(
+        lambda leaf: leaf[batch:] if isinstance(leaf, Tensor) and len(leaf) == 2 * batch else leaf,
+        tree,
+    )
+
+
 def _zeros(leaf):
     if isinstance(leaf, Tensor) and not leaf.is_floating_point():
         raise ValueError(f"null_context: wanted one for a context of {leaf.dtype}, got None")

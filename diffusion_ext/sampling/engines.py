@@ -14,7 +14,7 @@ import torch
 from ..samplers import StepTable
 from . import graphs
 from .networks import CalledNetwork, PreparedNetwork, prepares
-from .stepping import DifferentiableStepper, InPlaceStepper, NoiseSource
+from .stepping import DifferentiableStepper, InPlaceStepper, NoiseSource, is_guided
 
 ENGINES = ("eager", "compile", "graph")
 
@@ -49,7 +49,7 @@ def start(
 ):
     """The stepper of a run; the arguments are as the steppers of stepping.py have them."""
     times, _ = table.run_tensors(x.device, x.dtype)
-    batch = (1 if guidance == 1 else 2) * len(x)
+    batch = (2 if is_guided(table, guidance) else 1) * len(x)
     if prepares(model) and not differentiable:
         network = PreparedNetwork(model, times, context, x)
     else:

@@ -12,6 +12,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class GraphStepper:
 
     def __init__(self, model: Callable, stepper: InPlaceStepper):
         self._kept, self._kind = _graphs_of(model), _kind(model, stepper)
-        fresh = stepper.tensors
+        fresh, self._alone = stepper.tensors, stepper.alone
         # Taken away while in use: a run of another thread makes its own.
         self._graph = self._kept.pop(self._kind, None) if self._kind is not None else None
         if self._graph is None:
@@ -43,7 +44,7 @@ class GraphStepper:
         self.x = stepper.x
 
     def advance(self, i: int) -> None:
-        self._graph.replay()
+        self._graph.replays[self._alone[i]]()
 
     def result(self) -> Tensor:
         """A copy of the sample; the graph is there for later runs."""
@@ -65,7 +66,10 @@ class Graph:
         self.device = stepper.x.device
         self._done = None
         try:
-            self.replay = capture(stepper.advance_on_device, self.tensors["row"])
+            self.replays = {
+                alone: capture(partial(stepper.advance_on_device, alone), self.tensors["row"])
+                for alone in sorted(set(stepper.alone))
+            }
         except Uncapturable as error:
             raise RuntimeError(
                 f"engine: 'graph' cannot capture {_name(model)}: {error}. In a CUDA graph nothing "
@@ -149,6 +153,7 @@ def _kind(model: Callable, stepper: InPlaceStepper) -> Hashable | None:
         str(structure),
         type(stepper.network),
         stepper.guidance,
+        *sorted(set(stepper.alone)),
         stepper.clip,
         backend.current_backend(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),

@@ -12,12 +12,18 @@ from ..samplers import StepTable
 from .stepping import Known
 
 
-def check_options(table, save_rate, guidance_scale, noise) -> None:
+def check_options(table, save_rate, guidance_scale, noise, first_step) -> None:
     if not isinstance(table, StepTable):
         raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
     if save_rate is not None and (not isinstance(save_rate, int) or save_rate < 1):
         raise ValueError(f"save_rate: wanted an int of at least 1 or None, got {save_rate!r}")
     check_number("guidance_scale", guidance_scale)
+    if guidance_scale != 1 and table.guidance is not None:
+        raise ValueError(
+            f"guidance_scale: wanted 1 with a table that has scales (guided), got {guidance_scale}"
+        )
+    if not isinstance(first_step, int) or not 0 <= first_step < len(table):
+        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
     if noise is not None and not callable(noise) and not isinstance(noise, torch.Generator):
         raise TypeError(
             f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"
@@ -57,8 +63,6 @@ def initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:
 
 def as_known(start, mask, first_step, noise: Tensor, table: StepTable) -> Known | None:
     """The image to start from, checked, in the sample's dtype and device."""
-    if not isinstance(first_step, int) or not 0 <= first_step < len(table):
-        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
     if start is None:
         if mask is not None or first_step:
             raise ValueError("start: wanted an image for a mask or a first_step, got None")

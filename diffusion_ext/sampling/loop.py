@@ -18,7 +18,7 @@ from .engines import ENGINES, check_engine
 from .engines import start as start_run
 from .frames import Frames
 from .inputs import as_known, check_options, initial, memory_format_of, placement
-from .stepping import NoiseSource, draws
+from .stepping import NoiseSource, draws, is_guided
 
 __all__ = ["ENGINES", "SampleResult", "sample"]
 
@@ -106,7 +106,7 @@ def sample(
     cannot capture the model.
     """
     shape = check_sizes(shape, "(B, C, H, W)")
-    check_options(table, save_rate, guidance_scale, noise)
+    check_options(table, save_rate, guidance_scale, noise, first_step)
     device, dtype = placement(model, device, dtype)
     check_engine(engine, device, noise, differentiable)
     if isinstance(noise, torch.Generator):
@@ -115,9 +115,11 @@ def sample(
     seeds = as_seeds(seeds, shape[0], device)
     context = as_context(model, context, shape[0], device, dtype)
     null_context = as_context(model, null_context, shape[0], device, dtype, "null_context")
-    if guidance_scale != 1:
+    table = table.starting_at(first_step)
+    if is_guided(table, guidance_scale):
         if context is None:
-            raise ValueError(f"guidance_scale: {guidance_scale} wants a context, got context=None")
+            scale = guidance_scale if table.guidance is None else "a guided table"
+            raise ValueError(f"guidance_scale: {scale} wants a context, got context=None")
         context = doubled(context, null_context)
 
     grad = contextlib.nullcontext() if differentiable else torch.no_grad()

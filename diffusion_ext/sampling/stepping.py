@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..checks import check_like
 from ..ops import backend, reference
-from ..ops.sampler_step import COLUMNS, sampler_step
+from ..ops.sampler_step import sampler_step
 from ..samplers import StepTable
+from .conditioning import conditional
 from .networks import CalledNetwork, PreparedNetwork
-
-AZ = COLUMNS.index("az")
 
 
 class NoiseSource:
@@ -27,7 +26,7 @@ class NoiseSource:
     """
 
     def __init__(self, table: StepTable, seeds: Tensor, noise: Callable | None):
-        self._wanted = (table.weights[:, AZ] != 0).tolist()
+        self._wanted = table.noisy.tolist()
         self.noise, self.seeds = noise, seeds if any(self._wanted) else None
         self._timesteps = table.timesteps.tolist()
 
@@ -82,8 +81,8 @@ class InPlaceStepper:
 
     Args:
         x: the initial sample. known: an image to keep, or None.
-        guidance: 1 for none; else the network's batch is doubled, the context's first half the null
-            one.
+        guidance: 1 for none, where the table has no scales of its own; else the network's batch is
+            doubled, the context's first half the null one.
         memory_format: of the network's inputs.
 
     `tensors` is all that a step reads and writes, but for the model's own.
@@ -101,7 +100,8 @@ class InPlaceStepper:
         first_step: int = 0,
     ):
         self.network, self.noise, self.guidance, self.clip = network, noise, guidance, table.clip
-        batch = (1 if guidance == 1 else 2) * len(x)
+        self.guided, self.alone = is_guided(table, guidance), runs_alone(table)
+        batch = (2 if self.guided else 1) * len(x)
         inputs = torch.empty(
             (batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format
         )
@@ -116,8 +116,7 @@ class InPlaceStepper:
                 "steps": network.steps,
                 "context": network.context,
                 "seeds": noise.seeds,
-                # The x0 of the step before, to which the first step gives no weight.
-                "history": torch.zeros_like(inputs[: len(x)]) if table.multistep else None,
+                "slots": table.new_slots(inputs[: len(x)]),
                 "kept": None if known is None else known.kept,
             }
         )
@@ -127,38 +126,41 @@ class InPlaceStepper:
     def use(self, tensors: dict) -> None:
         self.tensors, inputs = tensors, tensors["inputs"]
         # Under guidance the first half of the inputs is to be a copy of the sample.
-        self.x = inputs if self.guidance == 1 else inputs[len(inputs) // 2 :]
+        self.x = inputs[len(inputs) // 2 :] if self.guided else inputs
 
     def advance(self, i: int) -> None:
-        self._step(self.network.at(i), self.rows[i], *self.noise.at(i, self.x))
+        row, alone = self.rows[i], self.alone[i]
+        self._step(self.network.at(i), row, alone, *self.noise.at(i, self.x))
 
-    def advance_on_device(self) -> None:
+    def advance_on_device(self, alone: bool) -> None:
         """The step of the row that the device holds, and the next row: nothing of the host's."""
         row = self.tensors["row"]
         step = self.network.at_row(self.tensors["steps"], row)
-        self._step(step, row, None, self.tensors["seeds"])
+        self._step(step, row, alone, None, self.tensors["seeds"])
         row.add_(1)
 
-    def _step(self, step, row: Tensor, noise: Tensor | None, seeds: Tensor | None) -> None:
+    def _step(self, step, row: Tensor, alone: bool, noise, seeds) -> None:
         tensors, x = self.tensors, self.x
-        inputs = tensors["inputs"]
-        if inputs is not x:
+        inputs, context = tensors["inputs"], tensors["context"]
+        if alone:
+            inputs, (step, context) = x, conditional((step, context), len(x))
+        elif self.guided:
             inputs[: len(x)].copy_(x)
-        output = check_output(self.network.call(inputs, step, tensors["context"]), inputs)
+        output = check_output(self.network.call(inputs, step, context), inputs)
         table = (tensors["coefficients"], tensors["timesteps"], row)
-        arguments = (*table, noise, seeds, tensors["history"], self.clip, self.guidance)
+        arguments = (*table, noise, seeds, tensors["slots"], self.clip, self.guidance)
         if self.native:
             backend.kernels().sampler_step_(x, output, *arguments)
         else:
-            next_x, x0 = reference.sampler_step(x, output, *arguments)
+            next_x, _, slots = reference.sampler_step_with_slots(x, output, *arguments)
             x.copy_(next_x)
-            if tensors["history"] is not None:
-                tensors["history"].copy_(x0)
+            if slots is not None:
+                tensors["slots"].copy_(slots)
         if tensors["kept"] is not None:
             x.copy_(keep(tensors["kept"], row, x))
 
     def result(self) -> Tensor:
-        return self.x if self.x is self.tensors["inputs"] else self.x.clone()
+        return self.x.clone() if self.guided else self.x
 
 
 class DifferentiableStepper:
@@ -175,27 +177,40 @@ class DifferentiableStepper:
     ):
         self.network, self.table, self.x = network, table, x
         self.noise, self.guidance = noise, guidance
+        self.guided, self.alone = is_guided(table, guidance), runs_alone(table)
         self.coefficients, self.timesteps = table.tensors(x.device, x.dtype)
         self.rows = torch.arange(len(table), device=x.device).unbind()
-        self.history = torch.zeros_like(x) if table.multistep else None
+        self.slots = table.new_slots(x)
         self.kept = None if known is None else known.kept
 
     def advance(self, i: int) -> None:
-        inputs = self.x if self.guidance == 1 else torch.cat([self.x, self.x])
         times = self.network.at(i).clone()  # the backward may look at it
-        output = check_output(self.network.call(inputs, times, self.network.context), inputs)
-        row, (noise, seeds) = self.rows[i], self.noise.at(i, self.x)
-        arguments = (self.coefficients, self.timesteps, row, noise, seeds, self.history)
-        self.x, x0 = sampler_step(
-            self.x, output, *arguments, self.table.clip, self.guidance, return_x0=True
-        )
-        if self.history is not None:
-            self.history = x0
+        inputs, context = self.x, self.network.context
+        if self.alone[i]:
+            times, context = conditional((times, context), len(self.x))
+        elif self.guided:
+            inputs = torch.cat([self.x, self.x])
+        output = check_output(self.network.call(inputs, times, context), inputs)
+        table = (self.coefficients, self.timesteps, self.rows[i])
+        options = {"clip": self.table.clip, "guidance": self.guidance, "slots": self.slots}
+        noise, seeds = self.noise.at(i, self.x)
+        self.x = sampler_step(self.x, output, *table, noise, seeds, **options)
         if self.kept is not None:
-            self.x = keep(self.kept, row, self.x)
+            self.x = keep(self.kept, self.rows[i], self.x)
 
     def result(self) -> Tensor:
         return self.x
+
+
+def is_guided(table: StepTable, guidance: float) -> bool:
+    """Whether a run calls its model on two halves, without and with the context."""
+    return guidance != 1 or table.guidance is not None
+
+
+def runs_alone(table: StepTable) -> list[bool]:
+    """For each row, whether its scale is 1, for which the half with the context is enough."""
+    scales = table.guidance
+    return [False] * len(table) if scales is None else (scales == 1).tolist()
 
 
 def check_output(output, inputs: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def oldest():
 def test_schedulers_and_fused_models(oldest):
     tests = ["schedulers", "differences", "pipelines"]
     files = [f"tests/integrations/test_diffusers_{name}.py" for name in tests]
-    files += ["tests/integrations/test_fuse_resnet_blocks.py"]
+    files += ["tests/fusing/test_fuse_resnet_blocks.py"]
     environment = {**os.environ, "PYTHONPATH": str(oldest)}
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *files]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)

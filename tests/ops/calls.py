@@ -68,9 +68,9 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         return out if isinstance(out, tuple) else (out,)
 
     def step_in_place(x, m, row, seeds, history):
-        out, x0, tensors = x.clone(), history.clone(), TABLE.tensors(x.device)
-        kernels().sampler_step_(out, m, *tensors, row, None, seeds, x0, None, 1.0)
-        return out, x0
+        out, slots, tensors = x.clone(), history.clone()[None], TABLE.tensors(x.device)
+        kernels().sampler_step_(out, m, *tensors, row, None, seeds, slots, None, 1.0)
+        return out, slots[0]
 
     def fill(like, seeds):
         out = torch.empty_like(like)

@@ -27,6 +27,8 @@ def op_calls(memory_format):
         (ops.sampler_step, (x, m, *step, None, seeds, None, 1.0, 1.0, True)),
         (ops.sampler_step, (x, torch.cat([m, m]), *step, m, None, m, None, 2.0, False)),
         (ops.sampler_step_, (x.clone(), m, *step, None, seeds, None, None, 1.0)),
+        (ops.sampler_step_, (x.clone(), m, *step, None, seeds, m[None].clone(), None, 1.0)),
+        (ops.sampler_step_with_slots, (x, m, *step, None, seeds, m[None].clone(), 1.0, 1.0, True)),
         (ops.perturb, (x, t, *tables, None, seeds, False)),
         (ops.perturb, (x, t, *tables, m, None, False)),
         (ops.perturb, (x, t, *tables, m, None, True)),
@@ -51,6 +53,9 @@ def compiled_calls():
     fresh = dx.NoiseSchedule.linear(100)  # whose tables are first asked for while compiling
     return {
         "sampler_step": (lambda: dx.sampler_step(x * 2, m, *tensors, row, seeds=seeds) + 1),
+        "sampler_step with slots": (
+            lambda: dx.sampler_step(x * 2, m, *tensors, row, seeds=seeds, slots=m[None] * 2) + 1
+        ),
         "ddpm_step": (lambda: dx.ddpm_step(x * 2, m, 40, fresh, seeds=seeds) + 1),
         "ddpm_step of tensors": (lambda: dx.ddpm_step(x * 2, m, t, fresh, noise=m) + 1),
         "ddim_step": (lambda: dx.ddim_step(x * 2, m, 40, 30, fresh, eta=0.5, seeds=seeds) + 1),
