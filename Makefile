@@ -60,6 +60,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
 	DIFFUSION_EXT_NATIVE=0 $(BIN)/pip install --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --no-deps k-diffusion  # the tests take its samplers alone; the rest wants torchvision
 	touch $@
 
 $(NATIVE): $(VENV)/ready $(SOURCES)

@@ -74,11 +74,29 @@ def check_number(name: str, value) -> None:
         raise ValueError(f"{name}: wanted a finite number, got {value}")
 
 
+def check_int(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+
+
 def check_eta(eta) -> None:
     """eta is a number from 0 (deterministic) to 1 (DDPM's posterior variance)."""
     check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: wanted a number from 0 to 1, got {eta}")
+
+
+def check_at_least_0(name: str, value) -> None:
+    """value is a number from 0 on."""
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: wanted a number of at least 0, got {value}")
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    """value is one of the choices."""
+    if value not in choices or isinstance(value, bool):
+        raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
 
 
 def check_clip(clip) -> None:

@@ -1,18 +1,35 @@
 """Schedules, grids and samplers: a sampler is a function from a schedule to a table of steps."""
 
 from ..ops.sampler_step import COLUMNS
-from .dpm_solver import dpmpp_2m
-from .first_order import ddim, ddim_inversion, ddpm, euler, euler_ancestral, flow_euler
+from .adams import deis, ipndm, lms, plms
+from .distilled import lcm, tcd
+from .dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
+from .first_order import ddim, ddim_inversion, ddpm, euler_ancestral, flow_euler
+from .forms import EPS, X0, X, Z, slot
 from .grids import SPACINGS, spaced_timesteps
 from .guidance import guided
+from .karras import (
+    dpm2,
+    dpm2_ancestral,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    euler,
+    flow_heun,
+    heun,
+)
 from .noising import perturb
-from .rows import PREDICTIONS
+from .rows import PREDICTIONS, Row, table_of, tabulate
+from .sa_solver import sa_solver
 from .schedules import NoiseSchedule
 from .single_steps import ddim_step, ddpm_step
 from .step_table import StepTable
+from .unipc import unipc
 
 __all__ = [
-    "COLUMNS", "PREDICTIONS", "SPACINGS", "NoiseSchedule", "StepTable", "ddim", "ddim_inversion",
-    "ddim_step", "ddpm", "ddpm_step", "dpmpp_2m", "euler", "euler_ancestral", "flow_euler",
-    "guided", "perturb", "spaced_timesteps",
+    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "NoiseSchedule", "Row", "StepTable", "X",
+    "Z", "ddim", "ddim_inversion", "ddim_step", "ddpm", "ddpm_step", "deis", "dpm2",
+    "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde",
+    "euler", "euler_ancestral", "flow_euler", "flow_heun", "guided", "heun", "ipndm", "lcm", "lms",
+    "perturb", "plms", "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd",
+    "unipc",
 ]  # fmt: skip

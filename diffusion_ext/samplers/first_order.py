@@ -1,4 +1,4 @@
-"""Samplers of one model call a step and no memory: DDPM, DDIM, Euler, and DDIM backwards."""
+"""Samplers of one model call a step and no memory: DDPM, DDIM and what is DDIM by other names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checks import check_eta
+from ..checks import check_at_least_0, check_eta
 from . import grids
 from .forms import EPS, X0, X, Z
 from .grids import Grid, spaced_timesteps
@@ -82,29 +82,16 @@ def ddim_between(
     return _ddim(grids.between(schedule, t, t_prev), eta, clip, prediction)
 
 
-def _ddim(grid: Grid, eta: float, clip: float | None, prediction: str) -> StepTable:
+def _ddim(
+    grid: Grid, eta: float, clip: float | None, prediction: str, s_noise: float = 1.0
+) -> StepTable:
     check_eta(eta)
     # Eq. 16 with ᾱ = signal².
     shrinking = 1 - (grid.signal / grid.next_signal) ** 2
     sigma = eta * grid.next_sigma / grid.sigma * np.sqrt(shrinking)
     direction = np.sqrt(np.maximum(grid.next_sigma**2 - sigma**2, 0))
-    next = grid.next_signal * X0 + direction * EPS + sigma * Z
+    next = grid.next_signal * X0 + direction * EPS + s_noise * sigma * Z
     return table_of(grid, next, clip=clip, prediction=prediction)
-
-
-def euler(
-    schedule: NoiseSchedule,
-    steps: int = 20,
-    spacing: str = "karras",
-    clip: float | None = None,
-    prediction: str = "epsilon",
-) -> StepTable:
-    """Euler's method on the probability flow ODE (Karras et al. 2022, algorithm 1 without the 2nd
-    order correction). In r = sigma/signal it is x/signal += (r' - r)·ε: DDIM, on a grid of r.
-
-    Args, returns and raises as `ddim`.
-    """
-    return ddim(schedule, steps, 0.0, spacing, clip, prediction)
 
 
 def euler_ancestral(
@@ -113,13 +100,16 @@ def euler_ancestral(
     spacing: str = "karras",
     clip: float | None = None,
     prediction: str = "epsilon",
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> StepTable:
-    """Euler down to sqrt(r'² - r_up²), then noise r_up = r'·sqrt(r² - r'²)/r, r = sigma/signal: the
-    variance of DDPM's posterior (Song et al. 2021, eq. 16 with eta = 1) on a grid of r.
+    """Euler down to sqrt(r'² - r_up²), then noise r_up = eta·r'·sqrt(r² - r'²)/r, r = sigma/signal:
+    for eta = 1 the variance of DDPM's posterior (Song et al. 2021, eq. 16) on a grid of r.
 
-    Args, returns and raises as `ddim`.
+    Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
-    return ddim(schedule, steps, 1.0, spacing, clip, prediction)
+    check_at_least_0("s_noise", s_noise)
+    return _ddim(grids.spaced(schedule, steps, spacing), eta, clip, prediction, s_noise)
 
 
 def ddim_inversion(

@@ -53,3 +53,14 @@ X, X0, EPS, Z = (Form({term: 1.0}) for term in ("x", "x0", "eps", "z"))
 def slot(number: int) -> Form:
     """What the row found in a slot, counted from 0."""
     return Form({number: 1.0})
+
+
+def landed(there) -> Form:
+    """The sample at a level, made of x0 and ε: Euler's step, and DDIM's (Song et al. 2021)."""
+    return there.signal * X0 + there.sigma * EPS
+
+
+def carried(sample: Form, eps: Form, here, there) -> Form:
+    """A sample moved from level to level along ε: x/signal changes by (r' - r)·ε."""
+    ratio = there.signal / here.signal
+    return ratio * sample + (there.sigma - ratio * here.sigma) * eps

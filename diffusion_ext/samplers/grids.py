@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..checks import check_number
+from ..checks import check_int, check_number
 from .schedules import NoiseSchedule, check_schedule
 
 BY_TIMESTEP = ("leading", "trailing", "linspace", "simple")
@@ -182,7 +182,7 @@ def flow(steps: int, shift: float = 1.0) -> Grid:
     shift: s·t/(1 + (s-1)·t) in place of t, more steps at high noise (Esser et al. 2024, eq. 23).
     Raises: TypeError, ValueError for steps below 1 or shift not above 0.
     """
-    _check_int("steps", steps)
+    check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: wanted at least 1, got {steps}")
     check_number("shift", shift)
@@ -218,13 +218,8 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     return np.round(grid).astype(np.int64)
 
 
-def _check_int(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
-
-
 def _check_steps(timesteps: int, steps) -> int:
-    _check_int("steps", steps)
+    check_int("steps", steps)
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps: wanted from 1 to {timesteps} (the schedule's T), got {steps}")
     return timesteps

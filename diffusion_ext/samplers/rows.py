@@ -15,12 +15,12 @@ dtype (in half precision the noise of the last steps would vanish).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..checks import check_clip
-from ..ops.row_shape import RowShape
+from ..ops.row_shape import MOST_SLOTS, MOST_WRITES, RowShape
 from .forms import Form
 from .grids import Grid, Level
 from .step_table import StepTable
@@ -59,7 +59,15 @@ def tabulate(
             that starts at a later step asks it for the rows of the rest of the grid.
         shape: of the rows; None for the least that they need.
     """
-    rows = list(rule(grid))
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows = list(rule(grid))
+    except (ZeroDivisionError, ValueError) as error:
+        if (grid.signal > 0).all():
+            raise
+        raise _no_step(grid.timesteps[grid.signal == 0][0]) from error
+    read = set().union(*(f.slots for row in rows for f in (row.next, *row.keep.values())))
+    rows = [replace(row, keep={j: row.keep[j] for j in row.keep if j in read}) for row in rows]
     # Where a step has more than one row, each counts down, for its noise to be its own.
     timesteps = grid.timesteps if len(rows) == len(grid) else np.arange(len(rows), 0, -1)
     signal, sigma, times = np.array([[r.at.signal, r.at.sigma, r.at.time] for r in rows]).T
@@ -126,8 +134,16 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
             f"prediction: 'epsilon' cannot give x0 at t = {t}, where alpha_bar is 0 (zero terminal "
             "SNR); wanted a model that predicts 'v' or 'x0'"
         )
-    slots = _slots_read(next, writes) if shape is None else shape.slots
-    if shape is None:
+    forms = (next, *(form for _, form in writes))
+    slots = 1 + max(set().union(*(form.slots for form in forms)), default=-1)
+    if slots > MOST_SLOTS or len(writes) > MOST_WRITES:
+        raise ValueError(
+            f"rule: wanted at most {MOST_SLOTS} slots, of which a row keeps {MOST_WRITES}, got "
+            f"{slots} and {len(writes)}"
+        )
+    if shape is not None:
+        slots = shape.slots
+    else:
         shape = RowShape(max(slots, 1), 0 if _keeps_x0(slots, writes) else len(writes))
     kx, km, *_ = levels = predictions(run.signal, run.sigma, prediction)
     weights = np.zeros((len(run.times), shape.width))
@@ -136,8 +152,10 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
     weights[:, shape.next] = _combination(next, run, shape, clip, levels)
     weights[:, [shape.slot(i) for i in range(shape.writes)]] = -1.0
     for i, (goes_to, form) in enumerate(writes[: shape.writes]):
-        weights[:, shape.slot(i)] = np.where(goes_to < slots, goes_to, -1.0)
+        weights[:, shape.slot(i)] = goes_to
         weights[:, shape.write(i)] = _combination(form, run, shape, clip, levels)
+    if not np.isfinite(weights).all():
+        raise _no_step(run.timesteps[~np.isfinite(weights).all(axis=1)][0])
     signal, sigma = np.append(run.signal, run.last.signal), np.append(run.sigma, run.last.sigma)
     return StepTable(
         run.timesteps, weights, clip, run.train_timesteps, run.times,
@@ -145,9 +163,11 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
     )  # fmt: skip
 
 
-def _slots_read(next: Form, writes) -> int:
-    """How many slots there are, of those that any row reads: what nobody reads is not kept."""
-    return 1 + max(set().union(next.slots, *(form.slots for _, form in writes)), default=-1)
+def _no_step(t) -> ValueError:
+    return ValueError(
+        f"schedule: this sampler has no step from t = {t}, where alpha_bar is 0 (zero terminal "
+        "SNR); wanted ddim, dpmpp_2m, unipc or sa_solver, or another schedule"
+    )
 
 
 def _keeps_x0(slots: int, writes) -> bool:
