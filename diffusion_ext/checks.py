@@ -99,6 +99,17 @@ def check_choice(name: str, value, choices: tuple) -> None:
         raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
 
 
+def check_interval(name: str, value) -> None:
+    """value is (low, high), 0 <= low <= high; high may be infinite."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: wanted (low, high), got {value!r}")
+    check_at_least_0(name, value[0])
+    if value[1] != math.inf:
+        check_at_least_0(name, value[1])
+    if value[0] > value[1]:
+        raise ValueError(f"{name}: wanted low <= high, got {value}")
+
+
 def check_clip(clip) -> None:
     """clip is None or a number above 0."""
     if clip is None:

@@ -36,13 +36,15 @@ def test_drop_in_runs_from_top_to_bottom(capsys):
     assert names["noisy"].shape == names["clean"].shape
 
 
-def test_the_sampler_of_contributing_is_ddim():
-    (block,) = blocks("CONTRIBUTING.md")
-    names = dict(vars(samplers))
-    exec(block, names)
-    schedule = dx.NoiseSchedule.linear(100)
-    ours, theirs = names["my_sampler"](schedule, 7), dx.ddim(schedule, 7)
-    assert abs(ours.weights - theirs.weights).max() < 1e-15
+def test_the_samplers_of_contributing_are_ddim_and_ipndm():
+    names, schedule = dict(vars(samplers)), dx.NoiseSchedule.linear(100)
+    for block in blocks("CONTRIBUTING.md"):
+        exec(block, names)
+    for ours, theirs in (
+        (names["my_sampler"](schedule, 7), dx.ddim(schedule, 7)),
+        (names["my_multistep"](schedule, 7), dx.ipndm(schedule, 7, order=2)),
+    ):
+        assert abs(ours.weights - theirs.weights).max() < 1e-14
 
 
 def test_every_link_leads_somewhere():

@@ -93,7 +93,7 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepRow& r
   const Combination next = row.next();
   const BlockWeights w{row.kx(), row.km(), next.x, next.m, next.x0, next.slots[0], next.z};
   const float guidance = row.guidance(step.guidance);
-  const bool keeps_x0 = step.shape.keeps_x0();
+  const bool keeps_x0 = step.shape.keeps_x0(), looks_back = s.slots != nullptr && w.ah != 0.0f;
   for_each_block(begin, end, [&](int64_t i, int64_t count) DX_KERNEL {
     const int64_t at = offset + i;
     float buffers[7][kBlock];
@@ -110,7 +110,7 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepRow& r
       b.m = guided;
     }
     if (keeps_x0) {
-      if (s.slots != nullptr) b.history = view(s.slots + at, buffers[2], count);
+      if (looks_back) b.history = view(s.slots + at, buffers[2], count);
       step_block(w, step.limit, b, count);
     } else {
       step_slots(step, s, row, b, at, count);

@@ -81,7 +81,8 @@ struct SamplerStep {
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         out[k] = combine(a, a.x0 != 0.0f, x[k], m[k], x0[k]);
-        if (s.slots != nullptr) out[k] = fma(history, to_float(in.history.at[k]), out[k]);
+        if (s.slots != nullptr && history != 0.0f)
+          out[k] = fma(history, to_float(in.history.at[k]), out[k]);
         if (noisy && a.z != 0.0f) out[k] = fma(a.z, z[k], out[k]);
       }
     }

@@ -5,7 +5,7 @@ from .adams import deis, ipndm, lms, plms
 from .distilled import lcm, tcd
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
 from .first_order import ddim, ddim_inversion, ddpm, euler_ancestral, flow_euler
-from .forms import EPS, X0, X, Z, slot
+from .forms import EPS, X0, Form, X, Z, carried, landed, slot
 from .grids import SPACINGS, spaced_timesteps
 from .guidance import guided
 from .karras import (
@@ -26,10 +26,10 @@ from .step_table import StepTable
 from .unipc import unipc
 
 __all__ = [
-    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "NoiseSchedule", "Row", "StepTable", "X",
-    "Z", "ddim", "ddim_inversion", "ddim_step", "ddpm", "ddpm_step", "deis", "dpm2",
+    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "Form", "NoiseSchedule", "Row", "StepTable", "X",
+    "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm", "ddpm_step", "deis", "dpm2",
     "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde",
-    "euler", "euler_ancestral", "flow_euler", "flow_heun", "guided", "heun", "ipndm", "lcm", "lms",
+    "euler", "euler_ancestral", "flow_euler", "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms",
     "perturb", "plms", "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd",
     "unipc",
 ]  # fmt: skip

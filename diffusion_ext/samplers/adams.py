@@ -127,7 +127,7 @@ def _plms(grid: Grid) -> Iterator[Row]:
     for i, (here, there) in enumerate(grid.steps()):
         if i == 0 and len(grid) > 1:
             yield Row(here, carried(X, EPS, here, there), {0: EPS, 1: X})
-            yield Row(there, carried(slot(1), (EPS + slot(0)) / 2, here, there))
+            yield Row(there, carried(slot(1), (EPS + slot(0)) / 2, here, there), begins=False)
         else:
             yield _along(i, EVEN[min(i + 1, 4)], here, there, 4)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checks import check_number
+from ..checks import check_interval
 from .step_table import StepTable
 
 
@@ -28,7 +28,8 @@ def guided(table: StepTable, scale, interval: tuple[float, float] | None = None)
         raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
     scales = _scales(scale, len(table))
     if interval is not None:
-        low, high = _interval(interval)
+        check_interval("interval", interval)
+        low, high = interval
         if table.levels is None:
             raise ValueError("interval: wanted a table that knows its noise levels")
         signal, sigma = table.levels[:-1].T
@@ -38,22 +39,11 @@ def guided(table: StepTable, scale, interval: tuple[float, float] | None = None)
 
 
 def _scales(scale, rows: int) -> np.ndarray:
-    try:
-        scales = np.asarray(scale, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"scale: wanted a number or {rows}, got {type(scale).__name__}") from error
+    scales = np.asarray(scale)
+    if scales.dtype.kind not in "iuf":
+        raise TypeError(f"scale: wanted a number or {rows}, got {type(scale).__name__}")
     if scales.shape not in ((), (rows,)):
         raise ValueError(f"scale: wanted a number or {rows}, got shape {list(scales.shape)}")
     if not np.isfinite(scales).all():
         raise ValueError(f"scale: wanted finite numbers, got {scale}")
-    return np.broadcast_to(scales, rows)
-
-
-def _interval(interval) -> tuple[float, float]:
-    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-        raise TypeError(f"interval: wanted (low, high), got {interval!r}")
-    for bound in interval:
-        check_number("interval", bound)
-    if not interval[0] <= interval[1]:
-        raise ValueError(f"interval: wanted low <= high, got {interval}")
-    return interval
+    return np.broadcast_to(scales.astype(np.float64), rows)

@@ -80,7 +80,7 @@ def _heun(grid: Grid, churn: Churn) -> Iterator[Row]:
             return
         yield Row(here, landed(there), {0: EPS})
         half = (there.sigma - there.signal * here.r) / 2  # signal'·(r' - r)/2
-        yield Row(there, lifted(X + half * (EPS - slot(0))))
+        yield Row(there, lifted(X + half * (EPS - slot(0))), begins=False)
 
 
 def flow_heun(steps: int = 20, shift: float = 1.0, clip: float | None = None) -> StepTable:
@@ -98,7 +98,7 @@ def _flow_heun(grid: Grid) -> Iterator[Row]:
             yield Row(here, landed(there))
             return
         yield Row(here, landed(there), {0: EPS - X0})
-        yield Row(there, X + (there.sigma - here.sigma) / 2 * (EPS - X0 - slot(0)))
+        yield Row(there, X + (there.sigma - here.sigma) / 2 * (EPS - X0 - slot(0)), begins=False)
 
 
 def dpm2(
@@ -130,7 +130,7 @@ def _dpm2(grid: Grid, churn: Churn) -> Iterator[Row]:
             return
         middle = grid.at(math.sqrt(here.r * there.r))
         yield Row(here, landed(middle), {0: X})
-        yield Row(middle, lifted(carried(slot(0), EPS, here, there)))
+        yield Row(middle, lifted(carried(slot(0), EPS, here, there)), begins=False)
 
 
 def dpm2_ancestral(
@@ -158,7 +158,7 @@ def _dpm2_ancestral(grid: Grid, noise: Ancestral) -> Iterator[Row]:
             continue
         middle = grid.at(math.sqrt(here.r * down.r))
         yield Row(here, landed(middle), {0: X})
-        yield Row(middle, carried(slot(0), EPS, here, down) + up)
+        yield Row(middle, carried(slot(0), EPS, here, down) + up, begins=False)
 
 
 def dpmpp_2s_ancestral(
@@ -187,7 +187,7 @@ def _dpmpp_2s_ancestral(grid: Grid, noise: Ancestral) -> Iterator[Row]:
             continue
         middle = grid.at(math.sqrt(here.r * down.r))
         yield Row(here, landed(middle), {0: X})
-        yield Row(middle, held(slot(0), X0, here, down) + up)
+        yield Row(middle, held(slot(0), X0, here, down) + up, begins=False)
 
 
 def dpmpp_sde(
@@ -223,7 +223,7 @@ def _dpmpp_sde(grid: Grid, noise: Ancestral, r: float) -> Iterator[Row]:
         yield Row(here, landed(down) + up, {0: X, 1: X0})
         down, up = noise.step(here, there)
         x0 = (1 - 1 / (2 * r)) * slot(1) + 1 / (2 * r) * X0
-        yield Row(middle, held(slot(0), x0, here, down) + up)
+        yield Row(middle, held(slot(0), x0, here, down) + up, begins=False)
 
 
 def held(sample: Form, x0: Form, here: Level, there: Level) -> Form:

@@ -38,11 +38,13 @@ class Row:
         at: the level of the sample that the model is given.
         next: the next sample.
         keep: slot -> what it receives; at most two.
+        begins: whether a step begins with it; False for the further calls of a step.
     """
 
     at: Level
     next: Form
     keep: dict[int, Form] = field(default_factory=dict)
+    begins: bool = True
 
 
 def tabulate(
@@ -77,7 +79,7 @@ def tabulate(
         goes_to = np.array([k[0][0] if k else -1.0 for k in kept])
         writes.append((goes_to, _stacked([k[0][1] if k else Form({}) for k in kept])))
     run = _Run(timesteps, times, signal, sigma, grid.last, grid.train_timesteps)
-    rest = _Rest(rule, grid, clip, prediction)
+    rest = _Rest(rule, grid, clip, prediction, tuple(row.begins for row in rows))
     next = _stacked([row.next for row in rows])
     return _assembled(run, next, writes, clip, prediction, rest, shape)
 
@@ -102,19 +104,19 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Rest:
-    """Makes the table of the last n rows of a run, which need nothing remembered."""
+    """Makes the table of a run from one of its rows on, with nothing remembered before it."""
 
     rule: Callable
     grid: Grid
     clip: float | None
     prediction: str
+    begins: tuple[bool, ...]
 
-    def __call__(self, rows: int, shape: RowShape) -> StepTable | None:
-        for step in range(len(self.grid)):
-            table = tabulate(self.rule, self.grid.rest(step), self.clip, self.prediction, shape)
-            if len(table) == rows:
-                return table
-        return None
+    def __call__(self, row: int, shape: RowShape) -> StepTable | None:
+        if not self.begins[row]:
+            return None
+        grid = self.grid.rest(sum(self.begins[:row]))
+        return tabulate(self.rule, grid, self.clip, self.prediction, shape)
 
 
 def _stacked(forms: list[Form]) -> Form:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from ..checks import check_at_least_0, check_choice
+from ..checks import check_at_least_0, check_choice, check_interval
 from . import grids
 from .adams import integrals
 from .forms import X0, Form, X, Z, slot
@@ -41,6 +41,7 @@ def sa_solver(
     check_choice("order", order, (1, 2, 3, 4))
     check_choice("corrector_order", corrector_order, (0, 1, 2, 3, 4))
     check_at_least_0("tau", tau)
+    check_interval("interval", interval)
     rule = partial(
         _sa_solver, order=order, corrector_order=corrector_order, tau=tau, interval=interval
     )

@@ -28,8 +28,8 @@ class StepTable:
             last: x = signal·x0 + sigma·ε. None where they are not known.
         slots: S, how many tensors it remembers things in; by default 1 where a row looks back at
             the x0 of the row before, else 0.
-        rest: rest(n, shape) -> the table of the last n rows with nothing remembered, of that
-            shape, or None where no step begins there; None where no sampler made the table.
+        rest: rest(row, shape) -> the table from a row on with nothing remembered before it, or None
+            where no step begins there; None where no sampler made the table.
     """
 
     timesteps: np.ndarray
@@ -100,16 +100,17 @@ class StepTable:
         if row == 0 or not self.slots:
             return self
         unguided = replace(self.shape, guided=False)
-        rest = self.rest(len(self) - row, unguided) if self.rest else None
+        rest = self.rest(row, unguided) if self.rest else None
         if rest is None:
             raise ValueError(f"first_step: no step of this table begins at row {row}")
-        weights = self.weights.copy()
-        weights[row:, : unguided.width] = rest.weights
-        parts = {
-            name: np.concatenate([getattr(self, name)[:row], getattr(rest, name)])
-            for name in ("timesteps", "times", "levels")
-        }
-        return replace(self, weights=weights, **parts)
+        weights = rest.weights
+        if self.guidance is not None:  # of rows that may be one more; the last scales are theirs
+            scales = self.guidance[np.arange(len(rest)) + len(self) - len(rest)]
+            weights = np.column_stack([weights, scales])
+        parts = {"weights": np.concatenate([self.weights[:row], weights])}
+        for name in ("timesteps", "times", "levels"):
+            parts[name] = np.concatenate([getattr(self, name)[:row], getattr(rest, name)])
+        return replace(self, **parts)
 
     @property
     def coefficients(self) -> np.ndarray:

@@ -20,6 +20,8 @@ TABLES = {
     "noise": dx.ddim(SCHEDULE, 5, eta=1.0, clip=1.5),
     "two steps back": dx.dpmpp_2m(SCHEDULE, 5, "karras"),
     "ddpm": dx.ddpm(dx.NoiseSchedule.linear(12)),
+    "two calls a step": dx.dpmpp_sde(SCHEDULE, 3),
+    "predictor and corrector": dx.unipc(SCHEDULE, 5, order=3),
 }
 
 
@@ -102,7 +104,7 @@ def test_dtypes_and_memory_formats(captures, dtype, memory_format):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("table", ["ddim", "noise", "two steps back"])
+@pytest.mark.parametrize("table", ["ddim", "noise", "two steps back", "predictor and corrector"])
 def test_image_to_image_and_inpainting(captures, table, dtype):
     model, mask = Network().to(dtype), torch.zeros(1, 1, 8, 8)
     mask[..., 3:] = 1
@@ -110,6 +112,20 @@ def test_image_to_image_and_inpainting(captures, table, dtype):
         for _ in range(2):  # another image, the same graph
             assert_same(model, table=TABLES[table], start=torch.randn(SHAPE), save_rate=1, **way)
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_guidance_in_an_interval_has_a_graph_for_each_kind_of_row(captures, model):
+    """Rows of scale 1 leave the half without the context out, captured too."""
+    model, options = MODELS[model](), {"context": torch.tensor([2, 0])}
+    table = dx.guided(TABLES["noise"], 2.5, (0.05, 0.4))
+    assert 0 < (table.guidance == 1).sum() < len(table)
+    assert_same(model, table=table, **options)
+    assert len(captures) == 2
+    assert_same(model, table=dx.guided(TABLES["noise"], 3.5, (0.05, 0.4)), **options)
+    assert len(captures) == 2
+    assert_same(model, table=dx.guided(TABLES["noise"], 2.5), **options)
+    assert len(captures) == 3
 
 
 @pytest.mark.parametrize("model", MODELS)
