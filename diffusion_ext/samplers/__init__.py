@@ -26,10 +26,10 @@ from .step_table import StepTable
 from .unipc import unipc
 
 __all__ = [
-    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "Form", "NoiseSchedule", "Row", "StepTable", "X",
-    "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm", "ddpm_step", "deis", "dpm2",
-    "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde",
-    "euler", "euler_ancestral", "flow_euler", "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms",
-    "perturb", "plms", "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd",
-    "unipc",
+    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "Form", "NoiseSchedule", "Row",
+    "StepTable", "X", "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm",
+    "ddpm_step", "deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral", "flow_euler",
+    "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms", "perturb", "plms",
+    "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd", "unipc",
 ]  # fmt: skip
