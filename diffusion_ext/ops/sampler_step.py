@@ -68,8 +68,8 @@ def sampler_step(
         raise ValueError("history, slots: wanted one of them, got both")
     tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, remembered)
     differentiable = (x, model_output, coefficients, noise, remembered)
-    step = apply_row if slots is None else apply_row_with_slots
-    out, x0 = step(tensors, (clip, guidance, return_x0), differentiable)
+    options = (clip, guidance, return_x0)
+    out, x0 = apply_row(tensors, options, differentiable, has_slots=slots is not None)
     return (out, x0) if return_x0 else out
 
 
@@ -77,31 +77,28 @@ def sampler_step(
 _REFUSALS = (RuntimeError, TypeError, AttributeError)
 
 
-def apply_row(tensors: tuple, options: tuple, differentiable: tuple):
+def apply_row(tensors: tuple, options: tuple, differentiable: tuple, has_slots: bool = False):
     """(x', x0) of the op's arguments, its tensors and its options; which may ask for gradients.
+    The last tensor is the history, or slots, which are updated in place.
 
     A kernel checks its arguments before it runs, so ours, which took as long as a small step, are
     made only where it refuses, to say which argument was wrong; and before the reference.
     """
     if torch.compiler.is_compiling():  # the op is then a fake, which checks nothing
-        _check(*tensors)
+        _check(*tensors, has_slots)
     try:
         # Nor does it with a tensor on "meta", for which the fake would be called as well.
         refused = _any_meta(*tensors)
         if not refused and serves(tensors[0]) and not needs_grad(*differentiable):
-            return kernels().sampler_step(*tensors, *options)
+            ops = kernels()
+            op = ops.sampler_step_with_slots if has_slots else ops.sampler_step
+            return op(*tensors, *options)
     except _REFUSALS:
-        _check(*tensors)
+        _check(*tensors, has_slots)
         raise
-    _check(*tensors)
-    return reference.sampler_step(*tensors, *options[:-1])
-
-
-def apply_row_with_slots(tensors: tuple, options: tuple, differentiable: tuple):
-    """(x', x0); the slots, the last of the tensors, are updated in place."""
-    _check(*tensors, has_slots=True)
-    if serves(tensors[0]) and not _any_meta(*tensors) and not needs_grad(*differentiable):
-        return kernels().sampler_step_with_slots(*tensors, *options)
+    _check(*tensors, has_slots)
+    if not has_slots:
+        return reference.sampler_step(*tensors, *options[:-1])
     out, x0, after = reference.sampler_step_with_slots(*tensors, *options[:-1])
     tensors[-1].copy_(after)
     return out, x0
@@ -115,7 +112,7 @@ def _any_meta(*tensors) -> bool:
 
 
 def _check(
-    x, model_output, coefficients, timesteps, row, noise, seeds, remembered, has_slots=False
+    x, model_output, coefficients, timesteps, row, noise, seeds, remembered, has_slots
 ) -> None:
     _check_samples(x, model_output, noise, seeds)
     slots = 1

@@ -4,7 +4,7 @@ from ..ops.sampler_step import COLUMNS
 from .adams import deis, ipndm, lms, plms
 from .distilled import lcm, tcd
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
-from .first_order import ddim, ddim_inversion, ddpm, euler_ancestral, flow_euler
+from .first_order import ddim, ddim_inversion, ddpm, flow_euler
 from .forms import EPS, X0, Form, X, Z, carried, landed, slot
 from .grids import SPACINGS, spaced_timesteps
 from .guidance import guided
@@ -14,6 +14,7 @@ from .karras import (
     dpmpp_2s_ancestral,
     dpmpp_sde,
     euler,
+    euler_ancestral,
     flow_heun,
     heun,
 )

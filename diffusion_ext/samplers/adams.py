@@ -40,11 +40,11 @@ def lms(
     Args: as `ddim`; order: from 1 to 4; the first steps have fewer. Returns and raises as `ddim`.
     """
     check_choice("order", order, (1, 2, 3, 4))
-    rule = partial(_lms, order=order)
+    rule = partial(lms_rule, order=order)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _lms(grid: Grid, order: int) -> Iterator[Row]:
+def lms_rule(grid: Grid, order: int) -> Iterator[Row]:
     levels = grid.levels()
     for i, (here, there) in enumerate(grid.steps()):
         nodes = [level.r for level in levels[max(i + 1 - order, 0) : i + 1]][::-1]
@@ -67,11 +67,11 @@ def deis(
     Args: as `ddim`; order: from 1 to 4. Returns and raises as `ddim`.
     """
     check_choice("order", order, (1, 2, 3, 4))
-    rule = partial(_deis, order=order)
+    rule = partial(deis_rule, order=order)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _deis(grid: Grid, order: int) -> Iterator[Row]:
+def deis_rule(grid: Grid, order: int) -> Iterator[Row]:
     levels = grid.levels()
     for i, (here, there) in enumerate(grid.steps()):
         left = len(grid) - i
@@ -99,11 +99,11 @@ def ipndm(
     Args: as `ddim`; order: from 1 to 4. Returns and raises as `ddim`.
     """
     check_choice("order", order, (1, 2, 3, 4))
-    rule = partial(_ipndm, order=order)
+    rule = partial(ipndm_rule, order=order)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _ipndm(grid: Grid, order: int) -> Iterator[Row]:
+def ipndm_rule(grid: Grid, order: int) -> Iterator[Row]:
     for i, (here, there) in enumerate(grid.steps()):
         yield _along(i, EVEN[min(i + 1, order)], here, there, order)
 
@@ -120,10 +120,10 @@ def plms(
 
     Args, returns and raises as `ddim`.
     """
-    return tabulate(_plms, grids.spaced(schedule, steps, spacing), clip, prediction)
+    return tabulate(plms_rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _plms(grid: Grid) -> Iterator[Row]:
+def plms_rule(grid: Grid) -> Iterator[Row]:
     for i, (here, there) in enumerate(grid.steps()):
         if i == 0 and len(grid) > 1:
             yield Row(here, carried(X, EPS, here, there), {0: EPS, 1: X})

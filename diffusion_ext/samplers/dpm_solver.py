@@ -88,12 +88,12 @@ def _tabulated(
     check_at_least_0("eta", eta)
     check_at_least_0("s_noise", s_noise)
     rule = partial(
-        _multistep, order=order, solver=solver, eta=eta, s_noise=s_noise, ends_lower=ends_lower
+        multistep_rule, order=order, solver=solver, eta=eta, s_noise=s_noise, ends_lower=ends_lower
     )
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _multistep(
+def multistep_rule(
     grid: Grid, order: int, solver: str, eta: float, s_noise: float, ends_lower: bool
 ) -> Iterator[Row]:
     """x' = e^-(eta·h)·sigma'/sigma·x + signal'·(1 - e^-g)·D + noise, g = (1 + eta)·h."""
@@ -102,10 +102,8 @@ def _multistep(
         h = there.lam - here.lam
         noised = eta * h if eta else 0.0  # h may be infinite
         g = h + noised
-        left = len(grid) - i
-        of_step = 1 if left == 1 else min(order, i + 1)
-        if ends_lower and left == 2 and len(grid) < 15:
-            of_step = min(of_step, 2)
+        left = len(grid) - i if ends_lower and len(grid) < 15 else order
+        of_step = min(order, i + 1, left) if there.sigma else 1
         shrunk = math.exp(-noised) * there.sigma / here.sigma
         next = shrunk * X - there.signal * math.expm1(-g) * X0
         if of_step > 1:

@@ -1,4 +1,4 @@
-"""Samplers of one model call a step and no memory: DDPM, DDIM and what is DDIM by other names."""
+"""Samplers of one model call a step and no memory: DDPM, DDIM, DDIM backwards, Euler of a flow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checks import check_at_least_0, check_eta
+from ..checks import check_eta
 from . import grids
 from .forms import EPS, X0, X, Z
 from .grids import Grid, spaced_timesteps
@@ -82,34 +82,14 @@ def ddim_between(
     return _ddim(grids.between(schedule, t, t_prev), eta, clip, prediction)
 
 
-def _ddim(
-    grid: Grid, eta: float, clip: float | None, prediction: str, s_noise: float = 1.0
-) -> StepTable:
+def _ddim(grid: Grid, eta: float, clip: float | None, prediction: str) -> StepTable:
     check_eta(eta)
     # Eq. 16 with ᾱ = signal².
     shrinking = 1 - (grid.signal / grid.next_signal) ** 2
     sigma = eta * grid.next_sigma / grid.sigma * np.sqrt(shrinking)
     direction = np.sqrt(np.maximum(grid.next_sigma**2 - sigma**2, 0))
-    next = grid.next_signal * X0 + direction * EPS + s_noise * sigma * Z
+    next = grid.next_signal * X0 + direction * EPS + sigma * Z
     return table_of(grid, next, clip=clip, prediction=prediction)
-
-
-def euler_ancestral(
-    schedule: NoiseSchedule,
-    steps: int = 20,
-    spacing: str = "karras",
-    clip: float | None = None,
-    prediction: str = "epsilon",
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> StepTable:
-    """Euler down to sqrt(r'² - r_up²), then noise r_up = eta·r'·sqrt(r² - r'²)/r, r = sigma/signal:
-    for eta = 1 the variance of DDPM's posterior (Song et al. 2021, eq. 16) on a grid of r.
-
-    Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
-    """
-    check_at_least_0("s_noise", s_noise)
-    return _ddim(grids.spaced(schedule, steps, spacing), eta, clip, prediction, s_noise)
 
 
 def ddim_inversion(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Grid:
         signal, sigma: of the level that a step starts from.
         next_signal, next_sigma: of the level that it lands on.
         train_timesteps: T.
-        schedule: whose levels they are; None for those of rectified flow.
+        level_at: sigma/signal > 0 -> the level there, between those of the grid.
     """
 
     timesteps: np.ndarray
@@ -67,14 +68,14 @@ class Grid:
     next_signal: np.ndarray
     next_sigma: np.ndarray
     train_timesteps: int
-    schedule: NoiseSchedule | None
+    level_at: Callable[[float], Level]
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @property
     def last(self) -> Level:
-        """The level that the last step lands on."""
+        """The level that the last step lands on; no model is called there."""
         return Level(float(self.next_signal[-1]), float(self.next_sigma[-1]), 0.0)
 
     def levels(self) -> list[Level]:
@@ -92,19 +93,12 @@ class Grid:
         arrays = ("timesteps", "times", "signal", "sigma", "next_signal", "next_sigma")
         return replace(self, **{name: getattr(self, name)[first:] for name in arrays})
 
-    def at(self, r: float) -> Level:
-        """The level where sigma/signal is r > 0, between timesteps: log r interpolates them."""
-        if self.schedule is None:  # signal + sigma = 1, and the time is sigma
-            return Level(1 / (1 + r), r / (1 + r), r / (1 + r))
-        signal = 1 / math.sqrt(1 + r * r)
-        return Level(signal, r * signal, float(_times_of(self.schedule, np.array(r))))
-
 
 def between(schedule: NoiseSchedule, t: np.ndarray, t_next: np.ndarray) -> Grid:
     """Steps from timesteps t to t_next (int64 [n] each, 0 is the clean image)."""
     signal, sigma, last = schedule.signal, schedule.sigma, schedule.timesteps
     start, end = (signal[t], sigma[t]), (signal[t_next], sigma[t_next])
-    return Grid(t, t / last, *start, *end, last, schedule)
+    return Grid(t, t / last, *start, *end, last, partial(_of_schedule, schedule))
 
 
 def spaced(schedule: NoiseSchedule, steps: int, spacing: str) -> Grid:
@@ -137,6 +131,32 @@ def spaced(schedule: NoiseSchedule, steps: int, spacing: str) -> Grid:
         return _of_ratios(schedule, np.append(r, 0), t / last)
     r = _ratios(*np.exp(known[[-1, 0]]), steps, spacing)
     return _of_ratios(schedule, np.append(r, 0), _times_of(schedule, r))
+
+
+def of_sigmas(sigmas: np.ndarray) -> Grid:
+    """Steps between noise levels x0 + sigma·ε, whose signal is 1 and whose time is sigma, as Karras
+    et al. 2022 and k-diffusion have them.
+
+    Args: sigmas: float64 [n+1], of which the last may be 0.
+    """
+    n, ones = len(sigmas) - 1, np.ones(len(sigmas) - 1)
+    start, end = (ones, sigmas[:-1]), (ones, sigmas[1:])
+    return Grid(np.arange(n, 0, -1), sigmas[:-1], *start, *end, n, _of_sigma)
+
+
+def _of_schedule(schedule: NoiseSchedule, r: float) -> Level:
+    """Between timesteps log r interpolates them."""
+    signal = 1 / math.sqrt(1 + r * r)
+    return Level(signal, r * signal, float(_times_of(schedule, np.array(r))))
+
+
+def _of_flow(r: float) -> Level:
+    """signal + sigma = 1."""
+    return Level(1 / (1 + r), r / (1 + r), r / (1 + r))
+
+
+def _of_sigma(r: float) -> Level:
+    return Level(1.0, r, r)
 
 
 def _real_timesteps(last: int, steps: int, spacing: str) -> np.ndarray:
@@ -173,7 +193,7 @@ def _of_ratios(schedule: NoiseSchedule, r: np.ndarray, times: np.ndarray) -> Gri
     signal = 1 / np.sqrt(1 + r**2)
     sigma, counters = r * signal, np.arange(len(times), 0, -1)
     start, end = (signal[:-1], sigma[:-1]), (signal[1:], sigma[1:])
-    return Grid(counters, times, *start, *end, schedule.timesteps, schedule)
+    return Grid(counters, times, *start, *end, schedule.timesteps, partial(_of_schedule, schedule))
 
 
 def flow(steps: int, shift: float = 1.0) -> Grid:
@@ -191,7 +211,7 @@ def flow(steps: int, shift: float = 1.0) -> Grid:
     t = 1 - np.arange(steps + 1) / steps
     t = shift * t / (1 + (shift - 1) * t)
     counters = np.arange(steps, 0, -1)
-    return Grid(counters, t[:-1], 1 - t[:-1], t[:-1], 1 - t[1:], t[1:], steps, None)
+    return Grid(counters, t[:-1], 1 - t[:-1], t[:-1], 1 - t[1:], t[1:], steps, _of_flow)
 
 
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:

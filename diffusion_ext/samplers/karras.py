@@ -42,13 +42,37 @@ def euler(
     """
     churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
     return tabulate(
-        partial(_euler, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
+        partial(euler_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
     )
 
 
-def _euler(grid: Grid, churn: Churn) -> Iterator[Row]:
+def euler_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
     for here, there, lifted in churn.steps(grid):
         yield Row(here, lifted(landed(there)))
+
+
+def euler_ancestral(
+    schedule: NoiseSchedule,
+    steps: int = 20,
+    spacing: str = "karras",
+    clip: float | None = None,
+    prediction: str = "epsilon",
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> StepTable:
+    """Euler down to sqrt(r'² - r_up²), then noise r_up = eta·r'·sqrt(r² - r'²)/r, r = sigma/signal:
+    for eta = 1 the variance of DDPM's posterior (Song et al. 2021, eq. 16) on a grid of r.
+
+    Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
+    """
+    rule = partial(euler_ancestral_rule, noise=Ancestral(eta, s_noise))
+    return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
+
+
+def euler_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
+    for here, there in grid.steps():
+        down, up = noise.step(here, there)
+        yield Row(here, landed(down) + up)
 
 
 def heun(
@@ -69,11 +93,11 @@ def heun(
     """
     churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
     return tabulate(
-        partial(_heun, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
+        partial(heun_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
     )
 
 
-def _heun(grid: Grid, churn: Churn) -> Iterator[Row]:
+def heun_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
     for here, there, lifted in churn.steps(grid):
         if there.sigma == 0:
             yield Row(here, landed(there))
@@ -89,10 +113,10 @@ def flow_heun(steps: int = 20, shift: float = 1.0, clip: float | None = None) ->
 
     Args, returns and raises as `flow_euler`.
     """
-    return tabulate(_flow_heun, grids.flow(steps, shift), clip, "flow")
+    return tabulate(flow_heun_rule, grids.flow(steps, shift), clip, "flow")
 
 
-def _flow_heun(grid: Grid) -> Iterator[Row]:
+def flow_heun_rule(grid: Grid) -> Iterator[Row]:
     for here, there in grid.steps():
         if there.sigma == 0:
             yield Row(here, landed(there))
@@ -119,16 +143,16 @@ def dpm2(
     """
     churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
     return tabulate(
-        partial(_dpm2, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
+        partial(dpm2_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
     )
 
 
-def _dpm2(grid: Grid, churn: Churn) -> Iterator[Row]:
+def dpm2_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
     for here, there, lifted in churn.steps(grid):
         if there.sigma == 0:
             yield Row(here, landed(there))
             return
-        middle = grid.at(math.sqrt(here.r * there.r))
+        middle = grid.level_at(math.sqrt(here.r * there.r))
         yield Row(here, landed(middle), {0: X})
         yield Row(middle, lifted(carried(slot(0), EPS, here, there)), begins=False)
 
@@ -146,17 +170,17 @@ def dpm2_ancestral(
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
-    rule = partial(_dpm2_ancestral, noise=Ancestral(eta, s_noise))
+    rule = partial(dpm2_ancestral_rule, noise=Ancestral(eta, s_noise))
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _dpm2_ancestral(grid: Grid, noise: Ancestral) -> Iterator[Row]:
+def dpm2_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
     for here, there in grid.steps():
         down, up = noise.step(here, there)
         if down.sigma == 0:
             yield Row(here, landed(down) + up)
             continue
-        middle = grid.at(math.sqrt(here.r * down.r))
+        middle = grid.level_at(math.sqrt(here.r * down.r))
         yield Row(here, landed(middle), {0: X})
         yield Row(middle, carried(slot(0), EPS, here, down) + up, begins=False)
 
@@ -175,17 +199,17 @@ def dpmpp_2s_ancestral(
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
-    rule = partial(_dpmpp_2s_ancestral, noise=Ancestral(eta, s_noise))
+    rule = partial(dpmpp_2s_ancestral_rule, noise=Ancestral(eta, s_noise))
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _dpmpp_2s_ancestral(grid: Grid, noise: Ancestral) -> Iterator[Row]:
+def dpmpp_2s_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
     for here, there in grid.steps():
         down, up = noise.step(here, there)
         if down.sigma == 0:
             yield Row(here, landed(down) + up)
             continue
-        middle = grid.at(math.sqrt(here.r * down.r))
+        middle = grid.level_at(math.sqrt(here.r * down.r))
         yield Row(here, landed(middle), {0: X})
         yield Row(middle, held(slot(0), X0, here, down) + up, begins=False)
 
@@ -209,16 +233,16 @@ def dpmpp_sde(
     check_at_least_0("r", r)
     if not 0 < r <= 1:
         raise ValueError(f"r: wanted a number above 0, to 1, got {r}")
-    rule = partial(_dpmpp_sde, noise=Ancestral(eta, s_noise), r=r)
+    rule = partial(dpmpp_sde_rule, noise=Ancestral(eta, s_noise), r=r)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _dpmpp_sde(grid: Grid, noise: Ancestral, r: float) -> Iterator[Row]:
+def dpmpp_sde_rule(grid: Grid, noise: Ancestral, r: float) -> Iterator[Row]:
     for here, there in grid.steps():
         if there.sigma == 0:
             yield Row(here, landed(there))
             return
-        middle = grid.at(math.exp(-(here.lam + r * (there.lam - here.lam))))
+        middle = grid.level_at(math.exp(-(here.lam + r * (there.lam - here.lam))))
         down, up = noise.step(here, middle)
         yield Row(here, landed(down) + up, {0: X, 1: X0})
         down, up = noise.step(here, there)
@@ -281,14 +305,15 @@ class Churn:
     def steps(self, grid: Grid) -> Iterator:
         """(r̂'s level, the next level, a function to lift a sample from there to its r̂)."""
         levels = grid.levels()
-        raised = [self._raised(grid, level) for level in levels]
+        raised = [*(self.raised(grid, level) for level in levels[:-1]), levels[-1]]
         for i, there in enumerate(levels[1:], 1):
             yield raised[i - 1], there, partial(self._lift, there, raised[i])
 
-    def _raised(self, grid: Grid, level: Level) -> Level:
+    def raised(self, grid: Grid, level: Level) -> Level:
+        """The level that a step from `level` starts at."""
         gamma = min(self.s_churn / self.n, math.sqrt(2) - 1)
         churns = gamma > 0 and level.sigma > 0 and self.s_tmin <= level.r <= self.s_tmax
-        return grid.at((1 + gamma) * level.r) if churns else level
+        return grid.level_at((1 + gamma) * level.r) if churns else level
 
     def _lift(self, there: Level, raised: Level, sample: Form) -> Form:
         if raised is there:

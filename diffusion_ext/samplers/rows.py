@@ -78,15 +78,17 @@ def tabulate(
         kept = [list(row.keep.items())[i : i + 1] for row in rows]
         goes_to = np.array([k[0][0] if k else -1.0 for k in kept])
         writes.append((goes_to, _stacked([k[0][1] if k else Form({}) for k in kept])))
-    run = _Run(timesteps, times, signal, sigma, grid.last, grid.train_timesteps)
-    rest = _Rest(rule, grid, clip, prediction, tuple(row.begins for row in rows))
+    begins = np.array([row.begins for row in rows])
+    run = _Run(timesteps, times, signal, sigma, begins, grid.last, grid.train_timesteps)
+    rest = _Rest(rule, grid, clip, prediction)
     next = _stacked([row.next for row in rows])
     return _assembled(run, next, writes, clip, prediction, rest, shape)
 
 
 def table_of(grid: Grid, next: Form, *, clip: float | None, prediction: str) -> StepTable:
     """The table of a sampler that remembers nothing: a row for each step, arrays [n] as weights."""
-    run = _Run(grid.timesteps, grid.times, grid.signal, grid.sigma, grid.last, grid.train_timesteps)
+    levels, begins = (grid.times, grid.signal, grid.sigma), np.ones(len(grid), dtype=bool)
+    run = _Run(grid.timesteps, *levels, begins, grid.last, grid.train_timesteps)
     return _assembled(run, next, [], clip, prediction)
 
 
@@ -98,25 +100,22 @@ class _Run:
     times: np.ndarray
     signal: np.ndarray
     sigma: np.ndarray
+    begins: np.ndarray
     last: Level
     train_timesteps: int
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """Makes the table of a run from one of its rows on, with nothing remembered before it."""
+    """Makes the table of a run from one of its steps on, with nothing remembered before it."""
 
     rule: Callable
     grid: Grid
     clip: float | None
     prediction: str
-    begins: tuple[bool, ...]
 
-    def __call__(self, row: int, shape: RowShape) -> StepTable | None:
-        if not self.begins[row]:
-            return None
-        grid = self.grid.rest(sum(self.begins[:row]))
-        return tabulate(self.rule, grid, self.clip, self.prediction, shape)
+    def __call__(self, step: int, shape: RowShape) -> StepTable:
+        return tabulate(self.rule, self.grid.rest(step), self.clip, self.prediction, shape)
 
 
 def _stacked(forms: list[Form]) -> Form:
@@ -161,7 +160,7 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
     signal, sigma = np.append(run.signal, run.last.signal), np.append(run.sigma, run.last.sigma)
     return StepTable(
         run.timesteps, weights, clip, run.train_timesteps, run.times,
-        np.stack([signal, sigma], axis=1), slots, rest if slots else None,
+        np.stack([signal, sigma], axis=1), slots, run.begins, rest if slots else None,
     )  # fmt: skip
 
 

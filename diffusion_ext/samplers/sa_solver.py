@@ -43,12 +43,12 @@ def sa_solver(
     check_at_least_0("tau", tau)
     check_interval("interval", interval)
     rule = partial(
-        _sa_solver, order=order, corrector_order=corrector_order, tau=tau, interval=interval
+        sa_solver_rule, order=order, corrector_order=corrector_order, tau=tau, interval=interval
     )
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _sa_solver(
+def sa_solver_rule(
     grid: Grid, order: int, corrector_order: int, tau: float, interval: tuple[float, float]
 ) -> Iterator[Row]:
     """Slots: the last x0, and after them what the next row's corrector starts from."""

@@ -28,8 +28,9 @@ class StepTable:
             last: x = signal·x0 + sigma·ε. None where they are not known.
         slots: S, how many tensors it remembers things in; by default 1 where a row looks back at
             the x0 of the row before, else 0.
-        rest: rest(row, shape) -> the table from a row on with nothing remembered before it, or None
-            where no step begins there; None where no sampler made the table.
+        begins: bool [n], whether a step begins with the row, which may have further calls.
+        rest: rest(step, shape) -> the table from a step on with nothing remembered before it; None
+            where no sampler made the table.
     """
 
     timesteps: np.ndarray
@@ -39,12 +40,15 @@ class StepTable:
     times: np.ndarray | None = None
     levels: np.ndarray | None = None
     slots: int | None = None
-    rest: Callable[[int, RowShape], StepTable | None] | None = field(default=None, repr=False)
+    begins: np.ndarray | None = None
+    rest: Callable[[int, RowShape], StepTable] | None = field(default=None, repr=False)
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.times is None:
             object.__setattr__(self, "times", self.timesteps / self.train_timesteps)
+        if self.begins is None:
+            object.__setattr__(self, "begins", np.ones(len(self.timesteps), dtype=bool))
         if self.slots is None:
             looks_back = (self.weights[:, COLUMNS.index("ah")] != 0).any()
             object.__setattr__(self, "slots", int(looks_back))
@@ -52,7 +56,7 @@ class StepTable:
             raise ValueError(
                 f"weights: no table of {self.slots} slots has {self.weights.shape[1]} columns"
             )
-        for name in ("timesteps", "weights", "times", "levels"):
+        for name in ("timesteps", "weights", "times", "levels", "begins"):
             if getattr(self, name) is None:
                 continue
             frozen = getattr(self, name).copy()
@@ -100,15 +104,15 @@ class StepTable:
         if row == 0 or not self.slots:
             return self
         unguided = replace(self.shape, guided=False)
-        rest = self.rest(row, unguided) if self.rest else None
-        if rest is None:
+        if self.rest is None or not self.begins[row]:
             raise ValueError(f"first_step: no step of this table begins at row {row}")
+        rest = self.rest(int(self.begins[:row].sum()), unguided)
         weights = rest.weights
         if self.guidance is not None:  # of rows that may be one more; the last scales are theirs
             scales = self.guidance[np.arange(len(rest)) + len(self) - len(rest)]
             weights = np.column_stack([weights, scales])
         parts = {"weights": np.concatenate([self.weights[:row], weights])}
-        for name in ("timesteps", "times", "levels"):
+        for name in ("timesteps", "times", "levels", "begins"):
             parts[name] = np.concatenate([getattr(self, name)[:row], getattr(rest, name)])
         return replace(self, **parts)
 

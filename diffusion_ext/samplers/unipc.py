@@ -39,11 +39,11 @@ def unipc(
     """
     check_choice("order", order, (1, 2, 3))
     check_choice("variant", variant, ("bh1", "bh2"))
-    rule = partial(_unipc, order=order, variant=variant, corrector=corrector)
+    rule = partial(unipc_rule, order=order, variant=variant, corrector=corrector)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
-def _unipc(grid: Grid, order: int, variant: str, corrector: bool) -> Iterator[Row]:
+def unipc_rule(grid: Grid, order: int, variant: str, corrector: bool) -> Iterator[Row]:
     """Slots: the last x0, and after them the sample that the last step started from."""
     levels, before = grid.levels(), 0
     size = order if corrector else max(order - 1, 1)
