@@ -12,16 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
-from .. import samplers
 from ..nn import ContextUnet
-from ..samplers import StepTable, ddim, ddpm
-from ..samplers.schedules import NoiseSchedule
-from ..sampling import SampleResult, sample
+from ..samplers import NoiseSchedule
 from ..training import (
     CHECKPOINT_NAME,
     StateDictOptions,
@@ -32,14 +27,12 @@ from ..training import (
     save_state_dict,
 )
 from .information import info
-from .pictures import sample_grid, save_denoising_animation, save_loss_curve
+from .pictures import save_loss_curve
+from .places import device_of, file_of
 from .recognition import recognise_digits
+from .sample import Sample
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-UNLABELLED_COLUMNS = 10
-ANIMATED_PER_CLASS = 3
-ANIMATED_FRAMES = 25
-DDPM_FRAME_RATE = 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Train:
         torch.manual_seed(self.training.seed)  # of the initial weights
         model = self._model(channels, data.contexts.shape[1], height)
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
-        device = _device(self.device)
+        device = device_of(self.device)
         trainer = Trainer(model, schedule, data, self.out, self.training, device)
         print(f"training on {len(data)} images {channels}x{height}x{height}, on {device}")
         losses = trainer.fit(resume=self.resume)
@@ -112,95 +105,9 @@ class Train:
         quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
         if self.init_from is None:
             return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
-        model = load_trained(_file(self.init_from), StateDictOptions(**quirks)).model
+        model = load_trained(file_of(self.init_from), StateDictOptions(**quirks)).model
         print(f"weights     {self.init_from}")
         return model
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
-
-    checkpoint: Path = Path("runs/digits")
-    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
-    such as the course's, whose classes are numbered"""
-    out: Path | None = None
-    """folder for the pictures; default the checkpoint's"""
-    per_class: int = 10
-    """samples of each class"""
-    sampler: Literal["ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral"] = "ddim"
-    """docs/samplers.md tells them apart; ddpm takes all T steps"""
-    steps: int = 25
-    """steps of all but ddpm"""
-    eta: float = 0.0
-    """noise of ddim: 0 is deterministic, 1 as much as ddpm"""
-    clip: float | None = None
-    """clip the predicted image to this on either side; 1.0 suits the cosine schedule"""
-    guidance: float = 2.0
-    """classifier-free guidance scale; 1 is none"""
-    seed: int = 0
-    """of the first sample; the others count up from it"""
-    device: str = "auto"
-    """torch device; auto is CUDA where there is one"""
-    state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
-        default_factory=StateDictOptions
-    )
-
-    def run(self) -> None:
-        self.draw()
-
-    def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
-        if self.per_class < 1:
-            raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
-        path = _file(self.checkpoint)
-        trained = load_trained(path, self.state_dict)
-        model = trained.model.to(_device(self.device), memory_format=torch.channels_last)
-        names = trained.class_names
-        count = self.per_class * max(len(names), 1)
-        labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
-        table = self._table(trained.schedule)
-        result = sample(
-            model,
-            (count, model.in_channels, model.height, model.height),
-            table,
-            context=labels,
-            guidance_scale=self.guidance if names else 1.0,
-            seeds=self.seed,
-            save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
-        )
-        out = self.out or path.parent
-        out.mkdir(parents=True, exist_ok=True)
-        self._save_grid(out / "samples.png", result, names)
-        self._save_animation(out / "denoising.gif", result, table, names)
-        return result.images, labels
-
-    def _table(self, schedule: NoiseSchedule) -> StepTable:
-        if self.sampler == "ddpm":
-            return ddpm(schedule, self.clip)
-        if self.sampler == "ddim":
-            return ddim(schedule, self.steps, self.eta, clip=self.clip)
-        return getattr(samplers, self.sampler)(schedule, self.steps, clip=self.clip)
-
-    def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
-        columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)
-        sample_grid(result.images, columns, row_labels=names).save(path)
-        print(f"samples     {path}")
-
-    def _save_animation(
-        self, path: Path, result: SampleResult, table: StepTable, names: Sequence[str]
-    ) -> None:
-        # A frame kept after the step at timestep t is at the next timestep, or clean at the end.
-        reached = dict(zip(table.timesteps, [*table.timesteps[1:], 0], strict=True))
-        spread = np.linspace(0, len(result.frames) - 1, ANIMATED_FRAMES)
-        shown = np.unique(spread.round().astype(int))
-        timesteps = [reached[t] for t in result.frame_timesteps[shown]]
-        frames, columns = result.frames[shown], min(self.per_class, UNLABELLED_COLUMNS)
-        if names:  # a column for each class, a few samples of each below one another
-            by_class = frames.unflatten(1, (len(names), self.per_class))[:, :, :ANIMATED_PER_CLASS]
-            frames, columns = by_class.transpose(1, 2).flatten(1, 2), len(names)
-        save_denoising_animation(path, frames, timesteps, columns, names)
-        print(f"denoising   {path}")
 
 
 @dataclass(frozen=True)
@@ -213,7 +120,7 @@ class Export:
     """a .pth, .pt or .safetensors file; the course's notebook loads what --norm batch trained"""
 
     def run(self) -> None:
-        model = load_trained(_file(self.checkpoint)).model
+        model = load_trained(file_of(self.checkpoint)).model
         save_state_dict(model, self.out)
         options = ", ".join(f"{name}={value!r}" for name, value in model.configuration.items())
         print(f"state dict  {self.out}, of ContextUnet({options})")
@@ -289,17 +196,3 @@ def main(args: Sequence[str] | None = None) -> int:
         print("diffusion-ext: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
     return 0
-
-
-def _file(checkpoint: Path) -> Path:
-    """The file of a checkpoint that may be named by its folder."""
-    return checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: wanted a torch device like cpu, got {name!r}") from error

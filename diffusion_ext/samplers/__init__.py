@@ -26,9 +26,18 @@ from .single_steps import ddim_step, ddpm_step
 from .step_table import StepTable
 from .unipc import unipc
 
+# Those that take (schedule, steps, ...), by name.
+SAMPLERS = {
+    make.__name__: make
+    for make in (
+        ddim, euler, euler_ancestral, heun, dpm2, dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde,
+        dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, plms, ipndm, deis, unipc, sa_solver, lcm, tcd,
+    )
+}  # fmt: skip
+
 __all__ = [
-    "COLUMNS", "EPS", "PREDICTIONS", "SPACINGS", "X0", "Form", "NoiseSchedule", "Row",
-    "StepTable", "X", "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm",
+    "COLUMNS", "EPS", "PREDICTIONS", "SAMPLERS", "SPACINGS", "X0", "Form", "NoiseSchedule",
+    "Row", "StepTable", "X", "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm",
     "ddpm_step", "deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
     "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral", "flow_euler",
     "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms", "perturb", "plms",

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_ext.app import cli
 from diffusion_ext.app.recognition import recognise_digits
+from diffusion_ext.samplers import SAMPLERS
 from diffusion_ext.training import (
     StateDictOptions,
     TrainingConfig,
@@ -118,6 +119,29 @@ def test_ddpm_and_a_checkpoint_file(run, tmp_path):
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     with Image.open(tmp_path / "denoising.gif") as animation:
         assert animation.n_frames == 8  # t = T = 10 and t < 8
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
+def test_every_sampler_draws(run, tmp_path, name):
+    arguments = ["sample", "--checkpoint", str(run), "--out", str(tmp_path), "--sampler", name]
+    assert cli.main([*arguments, "--steps", "3", "--spacing", "karras", "--clip", "1"]) == 0
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert np.asarray(picture).std() > 10
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sampler", "lcm", "--spacing", "karras"], "spacing: lcm has no choice of it"),
+        (["--sampler", "heun", "--eta", "0.5"], "eta: heun has no choice of it, got 0.5"),
+        (["--sampler", "lcm"], "original_steps: wanted from 1 to 10"),
+        (["--steps", "5", "--eta", "2"], "eta: wanted a number from 0 to 1"),
+    ],
+)
+def test_a_sampler_that_lacks_what_is_asked(run, tmp_path, capsys, arguments, message):
+    checkpoint = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
+    assert cli.main([*checkpoint, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_images_without_classes(tmp_path):

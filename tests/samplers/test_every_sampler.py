@@ -13,17 +13,8 @@ from counterparts import SCHEDULE, denoised, draw, ratios, run
 
 import diffusion_ext as dx
 from diffusion_ext import samplers
-from diffusion_ext.samplers import EPS, SPACINGS, X0, Row, X, Z, grids, slot, tabulate
+from diffusion_ext.samplers import EPS, SAMPLERS, SPACINGS, X0, Row, X, Z, grids, slot, tabulate
 
-# name -> a table of n steps; those that remember, and those whose steps have noise.
-SAMPLERS = {
-    name: getattr(dx, name)
-    for name in (
-        "ddim", "deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral",
-        "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral", "heun", "ipndm", "lcm", "lms",
-        "plms", "sa_solver", "tcd", "unipc",
-    )
-}  # fmt: skip
 TWO_CALLS = ("dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "heun")
 every = pytest.mark.parametrize("name", SAMPLERS)
 

@@ -1,0 +1,23 @@
+"""Where the command line finds a checkpoint, and the device to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..training import CHECKPOINT_NAME
+
+
+def file_of(checkpoint: Path) -> Path:
+    """The file of a checkpoint that may be named by its folder."""
+    return checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: wanted a torch device like cpu, got {name!r}") from error

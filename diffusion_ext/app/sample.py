@@ -1,0 +1,120 @@
+"""The command `sample`: pictures from a checkpoint, by any sampler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from ..samplers import SAMPLERS, SPACINGS, NoiseSchedule, StepTable, ddpm
+from ..sampling import SampleResult, sample
+from ..training import StateDictOptions, load_trained
+from .pictures import sample_grid, save_denoising_animation
+from .places import device_of, file_of
+
+UNLABELLED_COLUMNS = 10
+ANIMATED_PER_CLASS = 3
+ANIMATED_FRAMES = 25
+DDPM_FRAME_RATE = 20
+
+Sampler = Literal[("ddpm", *SAMPLERS)]
+Spacing = Literal[SPACINGS]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
+
+    checkpoint: Path = Path("runs/digits")
+    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
+    such as the course's, whose classes are numbered"""
+    out: Path | None = None
+    """folder for the pictures; default the checkpoint's"""
+    per_class: int = 10
+    """samples of each class"""
+    sampler: Sampler = "ddim"
+    """docs/samplers.md tells them apart, and which to take; ddpm takes all T steps"""
+    steps: int = 25
+    """steps of all but ddpm; some call the model twice in each"""
+    spacing: Spacing | None = None
+    """how the steps lie between noise and image; default the sampler's own"""
+    eta: float | None = None
+    """how much noise the steps add, of the samplers that have a choice; default the sampler's own,
+    0 for ddim"""
+    clip: float | None = None
+    """clip the predicted image to this on either side; 1.0 suits the cosine schedule"""
+    guidance: float = 2.0
+    """classifier-free guidance scale; 1 is none"""
+    seed: int = 0
+    """of the first sample; the others count up from it"""
+    device: str = "auto"
+    """torch device; auto is CUDA where there is one"""
+    state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
+        default_factory=StateDictOptions
+    )
+
+    def run(self) -> None:
+        self.draw()
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
+        if self.per_class < 1:
+            raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
+        path = file_of(self.checkpoint)
+        trained = load_trained(path, self.state_dict)
+        model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
+        names = trained.class_names
+        count = self.per_class * max(len(names), 1)
+        labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
+        table = self._table(trained.schedule)
+        result = sample(
+            model,
+            (count, model.in_channels, model.height, model.height),
+            table,
+            context=labels,
+            guidance_scale=self.guidance if names else 1.0,
+            seeds=self.seed,
+            save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
+        )
+        out = self.out or path.parent
+        out.mkdir(parents=True, exist_ok=True)
+        self._save_grid(out / "samples.png", result, names)
+        self._save_animation(out / "denoising.gif", result, table, names)
+        return result.images, labels
+
+    def _table(self, schedule: NoiseSchedule) -> StepTable:
+        if self.sampler == "ddpm":
+            return ddpm(schedule, self.clip)
+        make = SAMPLERS[self.sampler]
+        wanted = {"spacing": self.spacing, "eta": self.eta}
+        options = {name: value for name, value in wanted.items() if value is not None}
+        for name in options.keys() - inspect.signature(make).parameters.keys():
+            raise ValueError(f"{name}: {self.sampler} has no choice of it, got {options[name]}")
+        return make(schedule, self.steps, clip=self.clip, **options)
+
+    def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
+        columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)
+        sample_grid(result.images, columns, row_labels=names).save(path)
+        print(f"samples     {path}")
+
+    def _save_animation(
+        self, path: Path, result: SampleResult, table: StepTable, names: Sequence[str]
+    ) -> None:
+        # A frame kept after the step at timestep t is at the next timestep, or clean at the end.
+        reached = dict(zip(table.timesteps, [*table.timesteps[1:], 0], strict=True))
+        spread = np.linspace(0, len(result.frames) - 1, ANIMATED_FRAMES)
+        shown = np.unique(spread.round().astype(int))
+        timesteps = [reached[t] for t in result.frame_timesteps[shown]]
+        frames, columns = result.frames[shown], min(self.per_class, UNLABELLED_COLUMNS)
+        if names:  # a column for each class, a few samples of each below one another
+            by_class = frames.unflatten(1, (len(names), self.per_class))[:, :, :ANIMATED_PER_CLASS]
+            frames, columns = by_class.transpose(1, 2).flatten(1, 2), len(names)
+        save_denoising_animation(path, frames, timesteps, columns, names)
+        print(f"denoising   {path}")
