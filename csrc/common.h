@@ -178,9 +178,11 @@ inline void check_same_kind(const char* name, const Tensor& t, const Tensor& x) 
   check_same_device(name, t, x);
 }
 
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto s = a.sizes(), t = b.sizes();
+inline bool same_sizes(IntHeaderOnlyArrayRef s, IntHeaderOnlyArrayRef t) {
   return s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
+}
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return same_sizes(a.sizes(), b.sizes());
 }
 
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {

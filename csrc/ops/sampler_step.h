@@ -62,7 +62,7 @@ class Slots {
     }
     if (!slots) return;
     const auto sizes = slots->sizes().slice(1), strides = slots->strides().slice(1);
-    STD_TORCH_CHECK(sizes == x.sizes() && count_ >= 1 && count_ <= kMostSlots,
+    STD_TORCH_CHECK(same_sizes(sizes, x.sizes()) && count_ >= 1 && count_ <= kMostSlots,
                     "slots: wanted shape [S, *x.shape], S from 1 to ", kMostSlots);
     check_same_kind("slots", *slots, x);
     direct_ = fits(sizes, strides, out.layout());
