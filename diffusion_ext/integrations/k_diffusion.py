@@ -10,6 +10,7 @@ is looked up in k-diffusion, where that is installed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_sample
 from ..ops.sampler_step import sampler_step
-from ..samplers import grids, karras, tabulate
+from ..samplers import StepTable, grids, karras, tabulate
 from ..samplers.adams import lms_rule
 from ..samplers.dpm_solver import SOLVERS, multistep_rule
 from ..samplers.karras import Ancestral, Churn
@@ -90,13 +91,13 @@ def sample_lms(
 ) -> Tensor:  # fmt: skip
     """Linear multistep: `diffusion_ext.lms`. Args, returns and raises as `sample_euler`."""
     check_choice("order", order, (1, 2, 3, 4))
-    run = _Run(model, x, sigmas, extra_args, callback, disable)
-    return run.through(partial(lms_rule, order=order))
+    return _Run(model, x, sigmas, extra_args, callback, disable).through(lms_rule, order=order)
 
 
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
     """DPM-Solver++(2M): `diffusion_ext.dpmpp_2m`. Args, returns and raises as `sample_euler`."""
-    return _Run(model, x, sigmas, extra_args, callback, disable).through(_multistep(2, "midpoint"))
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    return run.through(multistep_rule, **_of_multistep(2, "midpoint", 0.0, 1.0))
 
 
 def sample_euler_ancestral(
@@ -111,8 +112,8 @@ def sample_euler_ancestral(
     Returns and raises as `sample_euler`.
     """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = partial(karras.euler_ancestral_rule, noise=Ancestral(eta, s_noise))
-    return run.through(rule, noise_sampler or (lambda *_: torch.randn_like(x)))
+    noise_sampler = noise_sampler or (lambda *_: torch.randn_like(x))
+    return run.through(karras.euler_ancestral_rule, noise_sampler, noise=Ancestral(eta, s_noise))
 
 
 def sample_dpm_2_ancestral(
@@ -124,8 +125,8 @@ def sample_dpm_2_ancestral(
     Args, returns and raises as `sample_euler_ancestral`.
     """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = partial(karras.dpm2_ancestral_rule, noise=Ancestral(eta, s_noise))
-    return run.through(rule, noise_sampler or (lambda *_: torch.randn_like(x)))
+    noise_sampler = noise_sampler or (lambda *_: torch.randn_like(x))
+    return run.through(karras.dpm2_ancestral_rule, noise_sampler, noise=Ancestral(eta, s_noise))
 
 
 def sample_dpmpp_2s_ancestral(
@@ -137,8 +138,8 @@ def sample_dpmpp_2s_ancestral(
     Args, returns and raises as `sample_euler_ancestral`.
     """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = partial(karras.dpmpp_2s_ancestral_rule, noise=Ancestral(eta, s_noise))
-    return run.through(rule, noise_sampler or (lambda *_: torch.randn_like(x)))
+    noise_sampler = noise_sampler or (lambda *_: torch.randn_like(x))
+    return run.through(karras.dpmpp_2s_ancestral_rule, noise_sampler, noise=Ancestral(eta, s_noise))
 
 
 def sample_dpmpp_sde(
@@ -151,8 +152,8 @@ def sample_dpmpp_sde(
         sigma (torchsde's, as in k-diffusion). Returns and raises as that.
     """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = partial(karras.dpmpp_sde_rule, noise=Ancestral(eta, s_noise), r=r)
-    return run.through(rule, noise_sampler or BrownianNoise(x, sigmas))
+    noise_sampler = noise_sampler or BrownianNoise(x, sigmas)
+    return run.through(karras.dpmpp_sde_rule, noise_sampler, noise=Ancestral(eta, s_noise), r=r)
 
 
 def sample_dpmpp_2m_sde(
@@ -165,8 +166,8 @@ def sample_dpmpp_2m_sde(
     """
     check_choice("solver_type", solver_type, SOLVERS)
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = _multistep(2, solver_type, eta, s_noise)
-    return run.through(rule, noise_sampler or BrownianNoise(x, sigmas))
+    options = _of_multistep(2, solver_type, eta, s_noise)
+    return run.through(multistep_rule, noise_sampler or BrownianNoise(x, sigmas), **options)
 
 
 def sample_dpmpp_3m_sde(
@@ -178,14 +179,19 @@ def sample_dpmpp_3m_sde(
     Args, returns and raises as `sample_dpmpp_sde`.
     """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    rule = _multistep(3, "heun", eta, s_noise)
-    return run.through(rule, noise_sampler or BrownianNoise(x, sigmas))
+    options = _of_multistep(3, "heun", eta, s_noise)
+    return run.through(multistep_rule, noise_sampler or BrownianNoise(x, sigmas), **options)
 
 
-def _multistep(order: int, solver: str, eta: float = 0.0, s_noise: float = 1.0) -> Callable:
-    return partial(
-        multistep_rule, order=order, solver=solver, eta=eta, s_noise=s_noise, ends_lower=False
-    )
+def _of_multistep(order: int, solver: str, eta: float, s_noise: float) -> dict:
+    return {
+        "order": order, "solver": solver, "eta": eta, "s_noise": s_noise, "ends_lower": False
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)  # making one takes as long as its steps
+def _table(rule: Callable, options: tuple, sigmas: tuple[float, ...]) -> StepTable:
+    return tabulate(partial(rule, **dict(options)), grids.of_sigmas(np.array(sigmas)), None, "x0")
 
 
 class _Run:
@@ -206,33 +212,35 @@ class _Run:
             )
 
     @torch.no_grad()
-    def through(self, rule: Callable, noise=None, each_step: bool = False) -> Tensor:
+    def through(self, rule: Callable, draw=None, each_step: bool = False, **options) -> Tensor:
         """Args:
-        noise: noise(sigma, sigma_next), "counter", or None for a rule without noise.
-        each_step: whether noise is drawn after every step but the last, wanted or not.
+        draw: draw(sigma, sigma_next) -> noise, "counter", or None for a rule without noise.
+        each_step: whether it is drawn after every step but the last, wanted or not.
+        options: of the rule.
         """
         if len(self.sigmas) < 2:
             return self.x
-        table = tabulate(rule, grids.of_sigmas(self.sigmas), None, "x0")
-        x, step, counted = self.x, -1, isinstance(noise, str)
+        table = _table(rule, tuple(options.items()), tuple(self.sigmas.tolist()))
+        x, step, counted = self.x, -1, isinstance(draw, str)
         if counted:
-            check_choice("noise_sampler", noise, (COUNTER,))
+            check_choice("noise_sampler", draw, (COUNTER,))
         seeds = torch.randint(2**63 - 1, x.shape[:1], device=x.device) if counted else None
         tensors, slots = table.tensors(x.device, x.dtype), table.new_slots(x)
-        rows, sigma = torch.arange(len(table), device=x.device).unbind(), table.levels[:, 1]
-        ends = np.append(table.begins[1:], True)  # a step with the row
+        rows = torch.arange(len(table), device=x.device).unbind()
+        sigma, noisy, begins = table.levels[:, 1].tolist(), table.noisy.tolist(), table.begins
+        ends = [*begins[1:].tolist(), True]  # a step with the row
         bar = tqdm(total=len(self.sigmas) - 1, disable=self.disable)
         for i, row in enumerate(rows):
             denoised = self.model(x, x.new_full(x.shape[:1], sigma[i]), **self.extra)
             denoised = check_output(denoised, x)
-            if table.begins[i]:
+            if begins[i]:
                 step, start = step + 1, sigma[i]
                 self._report(step, x, start, denoised)
             z = None
-            drawn = table.noisy[i] or (each_step and ends[i] and i + 1 < len(table))
-            if drawn and noise is not None and not counted:
-                z = noise(*self.given.new_tensor([start, sigma[i + 1]])).to(x)
-            z = z if table.noisy[i] else None
+            drawn = noisy[i] or (each_step and ends[i] and i + 1 < len(table))
+            if drawn and draw is not None and not counted:
+                z = draw(*self.given.new_tensor([start, sigma[i + 1]])).to(x)
+            z = z if noisy[i] else None
             x = sampler_step(x, denoised, *tensors, row, z, seeds, slots=slots)
             bar.update(int(ends[i]))
         bar.close()
@@ -242,15 +250,15 @@ class _Run:
         """Through a rule with churn, of torch.randn_like's noise: before each step, as k-diffusion
         draws it; the first step's goes on the sample that the run is given."""
         churn = Churn(max(len(self.sigmas) - 1, 1), s_churn, s_tmin, s_tmax, s_noise)
-        rule = partial(rule, churn=churn)
         if s_churn == 0 or len(self.sigmas) < 2:
-            return self.through(rule)
+            return self.through(rule, churn=churn)
         grid, first = grids.of_sigmas(self.sigmas), torch.randn_like(self.x)
         raised = churn.raised(grid, grid.levels()[0]).sigma
         if raised > self.sigmas[0]:
             up = s_noise * math.sqrt(raised**2 - self.sigmas[0] ** 2)
             self.x = self.x + up * first
-        return self.through(rule, lambda *_: torch.randn_like(self.x), each_step=True)
+        draw = lambda *_: torch.randn_like(self.x)  # noqa: E731
+        return self.through(rule, draw, each_step=True, churn=churn)
 
     def _report(self, step: int, x: Tensor, sigma_hat: float, denoised: Tensor) -> None:
         if self.callback is not None:

@@ -1,26 +1,18 @@
-"""How fast the samplers approach the solution where it is known: data that are one Gaussian.
-
-For data of mean MU and deviation C the best x0 of y = x/signal is MU + C²/(C² + r²)·(y - MU), and
-the probability flow ODE keeps (y - MU)/√(C² + r²).
-"""
+"""How fast the samplers approach the solution where it is known: benchmarks/convergence.py."""
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from counterparts import draw, ratios, run
 
 import diffusion_ext as dx
 
-MU, C = 0.3, 0.7
-# r = sigma/signal from 0.05 to 1e5: so much noise that the first steps, of lower order while there
-# is little to look back at, do not hide the order of the rest.
-RATIOS = np.geomspace(0.05, 1e5, 1000)
-ALPHA_BAR = 1 / (1 + RATIOS**2)
-SCHEDULE = dx.NoiseSchedule.from_betas(1 - ALPHA_BAR / np.append(1, ALPHA_BAR[:-1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from benchmarks.convergence import MU, SCHEDULE, C, best_model, error
 
 # Sampler -> options, and the order: halving the step divides the error by 2^order.
 ORDERS = {
@@ -51,24 +43,10 @@ ORDERS = {
 }
 
 
-def best_x0(y, r):
-    return MU + C * C / (C * C + r * r) * (y - MU)
-
-
-def error(make, steps: int, options: dict) -> float:
-    """At the last level above 0, where the last step, of first order, starts from."""
-    table = make(SCHEDULE, steps + 1, "exponential", prediction="x0", **options)
-    r = ratios(table)
-    y = draw(0) * r[0]
-    last = len(table) - 1
-    solution = MU + (y - MU) * math.hypot(C, r[last]) / math.hypot(C, r[0])
-    return (run(table, y, best_x0)[last] - solution).abs().max().item()
-
-
 @pytest.mark.parametrize("name", ORDERS)
 def test_halving_the_step_divides_the_error(name):
     make, options, order = ORDERS[name]
-    ratio = error(make, 160, options) / error(make, 320, options)
+    ratio = error(make, options, 160) / error(make, options, 320)
     assert math.log2(ratio) > order - 0.25
 
 
@@ -90,11 +68,7 @@ SDES = {
 def test_samples_with_noise_are_the_datas(name):
     """300 steps, 40000 numbers: their mean and deviation are those of the Gaussian."""
     table, shape = SDES[name](SCHEDULE, 300), (4, 1, 100, 100)
-
-    def model(x, t, c):
-        r = torch.from_numpy(ratios(table)[:-1].numpy())[(table.times == t[0].item()).argmax()]
-        return best_x0(x * (1 + r * r).sqrt(), r)
-
+    model = best_model(table)
     images = dx.sample(model, shape, table, dtype=torch.float64, progress=False).images
     assert images.mean().item() == pytest.approx(MU, abs=0.015)
     assert images.std().item() == pytest.approx(C, abs=0.03)
