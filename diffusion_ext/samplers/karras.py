@@ -6,7 +6,7 @@ With y = x/signal the probability flow ODE is dy/dr = ε.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,14 +175,7 @@ def dpm2_ancestral(
 
 
 def dpm2_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
-    for here, there in grid.steps():
-        down, up = noise.step(here, there)
-        if down.sigma == 0:
-            yield Row(here, landed(down) + up)
-            continue
-        middle = grid.level_at(math.sqrt(here.r * down.r))
-        yield Row(here, landed(middle), {0: X})
-        yield Row(middle, carried(slot(0), EPS, here, down) + up, begins=False)
+    return _by_middle(grid, noise, lambda here, down: carried(slot(0), EPS, here, down))
 
 
 def dpmpp_2s_ancestral(
@@ -204,6 +197,13 @@ def dpmpp_2s_ancestral(
 
 
 def dpmpp_2s_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
+    return _by_middle(grid, noise, lambda here, down: held(slot(0), X0, here, down))
+
+
+def _by_middle(
+    grid: Grid, noise: Ancestral, second: Callable[[Level, Level], Form]
+) -> Iterator[Row]:
+    """Euler to the middle in log r, from there the second half of a step, then noise."""
     for here, there in grid.steps():
         down, up = noise.step(here, there)
         if down.sigma == 0:
@@ -211,7 +211,7 @@ def dpmpp_2s_ancestral_rule(grid: Grid, noise: Ancestral) -> Iterator[Row]:
             continue
         middle = grid.level_at(math.sqrt(here.r * down.r))
         yield Row(here, landed(middle), {0: X})
-        yield Row(middle, held(slot(0), X0, here, down) + up, begins=False)
+        yield Row(middle, second(here, down) + up, begins=False)
 
 
 def dpmpp_sde(

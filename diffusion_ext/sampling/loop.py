@@ -73,11 +73,13 @@ def sample(
         model: model(x [B,C,H,W], t [B] = table.times[i], c [B,n] or None) -> [B,C,H,W]. x and t are
             the loop's own buffers: clone what you keep. A module is in evaluation mode for the run.
         shape: (B, C, H, W).
-        table: the sampler, from `ddpm`, `ddim`, `dpmpp_2m`, `flow_euler` or another.
+        table: the sampler, from `ddim`, `dpmpp_2m`, `unipc` or another. Each of its rows is a call
+            of the model, and a step below: some samplers have two to a step of theirs.
         context: [B, n] floats; int64 labels [B], which become one-hot of model.n_cfeat; or a dict,
             tuple or list of tensors [B, ...], handed to the model as it is.
         guidance_scale: w of classifier-free guidance, m = m_0 + w·(m_c - m_0) (Ho & Salimans 2022),
-            m_0 with null_context; both run as one doubled batch. 1 is no guidance.
+            m_0 with null_context; both run as one doubled batch. 1 is no guidance, or that of a
+            table's own scales (`guided`).
         seeds: an int (sample b gets seeds + b) or int64 [B].
         x_T: [B,C,H,W], the noise to start from, in place of the seeds' own.
         noise: noise(step_index, timestep) -> [B,C,H,W] in place of the kernel's; it is not called
@@ -96,7 +98,8 @@ def sample(
             float32.
         null_context: what guidance sees in the context's place, of its structure; None is zeros.
         start: [B,C,H,W], an image to start from, noised to where the table is before first_step
-            (image to image): first_step 0 leaves almost none of it, the last one nearly all.
+            (image to image): first_step 0 leaves almost none of it, the last one nearly all. The
+            sampler begins there, with nothing remembered.
         mask: [B or 1, C or 1, H, W], 1 where the image is drawn anew and 0 where start is kept,
             noised like the sample after each step (inpainting).
         differentiable: gradients flow through every step to x_T, the context, start and the model's

@@ -17,6 +17,7 @@ from diffusion_ext.ops.backend import kernels
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
 TABLE = dx.ddim(SCHEDULE, 10, eta=0.7)
+REMEMBERING = dx.guided(dx.unipc(SCHEDULE, 10, order=3), 2.5)  # four slots, two writes a row
 
 # (shape, groups) of group_norm_act: on any GPU, these together reach each of its kernels.
 NORMS = [
@@ -72,6 +73,11 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         kernels().sampler_step_(out, m, *tensors, row, None, seeds, slots, None, 1.0)
         return out, slots[0]
 
+    def step_with_slots(x, m, row, seeds, **slots):
+        kept = torch.stack([slot.contiguous() for slot in slots.values()])
+        tensors = REMEMBERING.tensors(x.device)
+        return dx.sampler_step(x, m, *tensors, row, seeds=seeds, clip=0.8, slots=kept), kept
+
     def fill(like, seeds):
         out = torch.empty_like(like)
         kernels().philox_normal_(out, seeds, 7, 1)
@@ -103,6 +109,10 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         "sampler_step, history": Call(
             lambda **inputs: step(clip=0.8, return_x0=True, **inputs),
             step_inputs(row=(batch,), seeds=seeds, history=image),
+        ),
+        "sampler_step, slots": Call(
+            step_with_slots,
+            step_inputs(double, (batch,), seeds=seeds, **dict.fromkeys("abcd", image)),
         ),
         "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds, history=image)),
         "perturb": Call(
