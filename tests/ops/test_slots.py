@@ -132,6 +132,13 @@ def test_a_slot_is_read_before_it_is_written():
     assert_close(slots[0], m - before[0])
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_empty(shape):
+    x, slots = torch.zeros(shape), torch.zeros(2, *shape)
+    out = dx.sampler_step(x, x, *table(RowShape(2, 1)), torch.tensor(1), slots=slots)
+    assert out.shape == shape
+
+
 def test_one_slot_without_writes_receives_x0():
     tensors = dx.dpmpp_2m(dx.NoiseSchedule.linear(100), 10, clip=0.7).tensors(torch.empty(0).device)
     x, m, row = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor(4)

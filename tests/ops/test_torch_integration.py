@@ -75,6 +75,24 @@ def test_compiles_to_one_graph(name):
 
 
 @pytest.mark.compiles
+@pytest.mark.backends(*KERNELS)
+def test_compiled_steps_keep_what_they_are_to_remember():
+    x, m, seeds = samples(), samples(), torch.tensor([1, 2])
+    table = dx.unipc(SCHEDULE, 5, order=3)
+    tensors = table.tensors(x.device)
+
+    def step(x, m, row, slots):
+        out = dx.sampler_step(x, m, *tensors, row, seeds=seeds, slots=slots)
+        return out + slots.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, theirs = table.new_slots(x), table.new_slots(x)
+    for row in map(torch.tensor, range(4)):
+        assert_close(compiled(x, m, row, ours), step(x, m, row, theirs))
+        assert_close(ours, theirs)
+
+
+@pytest.mark.compiles
 @pytest.mark.backends("cpu", "cuda")
 def test_compiled_training_of_group_norm_act():
     """One graph through forward and backward, the same gradients; inductor's own code around it."""

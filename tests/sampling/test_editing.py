@@ -40,7 +40,15 @@ def test_start_is_the_image_as_noised_before_that_step():
 
 
 @pytest.mark.parametrize(
-    "table", [dx.ddim(SCHEDULE, 8, eta=1.0), dx.dpmpp_2m(SCHEDULE, 8, "karras"), dx.flow_euler(8)]
+    "table",
+    [
+        dx.ddim(SCHEDULE, 8, eta=1.0),
+        dx.dpmpp_2m(SCHEDULE, 8, "karras"),
+        dx.flow_euler(8),
+        dx.heun(SCHEDULE, 4),
+        dx.dpmpp_sde(SCHEDULE, 4),
+        dx.unipc(SCHEDULE, 8, order=3),
+    ],
 )
 def test_inpainting_keeps_what_the_mask_leaves(table):
     image, mask = torch.randn(SHAPE), torch.zeros(1, 1, 8, 8)
@@ -68,7 +76,14 @@ def test_a_full_mask_changes_nothing():
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
-    "table", [dx.ddim(SCHEDULE, 4, eta=0.5), dx.dpmpp_2m(SCHEDULE, 4, clip=2.0), dx.ddpm(SCHEDULE)]
+    "table",
+    [
+        dx.ddim(SCHEDULE, 4, eta=0.5),
+        dx.dpmpp_2m(SCHEDULE, 4, clip=2.0),
+        dx.ddpm(SCHEDULE),
+        dx.heun(SCHEDULE, 3),
+        dx.unipc(SCHEDULE, 4, order=3),
+    ],
 )
 def test_gradients_flow_through_the_loop(table, guidance_scale):
     """Of x_T, the context and a weight: those of finite differences; the images are the loop's."""
