@@ -32,6 +32,25 @@ class KSAMPLER:
         )  # fmt: skip
 
 
+def default_noise_sampler(x, seed=None):
+    """comfy.k_diffusion.sampling's: noise of a seed, whatever the levels."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator)
+
+
+class BrownianTreeNoiseSampler:
+    """comfy.k_diffusion.sampling's, of a seed; here, noise that tells the levels."""
+
+    def __init__(self, x, sigma_min, sigma_max, seed=None, transform=None, cpu=False):
+        assert cpu
+        assert 0 < sigma_min < sigma_max
+        self.shape, self.seed = x.shape, seed
+
+    def __call__(self, sigma, sigma_next):
+        generator = torch.Generator().manual_seed(self.seed + int(1000 * sigma))
+        return torch.randn(self.shape, generator=generator)
+
+
 class Model:
     """KSamplerX0Inpaint: a denoiser around a guider around a model that has a model_sampling."""
 
@@ -50,8 +69,13 @@ def node(monkeypatch):
     comfy.samplers, comfy.model_sampling = map(
         types.ModuleType, ("comfy.samplers", "comfy.model_sampling")
     )
+    comfy.k_diffusion = types.ModuleType("comfy.k_diffusion")
+    comfy.k_diffusion.sampling = types.ModuleType("comfy.k_diffusion.sampling")
     comfy.samplers.KSAMPLER, comfy.model_sampling.CONST = KSAMPLER, CONST
-    for module in (comfy, comfy.samplers, comfy.model_sampling):
+    comfy.k_diffusion.sampling.default_noise_sampler = default_noise_sampler
+    comfy.k_diffusion.sampling.BrownianTreeNoiseSampler = BrownianTreeNoiseSampler
+    modules = (comfy.samplers, comfy.model_sampling, comfy.k_diffusion, comfy.k_diffusion.sampling)
+    for module in (comfy, *modules):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     spec = importlib.util.spec_from_file_location("diffusion_ext_samplers", FOLDER / "__init__.py")
     module = importlib.util.module_from_spec(spec)
@@ -77,15 +101,16 @@ def test_the_node_is_what_comfyui_wants(node):
     assert len(node.SAMPLERS) == len([n for n in K.__all__ if n.startswith("sample_")])
 
 
-@pytest.mark.filterwarnings("ignore:Should have")
-def test_every_sampler_samples(node):
-    for name, (function, _) in node.SAMPLERS.items():
-        previews = []
-        torch.manual_seed(3)
+def test_every_sampler_samples_with_comfyuis_noise(node):
+    for name, (function, noise_of) in node.SAMPLERS.items():
+        previews, options = [], {}
+        if noise_of is node.drawn:
+            options = {"noise_sampler": default_noise_sampler(X, seed=1)}
+        if noise_of is node.motion:
+            options = {"noise_sampler": BrownianTreeNoiseSampler(X, 0.2, 10.0, seed=1, cpu=True)}
         images = get_sampler(node, name).sample(Model(object()), X, SIGMAS, previews.append)
-        torch.manual_seed(3)
-        expected = function(Model(object()), X, SIGMAS, extra_args={"seed": 1}, disable=True)
-        assert torch.equal(images, expected)
+        arguments = {"extra_args": {"seed": 1}, "disable": True} | options
+        assert torch.equal(images, function(Model(object()), X, SIGMAS, **arguments))
         assert [p["i"] for p in previews] == [0, 1, 2, 3]
         assert all(p["denoised"].shape == X.shape for p in previews)
 
@@ -101,9 +126,9 @@ def test_noise_of_the_kernel(node):
 
 
 def test_flow_matching_models_have_no_noise_put_in(node):
-    for name, (_, noisy) in node.SAMPLERS.items():
+    for name, (_, noise_of) in node.SAMPLERS.items():
         sampler = get_sampler(node, name)
-        if noisy:
+        if noise_of:
             with pytest.raises(ValueError, match=f"sampler_name: '{name}' adds noise"):
                 sampler.sample(Model(CONST()), X, SIGMAS)
         else:
