@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 from tqdm import tqdm
 
 import diffusion_ext as dx
@@ -97,6 +98,8 @@ def figure_of(models: dict[str, dict[str, list[float]]]) -> Figure:
             ax.plot(CALLS, values, style, color=colour, marker="o", markersize=3, label=name)
         ax.set(xscale="log", yscale="log", title=title, xlabel="model calls")
         ax.set_ylabel("Frechet distance from the real images")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.set_xticks(CALLS, map(str, CALLS))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
