@@ -21,7 +21,7 @@ def lcm(
     clip: float | None = None,
     prediction: str = "epsilon",
 ) -> StepTable:
-    """Sampling of a latent consistency model (Luo et al. 2023, algorithm 3): each step predicts the
+    """Sampling of a latent consistency model (Luo et al. 2023): each step predicts the
     image, c_skip·x + c_out·x0, and noises it to the next level; the last one keeps it.
 
     Args:
@@ -49,8 +49,7 @@ def tcd(
     clip: float | None = None,
     prediction: str = "epsilon",
 ) -> StepTable:
-    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024, algorithm
-    4): from t to s = (1 - eta)·t' without noise, and noise from s up to t'. The last step lands on
+    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024): from t to s = (1 - eta)·t' without noise, and noise from s up to t'. The last step lands on
     the schedule's first level, as the authors' code does.
 
     Args: as `lcm`; eta: γ, from 0 (no noise) to 1. Returns and raises as `ddim`.

@@ -57,7 +57,7 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     solver: str = "midpoint",
 ) -> StepTable:
-    """DPM-Solver++(2M) for the SDE (Lu et al. 2022b, section 5).
+    """DPM-Solver++(2M) for the SDE (Lu et al. 2022b, SDE-DPM-Solver++).
 
     Args: as `dpmpp_2m`; eta: 0 is `dpmpp_2m`, 1 the reverse SDE; s_noise: scales the noise.
     Returns and raises as `ddim`.
@@ -118,7 +118,8 @@ def multistep_rule(
 def _changes(g: float, h: float, before: list[float], past: list[Form], solver: str) -> Form:
     """What the differences of x0 add to a step of length h in λ; before: the lengths, last first.
 
-    Lu et al. 2022b, appendix B.
+    The second difference is weighted as the authors' code does it, by half of what would make the
+    method one of third order.
     """
     phi_1 = -math.expm1(-g)  # 1 - e^-g
     phi_2 = 1 - phi_1 / g

@@ -225,7 +225,7 @@ def dpmpp_sde(
     r: float = 0.5,
 ) -> StepTable:
     """DPM-Solver++ for the SDE, both stages with noise; two model calls a step but for the last
-    (Lu et al. 2022b, section 5; the stages as in k-diffusion).
+    (Lu et al. 2022b, SDE-DPM-Solver++; the stages as in k-diffusion).
 
     Args: as `ddim`; s_noise: scales the noise; r: where in λ the middle is, above 0 to 1.
     Returns and raises as `ddim`.

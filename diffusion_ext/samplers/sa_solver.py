@@ -34,7 +34,7 @@ def sa_solver(
         schedule, steps, spacing, clip, prediction: as `ddim`.
         order, corrector_order: of the predictor, from 1 to 4, and of the corrector, from 0 (none).
         tau: how much noise: 0 is the ODE, 1 the reverse SDE. interval: (low, high): tau is 0 at
-            levels outside low <= sigma/signal <= high (the paper's appendix E).
+            levels outside low <= sigma/signal <= high; the default is the paper's advice.
 
     Returns and raises as `ddim`.
     """
@@ -76,7 +76,7 @@ def _gradient(
     x0: list[Form], nodes: list[Level], here: Level, there: Level, tau: float, corrects: bool
 ) -> Form:
     """signal'·c·∫ e^(c·(λ - λ')) x0(λ) dλ from here to there, c = 1 + τ², x0 the polynomial through
-    the nodes (eq. 14 and 17). With two nodes, the authors' code changes it by O(h³)."""
+    the nodes. With two nodes, the authors' code changes it by O(h³)."""
     c, h = 1 + tau**2, there.lam - here.lam
     if len(nodes) == 1:
         return there.signal * -math.expm1(-c * h) * x0[0]

@@ -27,7 +27,7 @@ def unipc(
     variant: str = "bh2",
     corrector: bool = True,
 ) -> StepTable:
-    """UniPC of the data prediction (Zhao et al. 2023, algorithms 5 and 6): a predictor of order p,
+    """UniPC of the data prediction (Zhao et al. 2023, algorithms 1 and 2): a predictor of order p,
     which the corrector raises to p + 1 without a further call. The last steps are of lower order.
 
     Args:
@@ -69,7 +69,7 @@ def _step(
     corrected: Form | None = None,
 ) -> Form:
     """A step from nodes[0] to `there` with the x0 of the nodes, the last first, and, for the
-    corrector, that of `there` (eq. 3 and 8, of the data prediction: appendix A)."""
+    corrector, that of `there`: UniP and UniC of the data prediction (Zhao et al. 2023)."""
     here = nodes[0]
     h = there.lam - here.lam
     shrunk = there.sigma / here.sigma
@@ -87,7 +87,7 @@ def _step(
 
 
 def _rhos(distances: list[float], h: float, b: float) -> np.ndarray:
-    """The weights of the changes: R·ρ = φ(h)/B(h), and 1/2 of a single one (section 3.2)."""
+    """The weights of the changes: R·ρ = φ(h)/B(h), and 1/2 of a single one."""
     if len(distances) == 1:
         return np.array([0.5])
     hh, right, factorial = -h, [], 1
