@@ -49,8 +49,9 @@ def tcd(
     clip: float | None = None,
     prediction: str = "epsilon",
 ) -> StepTable:
-    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024): from t to s = (1 - eta)·t' without noise, and noise from s up to t'. The last step lands on
-    the schedule's first level, as the authors' code does.
+    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024): from t
+    to s = (1 - eta)·t' without noise, and noise from s up to t'. The last step lands on the
+    schedule's first level, as the authors' code does.
 
     Args: as `lcm`; eta: γ, from 0 (no noise) to 1. Returns and raises as `ddim`.
     """
