@@ -50,25 +50,29 @@ inline std::pair<Tensor, MaybeTensor> halves(const Tensor& model_output, const T
   return {uncond, cond};
 }
 
-// What a call remembers: slots [S, B, *], each laid out as its samples. A kernel writes to them, or
-// to a copy that is written back. `history` [B, *] is a slot that is only read.
+// What a call remembers: slots [S, B, *], each laid out as its samples, or the one slot [B, *]. A
+// kernel writes to them, or to a copy that is written back. `history` [B, *] is a slot that is only
+// read.
 class Slots {
  public:
   Slots(const MaybeTensor& history, const MaybeTensor& slots, const Tensor& x, const Output& out)
-      : slots_(slots), dense_(slots), count_(slots ? slots->size(0) : 1) {
+      : slots_(slots), dense_(slots) {
     if (history) {
       check_like("history", *history, x);
       dense_ = in_layout(*history, out.dense(), out.layout());
     }
     if (!slots) return;
-    const auto sizes = slots->sizes().slice(1), strides = slots->strides().slice(1);
+    const bool alone = slots->dim() == x.dim();
+    const auto sizes = slots->sizes().slice(alone ? 0 : 1);
+    const auto strides = slots->strides().slice(alone ? 0 : 1);
+    if (!alone && slots->dim() > 0) count_ = slots->size(0);
     STD_TORCH_CHECK(same_sizes(sizes, x.sizes()) && count_ >= 1 && count_ <= kMostSlots,
                     "slots: wanted shape [S, *x.shape], S from 1 to ", kMostSlots);
     check_same_kind("slots", *slots, x);
     direct_ = fits(sizes, strides, out.layout());
-    stride_ = direct_ ? slots->stride(0) : x.numel();
+    stride_ = direct_ && !alone ? slots->stride(0) : x.numel();
     if (direct_) return;
-    std::vector<int64_t> dense{stride_};
+    std::vector<int64_t> dense(alone ? 0 : 1, stride_);
     for (const int64_t stride : out.dense().strides()) dense.push_back(stride);
     dense_ = fresh_strided(*slots, slots->sizes(), dense, dtype_of(*slots));
     torch::stable::copy_(*dense_, *slots);
@@ -92,7 +96,7 @@ class Slots {
 
  private:
   MaybeTensor slots_, dense_;
-  int64_t count_, stride_ = 0;
+  int64_t count_ = 1, stride_ = 0;
   bool direct_ = true;
 };
 
@@ -188,6 +192,7 @@ StepAndX0 sampler_step_with_slots(const Tensor& x, const Tensor& model_output,
                                   const Tensor& row, const MaybeTensor& noise,
                                   const MaybeTensor& seeds, const Tensor& slots,
                                   std::optional<double> clip, double guidance, bool return_x0) {
+  STD_TORCH_CHECK(slots.dim() == x.dim() + 1, "slots: wanted shape [S, *x.shape]");
   return step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds,
                             std::nullopt, slots, clip, guidance, return_x0);
 }

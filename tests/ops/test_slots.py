@@ -152,6 +152,19 @@ def test_one_slot_without_writes_receives_x0():
     assert same_bits(out, wanted[0])
 
 
+@pytest.mark.backends(*KERNELS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_the_one_slot_may_be_a_sample_of_its_own(layout):
+    """The kernels take [B, *] for [1, B, *]."""
+    x, m, history = (lay(torch.randn(2, 4, 6, 5), layout) for _ in range(3))
+    step = (*dx.dpmpp_2m(dx.NoiseSchedule.linear(100), 10).tensors(x.device), torch.tensor(4))
+    slots, other = history.clone()[None], x.clone()
+    kernels().sampler_step_(x, m, *step, None, None, history, None, 1.0)
+    kernels().sampler_step_(other, m, *step, None, None, slots, None, 1.0)
+    assert same_bits(x, other)
+    assert same_bits(history, slots[0])
+
+
 def test_a_scale_of_1_is_the_conditional_output():
     """To the bit, and whatever the other half is: the loop leaves it out."""
     x, cond = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -203,6 +216,7 @@ def test_gradients_flow_through_slots():
 
 BAD = {
     "of other samples": (torch.zeros(1, 2, 3), ValueError, r"slots: wanted shape \[S, 2, 4\]"),
+    "of one dimension less": (torch.zeros(2, 4), ValueError, "slots: wanted shape"),
     "too many": (torch.zeros(7, 2, 4), ValueError, "slots: wanted shape"),
     "of another dtype": (torch.zeros(1, 2, 4).half(), TypeError, "slots: wanted x's dtype"),
     "no tensor": (3, TypeError, "slots: wanted a tensor, got int"),
