@@ -1,5 +1,6 @@
 // sampler_step: a row of a sampler's table applied to x [B, *] in one launch, which reads every
-// input once. The row's index and the table stay on the device.
+// input once, a slot once for each combination that wants it. The row's index and the table stay on
+// the device.
 #include "../ops/sampler_step.h"
 
 #include "elementwise.cuh"

@@ -220,7 +220,16 @@ class _Run:
         """
         if len(self.sigmas) < 2:
             return self.x
-        table = _table(rule, tuple(options.items()), tuple(self.sigmas.tolist()))
+        try:
+            table = _table(rule, tuple(options.items()), tuple(self.sigmas.tolist()))
+        except (
+            ArithmeticError,
+            ValueError,
+        ) as error:  # roots and quotients of steps upwards, or of 0
+            got = self.sigmas.tolist()
+            raise ValueError(
+                f"sigmas: this sampler has no steps of this kind; wanted them descending, got {got}"
+            ) from error
         x, step, counted = self.x, -1, isinstance(draw, str)
         if counted:
             check_choice("noise_sampler", draw, (COUNTER,))

@@ -35,7 +35,8 @@ def lms(
     prediction: str = "epsilon",
     order: int = 4,
 ) -> StepTable:
-    """The linear multistep method over r: a polynomial through the last ε, integrated.
+    """The linear multistep method over r = sigma/signal: the polynomial through the last ε,
+    integrated (Adams and Bashforth with uneven steps, as in k-diffusion).
 
     Args: as `ddim`; order: from 1 to 4; the first steps have fewer. Returns and raises as `ddim`.
     """

@@ -64,3 +64,10 @@ def carried(sample: Form, eps: Form, here, there) -> Form:
     """A sample moved from level to level along ε: x/signal changes by (r' - r)·ε."""
     ratio = there.signal / here.signal
     return ratio * sample + (there.sigma - ratio * here.sigma) * eps
+
+
+def held(sample: Form, x0: Form, here, there) -> Form:
+    """A sample moved from level to level with x0 held: sigma'/sigma·x + signal'·(1 - e^-h)·x0
+    (Lu et al. 2022b, of first order)."""
+    shrunk = there.sigma / here.sigma
+    return shrunk * sample + (there.signal - here.signal * shrunk) * x0

@@ -12,7 +12,7 @@ from functools import partial
 
 from ..checks import check_at_least_0, check_eta
 from . import grids
-from .forms import EPS, X0, Form, X, Z, carried, landed, slot
+from .forms import EPS, X0, Form, X, Z, carried, held, landed, slot
 from .grids import Grid, Level
 from .rows import Row, tabulate
 from .schedules import NoiseSchedule
@@ -40,10 +40,8 @@ def euler(
 
     Returns and raises as `ddim`.
     """
-    churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
-    return tabulate(
-        partial(euler_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
-    )
+    rule = partial(euler_rule, churn=Churn(steps, s_churn, s_tmin, s_tmax, s_noise))
+    return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
 def euler_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
@@ -91,10 +89,8 @@ def heun(
 
     Args: as `ddim`, and s_churn, s_tmin, s_tmax, s_noise as `euler`. Returns and raises as `ddim`.
     """
-    churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
-    return tabulate(
-        partial(heun_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
-    )
+    rule = partial(heun_rule, churn=Churn(steps, s_churn, s_tmin, s_tmax, s_noise))
+    return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
 def heun_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
@@ -108,8 +104,8 @@ def heun_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
 
 
 def flow_heun(steps: int = 20, shift: float = 1.0, clip: float | None = None) -> StepTable:
-    """Heun's method for rectified flow, of the velocity v = ε - x0; two model calls a step but for
-    the last.
+    """Heun's method for rectified flow, of the velocity v = ε - x0 (Liu et al. 2022), second order;
+    two model calls a step but for the last.
 
     Args, returns and raises as `flow_euler`.
     """
@@ -141,10 +137,8 @@ def dpm2(
 
     Args: as `ddim`, and s_churn, s_tmin, s_tmax, s_noise as `euler`. Returns and raises as `ddim`.
     """
-    churn = Churn(steps, s_churn, s_tmin, s_tmax, s_noise)
-    return tabulate(
-        partial(dpm2_rule, churn=churn), grids.spaced(schedule, steps, spacing), clip, prediction
-    )
+    rule = partial(dpm2_rule, churn=Churn(steps, s_churn, s_tmin, s_tmax, s_noise))
+    return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)
 
 
 def dpm2_rule(grid: Grid, churn: Churn) -> Iterator[Row]:
@@ -166,7 +160,7 @@ def dpm2_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> StepTable:
-    """`dpm2` down to less than the next level, and noise up to it (see `ancestral`).
+    """`dpm2` down to less than the next level, and noise up to it (see `Ancestral`).
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
@@ -188,7 +182,7 @@ def dpmpp_2s_ancestral(
     s_noise: float = 1.0,
 ) -> StepTable:
     """DPM-Solver++(2S) down to less than the next level, and noise up to it; two model calls a step
-    but for the last (Lu et al. 2022b, algorithm 1 with its midpoint in λ; see `ancestral`).
+    but for the last (Lu et al. 2022b, algorithm 1 with its midpoint in λ; see `Ancestral`).
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
@@ -248,12 +242,6 @@ def dpmpp_sde_rule(grid: Grid, noise: Ancestral, r: float) -> Iterator[Row]:
         down, up = noise.step(here, there)
         x0 = (1 - 1 / (2 * r)) * slot(1) + 1 / (2 * r) * X0
         yield Row(middle, held(slot(0), x0, here, down) + up, begins=False)
-
-
-def held(sample: Form, x0: Form, here: Level, there: Level) -> Form:
-    """A sample moved with x0 held: sigma'/sigma·x + signal'·(1 - e^-h)·x0 (Lu et al. 2022b)."""
-    shrunk = there.sigma / here.sigma
-    return shrunk * sample + (there.signal - here.signal * shrunk) * x0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ def tabulate(
     Args:
         rule: a module's own function, or a partial of one, so that tables can be pickled; a run
             that starts at a later step asks it for the rows of the rest of the grid.
-        shape: of the rows; None for the least that they need.
+        clip, prediction: as `ddim`. shape: of the rows; None for the least that they need.
+
+    Returns: StepTable of a row for each of the rule's. Raises: ValueError for more than a row can
+    say, an unknown prediction, a bad clip, and levels that the rule has no step from.
     """
     try:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -86,7 +89,11 @@ def tabulate(
 
 
 def table_of(grid: Grid, next: Form, *, clip: float | None, prediction: str) -> StepTable:
-    """The table of a sampler that remembers nothing: a row for each step, arrays [n] as weights."""
+    """The table of a sampler that remembers nothing, a row for each step.
+
+    Args: next: the next sample; its weights are arrays [n]. clip, prediction: as `ddim`.
+    Returns: StepTable of n rows. Raises: as `tabulate`.
+    """
     levels, begins = (grid.times, grid.signal, grid.sigma), np.ones(len(grid), dtype=bool)
     run = _Run(grid.timesteps, *levels, begins, grid.last, grid.train_timesteps)
     return _assembled(run, next, [], clip, prediction)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checks import check_choice
 from . import grids
-from .forms import X0, Form, X, slot
+from .forms import X0, Form, X, held, slot
 from .grids import Grid, Level
 from .rows import Row, tabulate
 from .schedules import NoiseSchedule
@@ -72,8 +72,7 @@ def _step(
     corrector, that of `there`: UniP and UniC of the data prediction (Zhao et al. 2023)."""
     here = nodes[0]
     h = there.lam - here.lam
-    shrunk = there.sigma / here.sigma
-    next = shrunk * sample - there.signal * math.expm1(-h) * x0[0]
+    next = held(sample, x0[0], here, there)
     distances = [(node.lam - here.lam) / h for node in nodes[1:]]
     changes = [(x - x0[0]) / r for x, r in zip(x0[1:], distances, strict=True)]
     if corrected is not None:

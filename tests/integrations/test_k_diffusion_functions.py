@@ -143,6 +143,7 @@ BAD = [
     ({"sigmas": torch.ones(2, 2)}, TypeError, r"sigmas: wanted a tensor .n\+1., got .2, 2."),
     ({"sigmas": torch.tensor([1.0, 0.0, 0.5])}, ValueError, "sigmas: wanted numbers above 0"),
     ({"sigmas": torch.tensor([1.0, -1.0])}, ValueError, "sigmas: wanted numbers above 0"),
+    ({"sigmas": torch.tensor([1.0, 2.0, 0.5])}, ValueError, "sigmas: .* wanted them descending"),
     ({"model": lambda x, sigma: x[:1]}, ValueError, "model: wanted an output of shape"),
     ({"noise_sampler": "mine"}, ValueError, "noise_sampler: wanted one of"),
     ({"eta": -1.0}, ValueError, "eta: wanted"),
@@ -158,3 +159,17 @@ def test_bad_input(change, error, message):
     }
     with pytest.raises(error, match=message):
         K.sample_euler_ancestral(**(arguments | {"disable": True} | change))
+
+
+def test_steps_upwards_without_noise_are_k_diffusions():
+    """From an image to its noise ("unsampling"); and two equal levels, which is no step at all."""
+    sigmas, x = torch.tensor([0.1, 0.5, 2.0, 8.0], dtype=torch.float64), draw(0)
+    for name in ("sample_euler", "sample_dpmpp_2m"):
+        ours, theirs = (
+            getattr(m, name)(lambda x, s: denoised(x, s[0].item()), x, sigmas, disable=True)
+            for m in (K, k_diffusion())
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    level = torch.tensor([2.0, 2.0, 0.5])
+    with pytest.raises(ValueError, match=r"sigmas: .* wanted them descending"):
+        K.sample_dpmpp_2m(lambda x, s: x, x, level, disable=True)

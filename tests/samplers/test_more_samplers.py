@@ -43,6 +43,32 @@ def ratios(grid):
 # --- grids ---
 
 
+@pytest.mark.parametrize("steps", [1, 7, 20, 30])
+def test_spacings_are_those_of_their_names(steps):
+    """ComfyUI's schedulers and Sabour et al.'s formula, as timesteps from T to 1 or as ratios."""
+    beta = pytest.importorskip("scipy.stats").beta
+
+    def timesteps(spacing):
+        return grids.spaced(SCHEDULE, steps, spacing).times * T
+
+    i = np.arange(steps)
+    assert timesteps("simple").round(9).tolist() == [T - int(k * T / steps) for k in i]
+    assert np.allclose(timesteps("normal"), np.linspace(T, 1, steps))
+    assert np.allclose(timesteps("sgm_uniform"), np.linspace(T, 1, steps + 1)[:-1])
+    # Its timesteps are whole: np.rint, counted from 0.
+    whole = np.rint(beta.ppf(1 - i / steps, 0.6, 0.6) * (T - 1)) + 1
+    assert np.abs(timesteps("beta") - whole).max() <= 0.5
+    high, low = (SCHEDULE.sigma[t] / SCHEDULE.signal[t] for t in (T, 1))
+    share = i / max(steps - 1, 1)
+    expected = np.tan(share * np.arctan(low) + (1 - share) * np.arctan(high))
+    assert np.allclose(ratios(grids.spaced(SCHEDULE, steps, "kl_optimal"))[:-1], expected)
+    for spacing in ("normal", "sgm_uniform", "beta"):  # a level lies where its time says
+        grid = grids.spaced(SCHEDULE, steps, spacing)
+        known = np.log(SCHEDULE.sigma[1:] / SCHEDULE.signal[1:])
+        log_r = np.interp(grid.times * T, np.arange(1, T + 1), known)
+        assert np.allclose(np.log(grid.sigma / grid.signal), log_r)
+
+
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_grids_of_the_noise_ratio(spacing, steps):

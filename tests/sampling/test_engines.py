@@ -1,6 +1,6 @@
-"""The engines of `sample`: "graph" on a recording that the CPU plays, and "compile".
+"""The engines of `sample`: "graph", on a recording that the CPU plays.
 
-tests/test_engines_cuda.py has what only a GPU can show.
+tests/sampling/test_engines_cuda.py has what only a GPU can show.
 """
 
 import gc
@@ -8,53 +8,11 @@ import weakref
 
 import pytest
 import torch
+from engine_models import MODELS, SCHEDULE, SHAPE, TABLES, Network, draw, unet
 from torch import nn
 
 import diffusion_ext as dx
 from diffusion_ext.sampling import graphs
-
-SCHEDULE = dx.NoiseSchedule.linear(100)
-SHAPE = (2, 3, 8, 8)
-TABLES = {
-    "ddim": dx.ddim(SCHEDULE, 5),
-    "noise": dx.ddim(SCHEDULE, 5, eta=1.0, clip=1.5),
-    "two steps back": dx.dpmpp_2m(SCHEDULE, 5, "karras"),
-    "ddpm": dx.ddpm(dx.NoiseSchedule.linear(12)),
-    "two calls a step": dx.dpmpp_sde(SCHEDULE, 3),
-    "predictor and corrector": dx.unipc(SCHEDULE, 5, order=3),
-}
-
-
-class Network(nn.Module):
-    """A network of times and contexts, with a weight and a buffer."""
-
-    n_cfeat = 3
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.register_buffer("scale", torch.tensor(0.5))
-
-    def forward(self, x, t, c):
-        shift = t.to(x.dtype).reshape(-1, 1, 1, 1)
-        shift = shift if c is None else shift + c.sum(1).reshape(-1, 1, 1, 1)
-        return torch.tanh(self.conv(x) * self.scale.to(x.dtype) + shift)
-
-
-def unet(**options):
-    torch.manual_seed(0)
-    return dx.nn.ContextUnet(3, 8, 3, 8, **options).eval()
-
-
-MODELS = {
-    "any": Network,
-    "ContextUnet": unet,
-    "optimized": lambda: dx.optimize_for_sampling(unet(), memory_format=torch.channels_last),
-}
-
-
-def draw(model, table=TABLES["ddim"], shape=SHAPE, **options):
-    return dx.sample(model, shape, table, progress=False, **options)
 
 
 @pytest.fixture
@@ -278,125 +236,3 @@ def test_a_model_that_cannot_be_captured(captures, monkeypatch):
     ) as info:
         draw(Network(), engine="graph")
     assert "stream is capturing" in str(info.value.__cause__)
-
-
-# --- what is embedded once a run ------------------------------------------------------------------
-
-
-def count_embeddings(monkeypatch):
-    calls, embed = [], dx.nn.context_unet.EmbedFC.forward
-
-    def counted(self, x):
-        calls.append(len(x))
-        return embed(self, x)
-
-    monkeypatch.setattr(dx.nn.context_unet.EmbedFC, "forward", counted)
-    return calls
-
-
-@pytest.mark.parametrize("optimized", [False, True])
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_a_run_embeds_its_times_and_its_context_once(monkeypatch, optimized, guidance_scale):
-    model = unet()
-    options = {"context": torch.tensor([0, 1]), "guidance_scale": guidance_scale}
-    by_step = draw(
-        lambda *arguments: model(*arguments),
-        context=torch.eye(3)[:2],
-        **{name: value for name, value in options.items() if name != "context"},
-    )
-    model = dx.optimize_for_sampling(model) if optimized else model
-    calls = count_embeddings(monkeypatch)
-    images = draw(model, **options).images
-    rows = 2 * int(guidance_scale)
-    assert calls == [5, 5, rows, rows]
-    torch.testing.assert_close(images, by_step.images, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("change", ["hook", "child's hook", "global hook", "forward", "subclass"])
-def test_a_model_that_is_watched_is_called(monkeypatch, change):
-    model, seen, handles = unet(), [], []
-
-    def watch(module, arguments, *output):
-        if isinstance(module, dx.nn.ContextUnet | dx.nn.context_unet.EmbedFC):
-            seen.append(module)
-
-    if change == "hook":
-        model.register_forward_hook(watch)
-    elif change == "child's hook":
-        model.timeembed1.register_forward_pre_hook(watch)
-    elif change == "global hook":
-        handles.append(nn.modules.module.register_module_forward_pre_hook(watch))
-    elif change == "forward":
-        forward = model.forward
-        model.forward = lambda *arguments: (seen.append(model), forward(*arguments))[1]
-    else:
-
-        class Watched(dx.nn.ContextUnet):
-            def forward(self, *arguments):
-                seen.append(self)
-                return super().forward(*arguments)
-
-        model.__class__ = Watched
-    try:
-        draw(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert len(seen) >= 5
-
-
-def test_shapes_are_checked_before_the_run():
-    with pytest.raises(ValueError, match=r"x: wanted shape \['B', 3, 8, 8\], got \[2, 3, 4, 4\]"):
-        draw(unet(), shape=(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"c: wanted shape \[2, 3\], got \[2, 4\]"):
-        draw(unet(), context=torch.randn(2, 4))
-
-
-# --- compile --------------------------------------------------------------------------------------
-
-
-@pytest.mark.compiles
-def test_compile_once():
-    torch._dynamo.reset()
-    compiled = torch._dynamo.utils.counters["stats"]
-    compiled.clear()
-    model, labels = Network(), torch.tensor([2, 0])
-    options = {"context": labels, "guidance_scale": 2.0, "table": TABLES["noise"]}
-    for seeds in (1, 2):
-        ours = draw(model, engine="compile", seeds=seeds, save_rate=50, **options)
-        eager = draw(model, seeds=seeds, save_rate=50, **options)
-        torch.testing.assert_close(ours.images, eager.images, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.frames, eager.frames, rtol=1e-4, atol=1e-5)
-        assert compiled["unique_graphs"] == 1
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("optimized", [False, True])
-def test_compile_a_prepared_network(monkeypatch, optimized):
-    """By a backend that compiles nothing: it is torch's own that takes its time."""
-    torch._dynamo.reset()
-    traced, compile_ = [], torch.compile
-
-    def backend(graph, inputs):
-        traced.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, **o: compile_(f, backend=backend, **o))
-    model = unet()
-    model = dx.optimize_for_sampling(model) if optimized else model
-    for _ in range(2):
-        ours = draw(model, engine="compile", context=torch.tensor([0, 1])).images
-        assert len(traced) == 1
-    expected = draw(model, context=torch.tensor([0, 1])).images
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_compile_is_differentiable(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
-    x_T = torch.randn(SHAPE, requires_grad=True)
-    draw(Network(), x_T=x_T, engine="compile", differentiable=True).images.sum().backward()
-    assert x_T.grad.abs().max() > 0
