@@ -46,42 +46,68 @@ void step_block(const BlockWeights& w, float limit, const StepBlock& b, int64_t 
   });
 }
 
-// sum += weight term
-DX_INLINE void add_term(float weight, const float* term, float* sum, int64_t count) {
+// A term of a combination beyond x and m, with its weight.
+struct Term {
+  float weight;
+  const float* values;
+};
+constexpr int kMostTerms = 2 + kMostSlots;  // x0, the slots and the noise, added in this order
+
+struct Terms {
+  Term at[kMostTerms];
+  int count = 0;
+
+  // A weight of 0 reads nothing, nor does a term that is not there.
+  DX_INLINE void add(float weight, const float* values) {
+    if (weight != 0.0f && values != nullptr) at[count++] = {weight, values};
+  }
+};
+
+// out = ax x + am m + the n terms, in one pass.
+template <int n = 0>
+DX_INLINE void sum_terms(float ax, float am, const float* x, const float* m, const Terms& terms,
+                         float* out, int64_t count) {
+  if constexpr (n < kMostTerms)
+    if (n < terms.count) return sum_terms<n + 1>(ax, am, x, m, terms, out, count);
+  float weights[n + 1];
+  const float* values[n + 1];
+  for (int j = 0; j < n; ++j) weights[j] = terms.at[j].weight, values[j] = terms.at[j].values;
 #pragma omp simd
-  for (int64_t k = 0; k < count; ++k) sum[k] = fma(weight, term[k], sum[k]);
+  for (int64_t k = 0; k < count; ++k) {
+    float sum = fma(ax, x[k], am * m[k]);
+    for (int j = 0; j < n; ++j) sum = fma(weights[j], values[j][k], sum);
+    out[k] = sum;
+  }
 }
 
-// Puts a combination of a block's terms in b.out: the first in one pass over memory, the slots,
-// which then lie in the first-level cache, in one each.
-template <class T>
-DX_INLINE void combine_block(const Step& step, const Samples<T>& s, const StepRow& row,
-                             const Combination& a, StepBlock b, int64_t at, int64_t count) {
-  const float* noise = a.z != 0.0f ? b.noise : nullptr;
-  b.history = b.noise = nullptr;
-  step_block({row.kx(), row.km(), a.x, a.m, a.x0, 0.0f, 0.0f}, step.limit, b, count);
-  float buffer[kBlock];
-  for (int j = 0; s.slots != nullptr && j < row.shape.slots; ++j)
-    if (a.slots[j] != 0.0f)
-      add_term(a.slots[j], view(s.slots + j * s.slot_stride + at, buffer, count), b.out, count);
-  if (noise != nullptr) add_term(a.z, noise, b.out, count);
-}
-
-// A block of a row with writes, which wait until all that they may overwrite is read. Apart from
-// the loop over the blocks: inside it its buffers made steps without slots 5 % slower.
+// A block of a row with slots or writes. The writes wait until all that they may overwrite is read.
+// Apart from the loop over the blocks: inside it its buffers made steps without slots 5 % slower.
 template <class T>
 DX_APART void step_slots(const Step& step, const Samples<T>& s, const StepRow& row,
                          const StepBlock& b, int64_t at, int64_t count) {
   on_best_isa([&]() DX_KERNEL {
-    float written[kMostWrites][kBlock];
+    float x0_buffer[kBlock], buffers[kMostSlots][kBlock], written[kMostWrites][kBlock];
+    float* x0 = b.x0 != nullptr ? b.x0 : x0_buffer;
+    const float limit = step.limit, kx = row.kx(), km = row.km();
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) x0[k] = clip_x0(predict_x0(kx, km, b.x[k], b.m[k]), limit);
+    const float* slots[kMostSlots] = {};
+    const auto put = [&](const Combination& a, float* out) DX_KERNEL {
+      Terms terms;
+      terms.add(a.x0, x0);
+      for (int j = 0; j < row.shape.slots; ++j) {
+        if (a.slots[j] != 0.0f && s.slots[j] != nullptr && slots[j] == nullptr)
+          slots[j] = view(s.slots[j] + at, buffers[j], count);
+        terms.add(a.slots[j], slots[j]);
+      }
+      terms.add(a.z, b.noise);
+      sum_terms(a.x, a.m, b.x, b.m, terms, out, count);
+    };
     for (int i = 0; i < row.shape.writes; ++i)
-      if (row.slot(i) >= 0)
-        combine_block(step, s, row, row.write(i), {b.x, b.m, nullptr, b.noise, written[i], nullptr},
-                      at, count);
-    combine_block(step, s, row, row.next(), b, at, count);
+      if (s.target(row, i) != nullptr) put(row.write(i), written[i]);
+    put(row.next(), b.out);
     for (int i = 0; i < row.shape.writes; ++i)
-      if (s.kept != nullptr && row.slot(i) >= 0)
-        store(written[i], s.kept + row.slot(i) * s.slot_stride + at, count);
+      if (T* to = s.target(row, i); to != nullptr) store(written[i], to + at, count);
   });
 }
 
@@ -93,7 +119,7 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepRow& r
   const Combination next = row.next();
   const BlockWeights w{row.kx(), row.km(), next.x, next.m, next.x0, next.slots[0], next.z};
   const float guidance = row.guidance(step.guidance);
-  const bool keeps_x0 = step.shape.keeps_x0(), looks_back = s.slots != nullptr && w.ah != 0.0f;
+  const bool keeps_x0 = step.shape.keeps_x0(), looks_back = s.slots[0] != nullptr && w.ah != 0.0f;
   for_each_block(begin, end, [&](int64_t i, int64_t count) DX_KERNEL {
     const int64_t at = offset + i;
     float buffers[7][kBlock];
@@ -110,7 +136,7 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepRow& r
       b.m = guided;
     }
     if (keeps_x0) {
-      if (looks_back) b.history = view(s.slots + at, buffers[2], count);
+      if (looks_back) b.history = view(s.slots[0] + at, buffers[2], count);
       step_block(w, step.limit, b, count);
     } else {
       step_slots(step, s, row, b, at, count);
@@ -166,6 +192,7 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
   m.impl("sampler_step", TORCH_BOX(&sampler_step<Cpu>));
+  m.impl("sampler_step_from_slots", TORCH_BOX(&sampler_step_from_slots<Cpu>));
   m.impl("sampler_step_with_slots", TORCH_BOX(&sampler_step_with_slots<Cpu>));
   m.impl("sampler_step_", TORCH_BOX(&sampler_step_<Cpu>));
 }

@@ -43,7 +43,8 @@ struct SamplerStep {
     in.m = load_pack<n, full>(s.m + at, count);
     if (s.m_cond != nullptr) in.cond = load_pack<n, full>(s.m_cond + at, count);
     if (s.noise != nullptr) in.noise = load_pack<n, full>(s.noise + at, count);
-    if (!with_slots && s.slots != nullptr) in.history = load_pack<n, full>(s.slots + at, count);
+    if (!with_slots && s.slots[0] != nullptr)
+      in.history = load_pack<n, full>(s.slots[0] + at, count);
     return in;
   }
 
@@ -67,14 +68,14 @@ struct SamplerStep {
       float written[kMostWrites][n];
 #pragma unroll
       for (int i = 0; i < kMostWrites; ++i)
-        if (i < row.shape.writes && row.slot(i) >= 0)
+        if (i < row.shape.writes && s.target(row, i) != nullptr)
           sum<n, full>(at, count, row.write(i), x, m, x0, z, noisy, written[i]);
       sum<n, full>(at, count, row.next(), x, m, x0, z, noisy, out);
 #pragma unroll
       for (int i = 0; i < kMostWrites; ++i)
-        if (i < row.shape.writes && row.slot(i) >= 0 && s.kept != nullptr) {
+        if (i < row.shape.writes && s.target(row, i) != nullptr) {
           require(row.slot(i) < row.shape.slots, "sampler_step: slot out of range");
-          store_pack<n, full>(s.kept + row.slot(i) * s.slot_stride + at, count, written[i]);
+          store_pack<n, full>(s.target(row, i) + at, count, written[i]);
         }
     } else {
       const Combination a = row.next();
@@ -82,7 +83,7 @@ struct SamplerStep {
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         out[k] = combine(a, a.x0 != 0.0f, x[k], m[k], x0[k]);
-        if (s.slots != nullptr && history != 0.0f)
+        if (s.slots[0] != nullptr && history != 0.0f)
           out[k] = fma(history, to_float(in.history.at[k]), out[k]);
         if (noisy && a.z != 0.0f) out[k] = fma(a.z, z[k], out[k]);
       }
@@ -99,10 +100,11 @@ struct SamplerStep {
                      float (&out)[n]) const {
 #pragma unroll
     for (int k = 0; k < n; ++k) out[k] = combine(a, a.x0 != 0.0f, x[k], m[k], x0[k]);
-    for (int j = 0; s.slots != nullptr && j < step.shape.slots; ++j) {
+#pragma unroll
+    for (int j = 0; j < kMostSlots; ++j) {
+      if (j >= step.shape.slots || s.slots[j] == nullptr || a.slots[j] == 0.0f) continue;
       const float weight = a.slots[j];
-      if (weight == 0.0f) continue;
-      const Vec<T, n> slot = load_pack<n, full>(s.slots + j * s.slot_stride + at, count);
+      const Vec<T, n> slot = load_pack<n, full>(s.slots[j] + at, count);
 #pragma unroll
       for (int k = 0; k < n; ++k) out[k] = fma(weight, to_float(slot.at[k]), out[k]);
     }
@@ -126,9 +128,11 @@ struct Cuda {
 
   template <class T, class Op>
   void launch_step(const Step& step, const Samples<T>& s, const Op& op) const {
-    const T* second = s.slots ? s.slots + s.slot_stride : nullptr;  // aligned as all others are
-    launch_elementwise<T>("sampler_step", device, step.batch, op, step.seeds != nullptr,
-                          {s.x, s.m, s.m_cond, s.noise, s.slots, second, s.out, s.x0});
+    static_assert(kMostSlots == 6 && kMostWrites == 2);
+    launch_elementwise<T>(
+        "sampler_step", device, step.batch, op, step.seeds != nullptr,
+        {s.x, s.m, s.m_cond, s.noise, s.out, s.x0, s.slots[0], s.slots[1], s.slots[2], s.slots[3],
+         s.slots[4], s.slots[5], s.written[0], s.written[1]});
   }
 };
 
@@ -136,6 +140,7 @@ struct Cuda {
 
 DX_REGISTER_KERNELS(m) {
   m.impl("sampler_step", TORCH_BOX(&sampler_step<Cuda>));
+  m.impl("sampler_step_from_slots", TORCH_BOX(&sampler_step_from_slots<Cuda>));
   m.impl("sampler_step_with_slots", TORCH_BOX(&sampler_step_with_slots<Cuda>));
   m.impl("sampler_step_", TORCH_BOX(&sampler_step_<Cuda>));
 }

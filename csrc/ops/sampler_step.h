@@ -27,13 +27,23 @@ struct Step {
   DX_INLINE StepRow row(int64_t index) const { return {table + index * shape.width(), shape}; }
 };
 
-// Every pointer but x, m and out may be null. out may be x. The slots, which are read at `slots`
-// and written at `kept`, are slot_stride elements apart.
+// Every pointer but x, m and out may be null. out may be x. Each write of a row has a tensor of its
+// own, or goes into a slot; these are then slot_stride elements apart, from `kept` on.
 template <class T>
 struct Samples {
-  const T *x, *m, *m_cond, *noise, *slots;
-  T *out, *x0, *kept;
+  const T *x, *m, *m_cond, *noise;
+  T *out, *x0;
+  const T* slots[kMostSlots];
+  T* written[kMostWrites];
+  T* kept;
   int64_t slot_stride;
+
+  // Where write i of a row goes, or null.
+  DX_INLINE T* target(const StepRow& row, int i) const {
+    if (written[i] != nullptr) return written[i];
+    const int slot = row.slot(i);
+    return kept != nullptr && slot >= 0 ? kept + slot * slot_stride : nullptr;
+  }
 };
 
 // The two halves of model_output [2B, *], or [B, *] and nothing.
@@ -50,17 +60,21 @@ inline std::pair<Tensor, MaybeTensor> halves(const Tensor& model_output, const T
   return {uncond, cond};
 }
 
-// What a call remembers: slots [S, B, *], each laid out as its samples, or the one slot [B, *]. A
-// kernel writes to them, or to a copy that is written back. `history` [B, *] is a slot that is only
-// read.
+// The shape of a table's rows by its columns and the slots.
+inline RowShape shape_of(int64_t columns, int slots) {
+  const int64_t of_writes = columns - RowShape{slots, 0, false}.width(), of_write = 5 + slots;
+  const RowShape shape{slots, int(of_writes / of_write), of_writes % of_write == 1};
+  STD_TORCH_CHECK(of_writes >= 0 && shape.writes <= kMostWrites && shape.width() == columns,
+                  "coefficients: no row of ", slots, " slots has ", columns, " columns");
+  return shape;
+}
+
+// What a call remembers in one tensor: slots [S, B, *], each laid out as its samples, or the one
+// slot [B, *]. A kernel writes to them, or to a copy that is written back.
 class Slots {
  public:
-  Slots(const MaybeTensor& history, const MaybeTensor& slots, const Tensor& x, const Output& out)
+  Slots(const MaybeTensor& slots, const Tensor& x, const Output& out)
       : slots_(slots), dense_(slots) {
-    if (history) {
-      check_like("history", *history, x);
-      dense_ = in_layout(*history, out.dense(), out.layout());
-    }
     if (!slots) return;
     const bool alone = slots->dim() == x.dim();
     const auto sizes = slots->sizes().slice(alone ? 0 : 1);
@@ -78,18 +92,17 @@ class Slots {
     torch::stable::copy_(*dense_, *slots);
   }
 
-  int count() const { return int(count_); }
-  int64_t stride() const { return stride_; }
+  RowShape row_shape(int64_t columns) const { return shape_of(columns, int(count_)); }
   template <class T>
-  const T* read() const {
-    return data_of<T>(dense_);
-  }
-  template <class T>
-  T* kept() const {
-    return slots_ ? static_cast<T*>(dense_->mutable_data_ptr()) : nullptr;
+  void place(Samples<T>& s) const {
+    if (!dense_) return;
+    s.kept = static_cast<T*>(dense_->mutable_data_ptr());
+    s.slot_stride = stride_;
+    for (int64_t j = 0; j < count_; ++j) s.slots[j] = s.kept + j * stride_;
   }
   // Writes back; x0 [B, *] goes to the slot first, where that has not been written.
   void finish(const Tensor* x0) {
+    if (!dense_) return;
     if (x0 != nullptr) torch::stable::copy_(*dense_, *x0);
     if (!direct_) torch::stable::copy_(*slots_, *dense_);
   }
@@ -100,27 +113,51 @@ class Slots {
   bool direct_ = true;
 };
 
-// The shape of a table's rows by its columns and the slots.
-inline RowShape shape_of(int64_t columns, int slots) {
-  const int64_t of_writes = columns - RowShape{slots, 0, false}.width(), of_write = 5 + slots;
-  const RowShape shape{slots, int(of_writes / of_write), of_writes % of_write == 1};
-  STD_TORCH_CHECK(of_writes >= 0 && shape.writes <= kMostWrites && shape.width() == columns,
-                  "coefficients: no row of ", slots, " slots has ", columns, " columns");
-  return shape;
-}
+// What a call remembers in a tensor [B, *] for each slot, which are read; what its row writes goes
+// into new ones.
+class SlotsApart {
+ public:
+  SlotsApart(const char* name, const std::vector<Tensor>& slots, const Tensor& x, const Output& out)
+      : like_(out.dense()) {
+    STD_TORCH_CHECK(slots.size() <= size_t(kMostSlots), name, ": wanted at most ", kMostSlots);
+    dense_.reserve(slots.size());
+    for (const Tensor& slot : slots) {
+      check_like(name, slot, x);
+      dense_.push_back(in_layout(slot, out.dense(), out.layout()));
+    }
+  }
+
+  RowShape row_shape(int64_t columns) {
+    const RowShape shape = shape_of(columns, std::max(1, int(dense_.size())));
+    for (int i = 0; i < shape.writes; ++i) written_.push_back(new_like(like_));
+    return shape;
+  }
+  template <class T>
+  void place(Samples<T>& s) const {
+    for (size_t j = 0; j < dense_.size(); ++j) s.slots[j] = data_of<T>(dense_[j]);
+    for (size_t i = 0; i < written_.size(); ++i)
+      s.written[i] = static_cast<T*>(written_[i].mutable_data_ptr());
+  }
+  void finish(const Tensor*) {}
+  const std::vector<Tensor>& written() const { return written_; }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> dense_, written_;
+};
 
 // Writes x' to out (a tensor of x's shape, or x itself) and the data prediction to x0 if given.
-template <class Kernel>
+template <class Kernel, class Remembered>
 void apply_step(const Tensor& x_, const Tensor& model_output, const Tensor& coefficients_,
                 const Tensor& timesteps_, const Tensor& row_, const MaybeTensor& noise_,
-                const MaybeTensor& seeds_, Slots&& slots, std::optional<double> clip,
+                const MaybeTensor& seeds_, Remembered& slots, std::optional<double> clip,
                 double guidance, Output& out, Output* x0) {
   STD_TORCH_CHECK(x_.dim() >= 1, "x: wanted shape [B, *]");
   check_same_device("coefficients", coefficients_, x_);
   const Tensor coefficients = as_contiguous(coefficients_);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == 2,
                   "coefficients: wanted float32 [n, columns]");
-  const RowShape shape = shape_of(coefficients.size(1), slots.count());
+  const RowShape shape = slots.row_shape(coefficients.size(1));
   STD_TORCH_CHECK(!noise_ || !seeds_, "noise, seeds: wanted one of them");
   if (noise_) check_like("noise", *noise_, x_);
   const int64_t samples = x_.size(0), rows = coefficients.size(0);
@@ -149,63 +186,89 @@ void apply_step(const Tensor& x_, const Tensor& model_output, const Tensor& coef
   bool x0_to_slot = false;
   dispatch_floating(x.scalar_type(), "sampler_step", [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    T *kept = slots.template kept<T>(), *predicted = x0 ? x0->data<T>() : nullptr;
-    if (kept != nullptr && shape.keeps_x0()) {  // the slot receives x0
-      x0_to_slot = predicted != nullptr;
-      predicted = x0_to_slot ? predicted : kept;
-      kept = nullptr;
+    Samples<T> samples{data_of<T>(x),     data_of<T>(m), data_of<T>(m_cond),
+                       data_of<T>(noise), out.data<T>(), x0 ? x0->data<T>() : nullptr};
+    slots.place(samples);
+    if (samples.kept != nullptr && shape.keeps_x0()) {  // the slot receives x0
+      x0_to_slot = x0 != nullptr;
+      if (!x0_to_slot) samples.x0 = samples.kept;
     }
-    kernel.template run<T>(
-        step, {data_of<T>(x), data_of<T>(m), data_of<T>(m_cond), data_of<T>(noise),
-               slots.template read<T>(), out.data<T>(), predicted, kept, slots.stride()});
+    kernel.template run<T>(step, samples);
   });
   slots.finish(x0_to_slot ? &x0->dense() : nullptr);
 }
 
 using StepAndX0 = std::tuple<Tensor, Tensor>;
 
-// x' in a tensor of its own. history is read; slots are updated in place.
-template <class Kernel>
-StepAndX0 step_apart(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
-                     const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
-                     const MaybeTensor& seeds, const MaybeTensor& history, const MaybeTensor& slots,
-                     std::optional<double> clip, double guidance, bool return_x0) {
+// x' in a tensor of its own.
+template <class Kernel, class MakeSlots>
+auto step_apart(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
+                const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
+                const MaybeTensor& seeds, const MakeSlots& make_slots, std::optional<double> clip,
+                double guidance, bool return_x0) {
   Output out(new_like(x));
   Output x0(return_x0 ? new_like(x) : fresh(x, {0}));
-  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds,
-                     Slots(history, slots, x, out), clip, guidance, out, return_x0 ? &x0 : nullptr);
-  return {out.finish(), x0.finish()};
+  auto slots = make_slots(out);
+  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip,
+                     guidance, out, return_x0 ? &x0 : nullptr);
+  return std::tuple(out.finish(), x0.finish(), std::move(slots));
 }
 
+// history [B, *], the one slot, is read.
 template <class Kernel>
 StepAndX0 sampler_step(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
                        const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
                        const MaybeTensor& seeds, const MaybeTensor& history,
                        std::optional<double> clip, double guidance, bool return_x0) {
-  return step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, history,
-                            std::nullopt, clip, guidance, return_x0);
+  const auto slots = [&](const Output& out) {
+    return SlotsApart("history", history ? std::vector{*history} : std::vector<Tensor>(), x, out);
+  };
+  auto [next, x0, _] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
+                                          seeds, slots, clip, guidance, return_x0);
+  return {next, x0};
 }
 
+// The slots, a tensor each, are read. Returns x', x0 and what the row writes.
+template <class Kernel>
+std::vector<Tensor> sampler_step_from_slots(const Tensor& x, const Tensor& model_output,
+                                            const Tensor& coefficients, const Tensor& timesteps,
+                                            const Tensor& row, const MaybeTensor& noise,
+                                            const MaybeTensor& seeds,
+                                            const std::vector<Tensor>& slots_,
+                                            std::optional<double> clip, double guidance,
+                                            bool return_x0) {
+  const auto slots = [&](const Output& out) { return SlotsApart("slots", slots_, x, out); };
+  auto [next, x0, after] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
+                                              seeds, slots, clip, guidance, return_x0);
+  std::vector<Tensor> results{next, x0};
+  results.insert(results.end(), after.written().begin(), after.written().end());
+  return results;
+}
+
+// slots [S, B, *] are updated in place.
 template <class Kernel>
 StepAndX0 sampler_step_with_slots(const Tensor& x, const Tensor& model_output,
                                   const Tensor& coefficients, const Tensor& timesteps,
                                   const Tensor& row, const MaybeTensor& noise,
-                                  const MaybeTensor& seeds, const Tensor& slots,
+                                  const MaybeTensor& seeds, const Tensor& slots_,
                                   std::optional<double> clip, double guidance, bool return_x0) {
-  STD_TORCH_CHECK(slots.dim() == x.dim() + 1, "slots: wanted shape [S, *x.shape]");
-  return step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds,
-                            std::nullopt, slots, clip, guidance, return_x0);
+  STD_TORCH_CHECK(slots_.dim() == x.dim() + 1, "slots: wanted shape [S, *x.shape]");
+  const auto slots = [&](const Output& out) { return Slots(slots_, x, out); };
+  auto [next, x0, _] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
+                                          seeds, slots, clip, guidance, return_x0);
+  return {next, x0};
 }
 
 // In place, the slots too.
 template <class Kernel>
 void sampler_step_(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
                    const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
-                   const MaybeTensor& seeds, const MaybeTensor& slots, std::optional<double> clip,
+                   const MaybeTensor& seeds, const MaybeTensor& slots_, std::optional<double> clip,
                    double guidance) {
   Output out(x);
-  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds,
-                     Slots(std::nullopt, slots, x, out), clip, guidance, out, nullptr);
+  Slots slots(slots_, x, out);
+  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip,
+                     guidance, out, nullptr);
   out.finish();
 }
 

@@ -119,8 +119,29 @@ def sampler_step_with_slots(
     x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x', x0) and the slots [S,B,*] after the step. Args: as `sampler_step`; slots: or None."""
+    remembered = () if slots is None else slots.unbind()
+    table = coefficients, timesteps, row
+    out, x0, *written = sampler_step_from_slots(
+        x, model_output, *table, noise, seeds, remembered, clip, guidance
+    )
+    if slots is None:
+        return out, x0, None
+    shape = RowShape.of(coefficients.shape[1], len(remembered))
+    if shape.keeps_x0:
+        return out, x0, x0[None]
+    c = _take(coefficients, row)
+    for write, value in enumerate(written):
+        slot = _per_sample(c[..., shape.slot(write)], x)
+        slots = torch.stack([torch.where(slot == j, value, s) for j, s in enumerate(slots)])
+    return out, x0, slots
+
+
+def sampler_step_from_slots(
+    x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance
+) -> tuple[Tensor, ...]:
+    """(x', x0) and what the row writes, each [B,*]. Args: as `sampler_step`; slots: S of [B,*]."""
     dtype, x, m = x.dtype, _wide(x), _wide(model_output)
-    remembered = () if slots is None else _wide(slots).unbind()
+    remembered = [_wide(slot) for slot in slots]
     shape = RowShape.of(coefficients.shape[1], max(len(remembered), 1))
     c = _take(coefficients.to(x.dtype), row)  # [columns] or [B, columns]
     columns = [_per_sample(column, x) for column in c.unbind(-1)]
@@ -140,16 +161,8 @@ def sampler_step_with_slots(
             out = out + _weighted(weight, slot)
         return out if noise is None else out + _weighted(az, _wide(noise))
 
-    out, x0_out, after = combination(columns[shape.next]), x0.to(dtype), slots
-    if slots is not None and shape.keeps_x0:
-        after = x0_out[None]
-    elif slots is not None:
-        for write in range(shape.writes):
-            written, slot = combination(columns[shape.write(write)]), columns[shape.slot(write)]
-            after = torch.stack(
-                [torch.where(slot == j, written.to(dtype), s) for j, s in enumerate(after)]
-            )
-    return out.to(dtype), x0_out, after
+    written = [combination(columns[shape.write(i)]) for i in range(shape.writes)]
+    return tuple(t.to(dtype) for t in (combination(columns[shape.next]), x0, *written))
 
 
 def _guided(uncond: Tensor, cond: Tensor, scale: Tensor | float) -> Tensor:

@@ -104,6 +104,34 @@ def apply_row(tensors: tuple, options: tuple, differentiable: tuple, has_slots: 
     return out, x0
 
 
+def step_from_slots(tensors: tuple, slots: list[Tensor], options: tuple):
+    """(x', x0, what the row writes ...), each [B, *], the slots read and left as they are.
+
+    Args:
+        tensors: x, model_output, coefficients, timesteps, row, noise, seeds, as in `sampler_step`.
+        slots: up to six tensors [B, *]; options: clip, guidance, return_x0.
+    Raises: TypeError, ValueError.
+    """
+    try:
+        if serves(tensors[0]) and not needs_grad(*tensors[:3], tensors[5], *slots):
+            return kernels().sampler_step_from_slots(*tensors, slots, *options)
+    except _REFUSALS:
+        _check_apart(tensors, slots)
+        raise
+    _check_apart(tensors, slots)
+    return reference.sampler_step_from_slots(*tensors, slots, *options[:-1])
+
+
+def _check_apart(tensors, slots) -> None:
+    x, model_output, coefficients, timesteps, row, noise, seeds = tensors
+    _check_samples(x, model_output, noise, seeds)
+    if len(slots) > MOST_SLOTS:
+        raise ValueError(f"slots: wanted at most {MOST_SLOTS}, got {len(slots)}")
+    for i, slot in enumerate(slots):
+        check_like(f"slots[{i}]", slot, "x", x)
+    _check_table(x, coefficients, timesteps, row, max(len(slots), 1))
+
+
 def _any_meta(*tensors) -> bool:
     for tensor in tensors:  # noqa: SIM110 (any of a generator takes twice as long)
         if tensor is not None and tensor.is_meta:
@@ -179,6 +207,12 @@ def _stepped(x, return_x0: bool):
 @register_fake("sampler_step")
 def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip, guidance, r):
     return _stepped(x, r)
+
+
+@register_fake("sampler_step_from_slots")
+def _(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance, r):
+    writes = RowShape.of(coefficients.shape[1], max(len(slots), 1)).writes
+    return [*_stepped(x, r), *(torch.empty_like(x) for _ in range(writes))]
 
 
 @register_fake("sampler_step_with_slots")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import diffusion_ext as dx
 from diffusion_ext.ops.backend import kernels
+from diffusion_ext.ops.sampler_step import step_from_slots
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
 TABLE = dx.ddim(SCHEDULE, 10, eta=0.7)
@@ -78,6 +79,10 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         tensors = REMEMBERING.tensors(x.device)
         return dx.sampler_step(x, m, *tensors, row, seeds=seeds, clip=0.8, slots=kept), kept
 
+    def step_from_tensors(x, m, row, seeds, **slots):
+        tensors = (x, m, *REMEMBERING.tensors(x.device), row, None, seeds)
+        return step_from_slots(tensors, list(slots.values()), (0.8, 1.0, True))
+
     def fill(like, seeds):
         out = torch.empty_like(like)
         kernels().philox_normal_(out, seeds, 7, 1)
@@ -112,6 +117,10 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         ),
         "sampler_step, slots": Call(
             step_with_slots,
+            step_inputs(double, (batch,), seeds=seeds, **dict.fromkeys("abcd", image)),
+        ),
+        "sampler_step, slots apart": Call(
+            step_from_tensors,
             step_inputs(double, (batch,), seeds=seeds, **dict.fromkeys("abcd", image)),
         ),
         "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds, history=image)),

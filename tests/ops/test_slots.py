@@ -12,6 +12,7 @@ import diffusion_ext as dx
 from diffusion_ext.ops import reference
 from diffusion_ext.ops.backend import kernels
 from diffusion_ext.ops.row_shape import RowShape
+from diffusion_ext.ops.sampler_step import step_from_slots
 
 # Of the slots; writes; scales of their own.
 ROW_SHAPES = [RowShape(1, 1), RowShape(2, 1), RowShape(3, 2, True), RowShape(6, 2)]
@@ -88,6 +89,65 @@ def test_layouts_give_the_same_bits(layout, of_slots):
     wanted = dx.sampler_step(x.contiguous(), m, *tensors, row, **options, slots=plain)
     assert same_bits(dx.sampler_step(x, m, *tensors, row, **options, slots=slots), wanted)
     assert same_bits(slots, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row_shape", ROW_SHAPES, ids=str)
+def test_slots_apart_are_read_and_left(dtype, layout, row_shape):
+    """A tensor for each slot, and new ones for what a row writes: the bits of those in place."""
+    x, m = (lay(torch.randn(2, 3, 7, 5).to(dtype), layout) for _ in range(2))
+    tensors, row = table(row_shape), torch.tensor([3, 4])
+    apart = [lay(torch.randn(x.shape).to(dtype), layout) for _ in range(row_shape.slots)]
+    slots = torch.stack(apart)
+    seeds = torch.tensor([3, 4])
+    out, x0, *written = step_from_slots((x, m, *tensors, row, None, seeds), apart, (0.8, 1.0, True))
+    wanted = dx.sampler_step(
+        x, m, *tensors, row, seeds=seeds, clip=0.8, slots=slots, return_x0=True
+    )
+    assert len(written) == row_shape.writes
+    assert same_bits(out, wanted[0])
+    assert same_bits(x0, wanted[1])
+    for sample, weights in enumerate(tensors[0][row.to(tensors[0].device)]):
+        kept = [w for w in range(row_shape.writes) if weights[row_shape.slot(w)] >= 0]
+        last = {int(weights[row_shape.slot(w)]): w for w in kept}  # the later of two writes stays
+        for slot, write in last.items():
+            assert same_bits(written[write][sample], slots[slot][sample])
+
+
+def test_no_slots_at_all():
+    x, m = torch.randn(2, 3), torch.randn(2, 3)
+    row = torch.tensor([[1.0, -1.0, 0.5, 0.25, 0.1, 9.0, 0.0]])  # 9: of a slot that is not there
+    out, x0 = step_from_slots(
+        (x, m, row, torch.tensor([1]), torch.tensor(0), None, None), [], (None, 1.0, True)
+    )
+    assert_close(x0, x - m)
+    assert_close(out, 0.5 * x + 0.25 * m + 0.1 * (x - m))
+
+
+def test_slots_apart_have_gradients():
+    x, m, slot = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
+    row = torch.tensor([[0.0, 0.0, 0.5, 0.25, 0.0, 2.0, 0.0]])
+    tensors = (x, m, row, torch.tensor([1]), torch.tensor(0), None, None)
+    step_from_slots(tensors, [slot], (None, 1.0, False))[0].sum().backward()
+    for tensor, weight in ((x, 0.5), (m, 0.25), (slot, 2.0)):
+        assert_close(tensor.grad, torch.full((2, 3), weight))
+
+
+@pytest.mark.parametrize(
+    ("slots", "error", "message"),
+    [
+        ([torch.zeros(2, 3)] * 7, ValueError, "slots: wanted at most 6, got 7"),
+        ([torch.zeros(2, 4)], ValueError, r"slots\[0\]"),
+        ([torch.zeros(2, 3)] * 2, ValueError, "coefficients: wanted shape"),
+        ([torch.zeros(2, 3, dtype=torch.float64)], TypeError, r"slots\[0\]"),
+    ],
+)
+def test_slots_apart_that_do_not_fit(slots, error, message):
+    x, row = torch.zeros(2, 3), torch.zeros(1, 7)
+    tensors = (x, x, row, torch.tensor([1]), torch.tensor(0), None, None)
+    with pytest.raises(error, match=message):
+        step_from_slots(tensors, [slot.to(x.device) for slot in slots], (None, 1.0, False))
 
 
 @pytest.mark.backends(*KERNELS)
