@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
-from diffusion_ext.integrations import diffusers as ours
-from diffusion_ext.integrations.fused_scheduler import (
+from diffusion_ext.integrations import diffusers as ours  # noqa: E402
+from diffusion_ext.integrations.diffusers.drop_in import (  # noqa: E402
     OLDEST,
     check_release,
-    with_switches,
+    drop_in,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,15 +51,17 @@ def test_schedulers_and_fused_models(oldest):
     assert done.stdout.strip() == "0.32.0"
 
 
-def test_releases_that_we_cannot_serve():
+def test_releases_that_we_cannot_serve(monkeypatch):
     check_release(".".join(map(str, OLDEST)) + ".0.dev0")
     check_release("1.0.0")
     with pytest.raises(ImportError, match=r"diffusers 0.31.0 is older than 0.32.*pip install"):
         check_release("0.31.0")
 
-    class Newer(ours.DDIMScheduler.__mro__[2]):  # as diffusers' own, with an argument more
+    class Newer(ours.DDIMScheduler.theirs):  # with an argument more
         def step(self, model_output, timestep, sample, temperature=1.0):
             pass
 
+    monkeypatch.setattr(diffusers, "DDIMScheduler", Newer)
+
     with pytest.raises(ImportError, match=r"Newer.step.*temperature.*another release"):
-        with_switches(Newer)(ours.DDIMScheduler)
+        drop_in()(ours.DDIMScheduler)

@@ -8,30 +8,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..samplers.schedules import is_lasting
-from .scheduler_rows import UNKNOWN
+from ...samplers.schedules import is_lasting
+from .rows import UNKNOWN
 
-__all__ = ["Run"]
+__all__ = ["DeviceTensors", "Run", "known_place", "on_host"]
 
 
-class Run:
+class DeviceTensors:
+    """Tensors that are made once for each device."""
+
+    def __init__(self):
+        self._tensors: dict = {}
+
+    def tensor(self, name, device, dtype, values: Callable[[], np.ndarray]) -> Tensor:
+        """values() as a tensor on `device`, put there once, without waiting for the device."""
+        key = (name, device, dtype)
+        if (known := self._tensors.get(key)) is not None:
+            return known
+        with torch.inference_mode(False):  # so that it may serve outside that mode too
+            tensor = torch.tensor(values(), dtype=dtype).to(device, non_blocking=True)
+        if is_lasting(tensor):
+            self._tensors[key] = tensor
+        return tensor
+
+
+def known_place(timestep: Tensor, timesteps: Tensor) -> int | None:
+    """Where in `timesteps` [n] a view of one element lies; None for another tensor.
+
+    Pipelines walk over `scheduler.timesteps`: what they pass are views of it, whose place in its
+    storage says which one it is, without a wait for the device.
+    """
+    if timestep.dtype != timesteps.dtype or _storage(timestep) != _storage(timesteps):
+        return None
+    if timestep.numel() != 1:
+        return None
+    place, rest = divmod(
+        timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0)
+    )
+    return place if rest == 0 and 0 <= place < len(timesteps) else None
+
+
+def on_host(alpha_bar: Tensor, exact: bool) -> np.ndarray:
+    """alphas_cumprod in the dtype to compute with: float64 where exact, else no less than float32,
+    as the schedulers' own are."""
+    own = torch.promote_types(alpha_bar.dtype, torch.float32)
+    return alpha_bar.detach().cpu().to(torch.float64 if exact else own).numpy()
+
+
+class Run(DeviceTensors):
     """A scheduler's timesteps and ᾱ at one time; whatever of it changes, a new Run replaces it.
 
     Attributes:
         timesteps: int64 [n], the host's copy of the scheduler's.
-        alpha_bar: [T], the scheduler's alphas_cumprod, of the dtype to compute with: float64 for
-            exact coefficients, else float32 as the scheduler's own are.
-        previous: int64 [T], where the step from each timestep leads (see scheduler_rows).
+        alpha_bar: [T], the scheduler's alphas_cumprod, of the dtype to compute with.
+        previous: int64 [T], where the step from each timestep leads (see rows).
     """
 
     def __init__(self, held: tuple, timesteps: np.ndarray, previous: np.ndarray, exact: bool):
+        super().__init__()
         self._held, self._versions = held, _versions(held)
         self.timesteps = timesteps
-        alpha_bar = held[1].detach().cpu()
-        own = torch.promote_types(alpha_bar.dtype, torch.float32)
-        self.alpha_bar = alpha_bar.to(torch.float64 if exact else own).numpy()
+        self.alpha_bar = on_host(held[1], exact)
         self.previous = previous
-        self._tensors: dict = {}
 
     def holds(self, held: tuple) -> bool:
         """Whether the scheduler's timesteps, alphas_cumprod and settings are still these."""
@@ -41,20 +79,14 @@ class Run:
         return same and (torch.compiler.is_compiling() or self._versions == _versions(held))
 
     def read(self, timestep) -> int | None:
-        """A timestep as an int, without waiting for a device; None for one that only it knows.
-
-        Pipelines walk over `scheduler.timesteps`: what they pass are views of it, whose place in
-        its storage gives their value from the host's copy.
-        """
+        """A timestep as an int, without waiting for a device; None for one that only it knows."""
         if not isinstance(timestep, Tensor):
             return timestep.__index__()
         if torch.compiler.is_compiling():
             return None
-        own = self._held[0]
-        if _storage(timestep) == _storage(own) and timestep.dtype == own.dtype:
-            place = (timestep.storage_offset() - own.storage_offset()) / own.stride(0)
-            if place in range(len(self.timesteps)):
-                return int(self.timesteps[int(place)])
+        place = known_place(timestep, self._held[0])
+        if place is not None:
+            return int(self.timesteps[place])
         return int(timestep) if timestep.device.type == "cpu" else None
 
     def check(self, t: int) -> None:
@@ -75,17 +107,6 @@ class Run:
     def steps(self, device) -> Tensor:
         """1..T on `device`: diffusers counts timesteps from 0, the noise contract from 1."""
         return self.tensor("steps", device, torch.int64, lambda: np.arange(len(self.previous)) + 1)
-
-    def tensor(self, name, device, dtype, values: Callable[[], np.ndarray]) -> Tensor:
-        """values() as a tensor on `device`, put there once."""
-        key = (name, device, dtype)
-        if key not in self._tensors:
-            with torch.inference_mode(False):  # so that it may serve outside that mode too
-                tensor = torch.tensor(values(), dtype=dtype, device=device)
-            if not is_lasting(tensor):
-                return tensor
-            self._tensors[key] = tensor
-        return self._tensors[key]
 
 
 def _versions(held: tuple) -> tuple:

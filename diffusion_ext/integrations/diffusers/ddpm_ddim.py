@@ -1,50 +1,28 @@
-"""diffusers' DDPMScheduler and DDIMScheduler on the fused kernel: the same names, one import away.
-
-    from diffusion_ext.integrations.diffusers import DDIMScheduler
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-
-They are subclasses of diffusers' own, with the same arguments, configs, errors and, for the same
-torch.Generator, the same samples to the rounding of their dtype. A step is one kernel over the
-sample (two with thresholding) and waits for no device: the coefficients of every timestep are
-computed once per set_timesteps, as diffusers computes them (exact_coefficients=True: in float64),
-and kept on the device.
-
-What a row of coefficients cannot say (a model output that has to be broadcast, bad input) goes to
-diffusers' own step. docs/drop-in.md lists where results differ from diffusers', and why.
-"""
+"""DDPMScheduler and DDIMScheduler: a row for every timestep, computed from the formulas."""
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-try:
-    import diffusers
-
-    # A saved pipeline names this module, and diffusers loads from it what is one of these.
-    from diffusers import SchedulerMixin  # noqa: F401
-    from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-    from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-except ImportError as error:
-    raise ImportError(
-        "diffusers is missing, or has no such schedulers: pip install 'diffusion_ext[diffusers]'"
-    ) from error
-
-from ..ops import philox_normal, reference
-from .fused_scheduler import FusedScheduler, check_release, with_switches
-from .scheduler_rows import FINAL, UNKNOWN, ddim_rows, ddpm_rows, log_variances, next_in_run
-from .scheduler_run import Run
+from ...ops import philox_normal, reference
+from . import noising
+from .drop_in import drop_in
+from .rows import FINAL, UNKNOWN, ddim_rows, ddpm_rows, log_variances, next_in_run
+from .runs import Run
+from .table_scheduler import TableScheduler
 
 __all__ = ["DDIMScheduler", "DDPMScheduler"]
 
 LEARNED = ("learned", "learned_range")
 
-check_release(diffusers.__version__)
 
-
-@with_switches(diffusers.DDPMScheduler, noise="generator", exact_coefficients=False)
-class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
+@drop_in(noise="generator", exact_coefficients=False)
+class DDPMScheduler(TableScheduler, diffusers.DDPMScheduler):
     """diffusers.DDPMScheduler (Ho et al. 2020) with the step, add_noise and get_velocity fused.
 
     Args: diffusers' own, and
@@ -55,8 +33,7 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
             diffusers' float32, whose errors of up to 1e-4 a seed's images have in them.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    add_noise, get_velocity = noising.add_noise, noising.get_velocity
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
         """As diffusers': num_inference_steps evenly spaced timesteps, or those of a list."""
@@ -89,7 +66,7 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
         t, row = self._locate(run, timestep, sample)
         noise = seeds = None
         if t != 0:
-            noise, seeds = self._draw(m, generator)
+            noise, seeds = self._draw(m, generator, m.dtype)
             if predicted is not None:
                 noise, seeds = self._scaled(run, predicted, row, t, noise, seeds), None
         previous, x0 = self._apply(run, (), m, sample, row, noise, seeds)
@@ -141,13 +118,8 @@ class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler):
         return torch.exp(0.5 * (share * high + (1 - share) * low)) * noise
 
 
-@with_switches(
-    diffusers.DDIMScheduler,
-    noise="generator",
-    exact_coefficients=False,
-    exact_previous_timestep=False,
-)
-class DDIMScheduler(FusedScheduler, diffusers.DDIMScheduler):
+@drop_in(noise="generator", exact_coefficients=False, exact_previous_timestep=False)
+class DDIMScheduler(TableScheduler, diffusers.DDIMScheduler):
     """diffusers.DDIMScheduler (Song et al. 2021) with the step, add_noise and get_velocity fused.
 
     Args: diffusers' own; noise and exact_coefficients, as in DDPMScheduler;
@@ -155,6 +127,8 @@ class DDIMScheduler(FusedScheduler, diffusers.DDIMScheduler):
         default, take t - T//n, which is another one where n does not divide T and with the spacing
         "linspace".
     """
+
+    add_noise, get_velocity = noising.add_noise, noising.get_velocity
 
     def __init__(self, *args, exact_previous_timestep=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -194,7 +168,7 @@ class DDIMScheduler(FusedScheduler, diffusers.DDIMScheduler):
         _, row = self._locate(run, timestep, sample)
         noise, seeds = variance_noise if eta > 0 else None, None
         if eta > 0 and noise is None:
-            noise, seeds = self._draw(model_output, generator)
+            noise, seeds = self._draw(model_output, generator, model_output.dtype)
         options = float(eta), bool(use_clipped_model_output)
         previous, x0 = self._apply(run, options, model_output, sample, row, noise, seeds)
         if not return_dict:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..ops.sampler_step import COLUMNS
-from ..samplers.rows import predictions
+from ...ops.sampler_step import COLUMNS
+from ...samplers.rows import predictions
 
 __all__ = ["FINAL", "UNKNOWN", "ddim_rows", "ddpm_rows", "log_variances", "next_in_run", "root"]
 

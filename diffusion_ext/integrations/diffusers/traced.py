@@ -1,0 +1,203 @@
+"""The schedulers of diffusers whose steps are traced: their names, and what each step changes."""
+
+from __future__ import annotations
+
+import diffusers
+
+from . import noising
+from .drop_in import drop_in
+from .traced_scheduler import ScalesInput, TracedScheduler
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+]
+
+traced = drop_in(noise="generator", exact_coefficients=False)
+
+
+@traced
+class DDIMInverseScheduler(TracedScheduler, diffusers.DDIMInverseScheduler):
+    """From an image to the noise that DDIM makes it of (Mokady et al. 2022)."""
+
+    state, reads_timestep = (), True
+
+
+@traced
+class PNDMScheduler(TracedScheduler, diffusers.PNDMScheduler):
+    """Pseudo-linear multistep (Liu et al. 2022)."""
+
+    state, reads_timestep = ("counter", "ets", "cur_model_output", "cur_sample"), True
+    add_noise = noising.add_noise
+
+
+@traced
+class IPNDMScheduler(TracedScheduler, diffusers.IPNDMScheduler):
+    """PNDM without its Runge-Kutta start (Zhang and Chen 2022)."""
+
+    state = ("_step_index", "ets")
+
+
+@traced
+class LMSDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.LMSDiscreteScheduler):
+    """Linear multistep over σ; its integrals are taken once, when a step is traced."""
+
+    state = ("_step_index", "is_scale_input_called", "derivatives")
+
+
+@traced
+class EulerDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.EulerDiscreteScheduler):
+    """Euler's method over σ, with churn (Karras et al. 2022, algorithm 2)."""
+
+    state = ("_step_index", "is_scale_input_called")
+
+
+@traced
+class EulerAncestralDiscreteScheduler(
+    ScalesInput, TracedScheduler, diffusers.EulerAncestralDiscreteScheduler
+):
+    """Euler's method to a lower σ, and noise back up to the next."""
+
+    state = ("_step_index", "is_scale_input_called")
+
+
+@traced
+class EDMEulerScheduler(ScalesInput, TracedScheduler, diffusers.EDMEulerScheduler):
+    """Euler's method for networks with EDM's preconditioning (Karras et al. 2022)."""
+
+    state = ("_step_index", "is_scale_input_called")
+
+
+@traced
+class HeunDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.HeunDiscreteScheduler):
+    """Heun's method over σ (Karras et al. 2022, algorithm 1)."""
+
+    state = ("_step_index", "prev_derivative", "dt", "sample")
+
+
+@traced
+class KDPM2DiscreteScheduler(ScalesInput, TracedScheduler, diffusers.KDPM2DiscreteScheduler):
+    """DPM-Solver-2's midpoint, over σ."""
+
+    state = ("_step_index", "sample")
+
+
+@traced
+class KDPM2AncestralDiscreteScheduler(
+    ScalesInput, TracedScheduler, diffusers.KDPM2AncestralDiscreteScheduler
+):
+    """DPM-Solver-2's midpoint to a lower σ, and noise back up to the next."""
+
+    state = ("_step_index", "sample", "dt")
+
+
+@traced
+class DPMSolverMultistepScheduler(TracedScheduler, diffusers.DPMSolverMultistepScheduler):
+    """DPM-Solver and DPM-Solver++, and their SDEs, by steps before (Lu et al. 2022)."""
+
+    state = ("_step_index", "lower_order_nums", "model_outputs")
+
+
+@traced
+class DPMSolverSinglestepScheduler(TracedScheduler, diffusers.DPMSolverSinglestepScheduler):
+    """DPM-Solver and DPM-Solver++ by steps in between (Lu et al. 2022)."""
+
+    state = ("_step_index", "model_outputs", "sample")
+
+
+@traced
+class DPMSolverSDEScheduler(ScalesInput, TracedScheduler, diffusers.DPMSolverSDEScheduler):
+    """DPM-Solver++ (SDE), its noise the increments of one Brownian motion.
+
+    Two increments of a step overlap, so that independent normals cannot serve: noise="counter" is
+    not to be had.
+    """
+
+    state = ("_step_index", "sample", "mid_point_sigma")
+    noises = ("generator",)
+
+    def _noise(self, trace, model_output, sample, generator, options):
+        from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+        if self.noise_sampler is None:
+            low, high = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()
+            self.noise_sampler = BrownianTreeNoiseSampler(
+                sample, low, high, self.noise_sampler_seed
+            )
+        return self.noise_sampler(*trace.between), None
+
+
+@traced
+class UniPCMultistepScheduler(TracedScheduler, diffusers.UniPCMultistepScheduler):
+    """UniPC's predictor and corrector in one pass (Zhao et al. 2023)."""
+
+    state = (
+        "_step_index", "lower_order_nums", "this_order", "timestep_list", "model_outputs",
+        "last_sample",
+    )  # fmt: skip
+
+
+@traced
+class DEISMultistepScheduler(TracedScheduler, diffusers.DEISMultistepScheduler):
+    """Exponential integrator over polynomials of log ρ (Zhang and Chen 2022)."""
+
+    state = ("_step_index", "lower_order_nums", "model_outputs")
+
+
+@traced
+class SASolverScheduler(TracedScheduler, diffusers.SASolverScheduler):
+    """Stochastic Adams predictor and corrector in one pass (Xue et al. 2023)."""
+
+    state = (
+        "_step_index", "lower_order_nums", "this_predictor_order", "this_corrector_order",
+        "timestep_list", "model_outputs", "last_sample", "last_noise",
+    )  # fmt: skip
+    reads_timestep = True
+
+
+@traced
+class LCMScheduler(TracedScheduler, diffusers.LCMScheduler):
+    """Latent consistency models (Luo et al. 2023)."""
+
+    state, reads_timestep = ("_step_index", "sigma_data"), True
+    add_noise, get_velocity = noising.add_noise, noising.get_velocity
+
+
+@traced
+class TCDScheduler(TracedScheduler, diffusers.TCDScheduler):
+    """Trajectory consistency distillation (Zheng et al. 2024)."""
+
+    state, reads_timestep = ("_step_index",), True
+    add_noise, get_velocity = noising.add_noise, noising.get_velocity
+
+
+@traced
+class FlowMatchEulerDiscreteScheduler(TracedScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+    """Euler's method for flow matching (Esser et al. 2024)."""
+
+    on_device = ("timesteps", "sigmas")
+
+
+@traced
+class FlowMatchHeunDiscreteScheduler(TracedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+    """Heun's method for flow matching."""
+
+    state, on_device = ("_step_index", "prev_derivative", "dt", "sample"), ("timesteps", "sigmas")

@@ -1,0 +1,109 @@
+"""What a traced scheduler's run is, as the host knows it, and the traces of its steps."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fused_scheduler import FusedScheduler
+from .runs import DeviceTensors, known_place, on_host
+from .step_trace import StepTrace
+
+__all__ = ["TracedRun"]
+
+# What the weights of a run are made of and a user might replace in the middle of it.
+HELD = ("timesteps", "sigmas", "alphas_cumprod", "num_inference_steps", "_internal_dict")
+MOST_TRACES = 4096  # of a run: options may be other numbers at every step
+
+
+class TracedRun(DeviceTensors):
+    """A scheduler after set_timesteps; whatever of it changes but its state, a new run replaces it.
+
+    Attributes:
+        host: a scheduler of diffusers' class with the same attributes, its tensors on the CPU;
+            their floats are float64 where coefficients are to be exact.
+        traces: key -> StepTrace, of every kind of step that was taken.
+    """
+
+    def __init__(self, scheduler: FusedScheduler, before: TracedRun | None = None):
+        super().__init__()
+        self.exact = scheduler.exact_coefficients
+        self.host = _on_host(scheduler)
+        self.traces: dict[tuple, StepTrace | None] = {}
+        if before is not None and before.exact == self.exact and _equal(before.host, self.host):
+            self.traces, self._tensors = before.traces, before._tensors
+        self.timesteps = self.host.timesteps.tolist()
+        self.hold(scheduler)
+
+    def hold(self, scheduler) -> None:
+        """Remember by identity what the scheduler has now."""
+        attributes = vars(scheduler)
+        self._held = [(name, attributes[name]) for name in HELD if name in attributes]
+        tensors = [value for _, value in self._held if isinstance(value, Tensor)]
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+
+    def holds(self, attributes: dict) -> bool:
+        """Whether it is still that, and was not written into."""
+        for name, value in self._held:  # any(...) of a generator takes twice the time
+            if attributes[name] is not value:
+                return False
+        return all(tensor._version == version for tensor, version in self._versions)
+
+    @cached_property
+    def alpha_bar(self) -> np.ndarray:
+        return on_host(self.host.alphas_cumprod, self.exact)
+
+    def value(self, timestep: Tensor) -> float | int | None:
+        """A timestep, without waiting for a device; None for one that only it knows."""
+        place = known_place(timestep, self._held[0][1])
+        if place is not None:
+            return self.timesteps[place]
+        return timestep.item() if timestep.is_cpu and timestep.dim() == 0 else None
+
+    def moment(self, timestep) -> tuple | None:
+        """A timestep as a key, with its kind."""
+        if not isinstance(timestep, Tensor):
+            return type(timestep), timestep
+        value = self.value(timestep)
+        return None if value is None else (timestep.dtype, value)
+
+    def keep(self, key: tuple, trace: StepTrace | None) -> StepTrace | None:
+        """The trace; None is kept where diffusers' own step has to serve."""
+        if len(self.traces) >= MOST_TRACES:
+            self.traces.clear()
+        self.traces[key] = trace
+        return trace
+
+
+def _on_host(scheduler: FusedScheduler):
+    host = copy.copy(scheduler)
+    host.__class__ = scheduler.theirs
+    for name, value in vars(host).items():
+        if isinstance(value, Tensor):
+            exact = scheduler.exact_coefficients and value.is_floating_point()
+            on_cpu = value.detach().cpu()
+            vars(host)[name] = on_cpu.double() if exact else on_cpu.clone()
+    for name in (*scheduler.state, *scheduler.own):
+        vars(host).pop(name, None)
+    return host
+
+
+def _equal(a, b) -> bool:
+    """Whether two hosts have the same numbers."""
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    return all(_equal_values(value, vars(b)[name]) for name, value in vars(a).items())
+
+
+def _equal_values(a, b) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and np.array_equal(a, b)
+    return type(a) is type(b) and bool(a == b)
