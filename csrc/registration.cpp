@@ -11,9 +11,8 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor row, Tensor? noise, Tensor? seeds, Tensor? history, float? clip, float guidance, "
       "bool return_x0) -> (Tensor, Tensor)");
   m.def(
-      "sampler_step_from_slots(Tensor x, Tensor model_output, Tensor coefficients, "
-      "Tensor timesteps, Tensor row, Tensor? noise, Tensor? seeds, Tensor[] slots, float? clip, "
-      "float guidance, bool return_x0) -> Tensor[]");
+      "sampler_step_of_row(Tensor x, Tensor model_output, Tensor row, int timestep, Tensor? noise, "
+      "Tensor? seeds, Tensor[] slots, float? clip, bool return_x0) -> Tensor[]");
   m.def(
       "sampler_step_with_slots(Tensor x, Tensor model_output, Tensor coefficients, "
       "Tensor timesteps, Tensor row, Tensor? noise, Tensor? seeds, Tensor(a!) slots, float? clip, "

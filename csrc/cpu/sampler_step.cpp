@@ -149,12 +149,12 @@ DX_INLINE void step_tile(const Step& step, const Samples<T>& s, const StepRow& r
 // Throws where a row that is used, or a slot that it writes, is not there.
 void check_rows(const Step& step) {
   for (int64_t i = 0; i < (step.row_per_sample ? step.batch.samples : 1); ++i) {
-    STD_TORCH_CHECK(step.rows[i] >= 0 && step.rows[i] < step.table_rows, "row: wanted from 0 to ",
-                    step.table_rows - 1, ", got ", step.rows[i]);
+    const int64_t index = step.index(i);
+    STD_TORCH_CHECK(index >= 0 && index < step.table_rows, "row: wanted from 0 to ",
+                    step.table_rows - 1, ", got ", index);
     for (int write = 0; write < step.shape.writes; ++write)
-      STD_TORCH_CHECK(step.row(step.rows[i]).slot(write) < step.shape.slots, "coefficients: row ",
-                      step.rows[i], " writes to a slot beyond the ", step.shape.slots,
-                      " that are there");
+      STD_TORCH_CHECK(step.row(index).slot(write) < step.shape.slots, "coefficients: row ", index,
+                      " writes to a slot beyond the ", step.shape.slots, " that are there");
   }
 }
 
@@ -165,7 +165,7 @@ struct Cpu {
   void run(const Step& step, const Samples<T>& s) const {
     check_rows(step);
     for_each_tile(step.batch, [=](int64_t b, int64_t begin, int64_t end, float* scratch) DX_KERNEL {
-      const int64_t index = step.rows[step.row_per_sample ? b : 0];
+      const int64_t index = step.index(b);
       const StepRow row = step.row(index);
       const int64_t offset = b * step.batch.per_sample();
       if (!row.noisy() || (step.seeds == nullptr && s.noise == nullptr)) {
@@ -176,8 +176,7 @@ struct Cpu {
                   [&](int64_t i, int64_t count, float* z)
                       DX_KERNEL { return view(s.noise + offset + i, z, count); });
       } else {
-        const NormalKey key{uint64_t(step.seeds[b]), uint32_t(step.timesteps[index]),
-                            kSamplerStream};
+        const NormalKey key{uint64_t(step.seeds[b]), step.timestep_of(index), kSamplerStream};
         prefetch(s.x + offset + begin, end - begin);
         prefetch(s.m + offset + begin, end - begin);
         const float* tile = tile_normals(key, step.batch, begin, end, scratch);
@@ -192,7 +191,7 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
   m.impl("sampler_step", TORCH_BOX(&sampler_step<Cpu>));
-  m.impl("sampler_step_from_slots", TORCH_BOX(&sampler_step_from_slots<Cpu>));
+  m.impl("sampler_step_of_row", TORCH_BOX(&sampler_step_of_row<Cpu>));
   m.impl("sampler_step_with_slots", TORCH_BOX(&sampler_step_with_slots<Cpu>));
   m.impl("sampler_step_", TORCH_BOX(&sampler_step_<Cpu>));
 }

@@ -26,11 +26,11 @@ struct SamplerStep {
   };
 
   DX_DEVICE Sample sample(int64_t b) const {
-    const int64_t index = step.rows[step.row_per_sample ? b : 0];
+    const int64_t index = step.index(b);
     require(index >= 0 && index < step.table_rows, "sampler_step: row out of range");
     Sample sample{step.row(index), {}, false};
     if (step.seeds != nullptr && sample.row.noisy()) {
-      sample.key = {uint64_t(step.seeds[b]), uint32_t(step.timesteps[index]), kSamplerStream};
+      sample.key = {uint64_t(step.seeds[b]), step.timestep_of(index), kSamplerStream};
       sample.noisy = true;
     }
     return sample;
@@ -140,7 +140,7 @@ struct Cuda {
 
 DX_REGISTER_KERNELS(m) {
   m.impl("sampler_step", TORCH_BOX(&sampler_step<Cuda>));
-  m.impl("sampler_step_from_slots", TORCH_BOX(&sampler_step_from_slots<Cuda>));
+  m.impl("sampler_step_of_row", TORCH_BOX(&sampler_step_of_row<Cuda>));
   m.impl("sampler_step_with_slots", TORCH_BOX(&sampler_step_with_slots<Cuda>));
   m.impl("sampler_step_", TORCH_BOX(&sampler_step_<Cuda>));
 }

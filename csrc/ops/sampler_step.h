@@ -16,15 +16,22 @@ struct Step {
   Batch batch;
   const float* table;  // [n, shape.width()]
   RowShape shape;
-  const int64_t* timesteps;  // [n]
   int64_t table_rows;        // n
-  const int64_t* rows;       // [B], or [1] for all samples
+  const int64_t* timesteps;  // [n], or null: all of them are `timestep`
+  int64_t timestep;
+  const int64_t* rows;  // [B], or [1] for all samples, or null: the first for all
   bool row_per_sample;
   const int64_t* seeds;  // [B] or null
   float limit;           // x0 is clipped to [-limit, limit]
   float guidance;        // of rows that have none of their own
 
   DX_INLINE StepRow row(int64_t index) const { return {table + index * shape.width(), shape}; }
+  DX_INLINE int64_t index(int64_t sample) const {
+    return rows == nullptr ? 0 : rows[row_per_sample ? sample : 0];
+  }
+  DX_INLINE uint32_t timestep_of(int64_t index) const {
+    return uint32_t(timesteps == nullptr ? timestep : timesteps[index]);
+  }
 };
 
 // Every pointer but x, m and out may be null. out may be x. Each write of a row has a tensor of its
@@ -146,23 +153,38 @@ class SlotsApart {
   std::vector<Tensor> dense_, written_;
 };
 
+// The rows of a step as tensors: a table [n, columns] with its timesteps [n] and the index of each
+// sample's row, or one row [columns] for all samples and its timestep.
+struct Rows {
+  Tensor coefficients;
+  MaybeTensor timesteps, row;
+  int64_t timestep = 0;
+
+  void check(const Tensor& x) {
+    check_same_device("coefficients", coefficients, x);
+    coefficients = as_contiguous(coefficients);
+    STD_TORCH_CHECK(
+        coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == (row ? 2 : 1),
+        "coefficients: wanted float32 [n, columns], or [columns] for one row");
+    if (!row) return;
+    const bool per_sample = row->dim() != 0;
+    timesteps = index_vector("timesteps", *timesteps, coefficients.size(0), x);
+    row = index_vector("row", *row, per_sample ? x.size(0) : 1, x);
+  }
+};
+
 // Writes x' to out (a tensor of x's shape, or x itself) and the data prediction to x0 if given.
 template <class Kernel, class Remembered>
-void apply_step(const Tensor& x_, const Tensor& model_output, const Tensor& coefficients_,
-                const Tensor& timesteps_, const Tensor& row_, const MaybeTensor& noise_,
+void apply_step(const Tensor& x_, const Tensor& model_output, Rows rows, const MaybeTensor& noise_,
                 const MaybeTensor& seeds_, Remembered& slots, std::optional<double> clip,
                 double guidance, Output& out, Output* x0) {
   STD_TORCH_CHECK(x_.dim() >= 1, "x: wanted shape [B, *]");
-  check_same_device("coefficients", coefficients_, x_);
-  const Tensor coefficients = as_contiguous(coefficients_);
-  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == 2,
-                  "coefficients: wanted float32 [n, columns]");
-  const RowShape shape = slots.row_shape(coefficients.size(1));
+  const bool row_per_sample = rows.row && rows.row->dim() != 0;
+  rows.check(x_);
+  const RowShape shape = slots.row_shape(rows.coefficients.size(rows.coefficients.dim() - 1));
   STD_TORCH_CHECK(!noise_ || !seeds_, "noise, seeds: wanted one of them");
   if (noise_) check_like("noise", *noise_, x_);
-  const int64_t samples = x_.size(0), rows = coefficients.size(0);
-  const Tensor timesteps = index_vector("timesteps", timesteps_, rows, x_);
-  const Tensor row = index_vector("row", row_, row_.dim() == 0 ? 1 : samples, x_);
+  const int64_t samples = x_.size(0);
   const MaybeTensor seeds =
       map(seeds_, [&](const Tensor& s) { return index_vector("seeds", s, samples, x_); });
 
@@ -173,12 +195,13 @@ void apply_step(const Tensor& x_, const Tensor& model_output, const Tensor& coef
   const Tensor m = laid(uncond);
   const MaybeTensor m_cond = map(cond, laid), noise = map(noise_, laid);
   const Step step{Batch(x, layout),
-                  data_of<float>(coefficients),
+                  data_of<float>(rows.coefficients),
                   shape,
-                  data_of<int64_t>(timesteps),
-                  rows,
-                  data_of<int64_t>(row),
-                  row_.dim() != 0,
+                  rows.row ? rows.coefficients.size(0) : 1,
+                  data_of<int64_t>(rows.timesteps),
+                  rows.timestep,
+                  data_of<int64_t>(rows.row),
+                  row_per_sample,
                   data_of<int64_t>(seeds),
                   clip ? float(*clip) : std::numeric_limits<float>::infinity(),
                   float(guidance)};
@@ -202,16 +225,16 @@ using StepAndX0 = std::tuple<Tensor, Tensor>;
 
 // x' in a tensor of its own.
 template <class Kernel, class MakeSlots>
-auto step_apart(const Tensor& x, const Tensor& model_output, const Tensor& coefficients,
-                const Tensor& timesteps, const Tensor& row, const MaybeTensor& noise,
-                const MaybeTensor& seeds, const MakeSlots& make_slots, std::optional<double> clip,
-                double guidance, bool return_x0) {
+auto step_apart(const Tensor& x, const Tensor& model_output, const Rows& rows,
+                const MaybeTensor& noise, const MaybeTensor& seeds, const MakeSlots& make_slots,
+                std::optional<double> clip, double guidance, bool return_x0) {
   Output out(new_like(x));
-  Output x0(return_x0 ? new_like(x) : fresh(x, {0}));
+  std::optional<Output> x0;
+  if (return_x0) x0.emplace(new_like(x));
   auto slots = make_slots(out);
-  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip,
-                     guidance, out, return_x0 ? &x0 : nullptr);
-  return std::tuple(out.finish(), x0.finish(), std::move(slots));
+  apply_step<Kernel>(x, model_output, rows, noise, seeds, slots, clip, guidance, out,
+                     x0 ? &*x0 : nullptr);
+  return std::tuple(out.finish(), x0 ? MaybeTensor(x0->finish()) : std::nullopt, std::move(slots));
 }
 
 // history [B, *], the one slot, is read.
@@ -223,26 +246,9 @@ StepAndX0 sampler_step(const Tensor& x, const Tensor& model_output, const Tensor
   const auto slots = [&](const Output& out) {
     return SlotsApart("history", history ? std::vector{*history} : std::vector<Tensor>(), x, out);
   };
-  auto [next, x0, _] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
+  auto [next, x0, _] = step_apart<Kernel>(x, model_output, {coefficients, timesteps, row}, noise,
                                           seeds, slots, clip, guidance, return_x0);
-  return {next, x0};
-}
-
-// The slots, a tensor each, are read. Returns x', x0 and what the row writes.
-template <class Kernel>
-std::vector<Tensor> sampler_step_from_slots(const Tensor& x, const Tensor& model_output,
-                                            const Tensor& coefficients, const Tensor& timesteps,
-                                            const Tensor& row, const MaybeTensor& noise,
-                                            const MaybeTensor& seeds,
-                                            const std::vector<Tensor>& slots_,
-                                            std::optional<double> clip, double guidance,
-                                            bool return_x0) {
-  const auto slots = [&](const Output& out) { return SlotsApart("slots", slots_, x, out); };
-  auto [next, x0, after] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
-                                              seeds, slots, clip, guidance, return_x0);
-  std::vector<Tensor> results{next, x0};
-  results.insert(results.end(), after.written().begin(), after.written().end());
-  return results;
+  return {next, x0 ? *x0 : fresh(x, {0})};
 }
 
 // slots [S, B, *] are updated in place.
@@ -254,9 +260,30 @@ StepAndX0 sampler_step_with_slots(const Tensor& x, const Tensor& model_output,
                                   std::optional<double> clip, double guidance, bool return_x0) {
   STD_TORCH_CHECK(slots_.dim() == x.dim() + 1, "slots: wanted shape [S, *x.shape]");
   const auto slots = [&](const Output& out) { return Slots(slots_, x, out); };
-  auto [next, x0, _] = step_apart<Kernel>(x, model_output, coefficients, timesteps, row, noise,
+  auto [next, x0, _] = step_apart<Kernel>(x, model_output, {coefficients, timesteps, row}, noise,
                                           seeds, slots, clip, guidance, return_x0);
-  return {next, x0};
+  return {next, x0 ? *x0 : fresh(x, {0})};
+}
+
+// One row for all samples; the slots, a tensor each, are read. Returns x', x0 where it is asked
+// for, and what the row writes.
+template <class Kernel>
+std::vector<Tensor> sampler_step_of_row(const Tensor& x, const Tensor& model_output,
+                                        const Tensor& row, int64_t timestep,
+                                        const MaybeTensor& noise, const MaybeTensor& seeds,
+                                        const std::vector<Tensor>& slots_,
+                                        std::optional<double> clip, bool return_x0) {
+  STD_TORCH_CHECK(same_sizes(model_output, x), "model_output: wanted x's shape");
+  const auto slots = [&](const Output& out) { return SlotsApart("slots", slots_, x, out); };
+  auto [next, x0, after] =
+      step_apart<Kernel>(x, model_output, {row, std::nullopt, std::nullopt, timestep}, noise, seeds,
+                         slots, clip, 1.0, return_x0);
+  std::vector<Tensor> results;
+  results.reserve(2 + kMostWrites);
+  results.push_back(next);
+  if (x0) results.push_back(*x0);
+  for (const Tensor& written : after.written()) results.push_back(written);
+  return results;
 }
 
 // In place, the slots too.
@@ -267,7 +294,7 @@ void sampler_step_(const Tensor& x, const Tensor& model_output, const Tensor& co
                    double guidance) {
   Output out(x);
   Slots slots(slots_, x, out);
-  apply_step<Kernel>(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip,
+  apply_step<Kernel>(x, model_output, {coefficients, timesteps, row}, noise, seeds, slots, clip,
                      guidance, out, nullptr);
   out.finish();
 }

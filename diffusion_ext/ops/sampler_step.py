@@ -18,7 +18,7 @@ from ..checks import (
     check_sample,
 )
 from . import reference
-from .backend import kernels, needs_grad, register_fake, serves
+from .backend import kernel, kernels, needs_grad, register_fake, serves
 from .row_shape import MOST_SLOTS, RowShape
 
 # The columns of a row of no slots, or of one that receives every row's x0.
@@ -104,32 +104,49 @@ def apply_row(tensors: tuple, options: tuple, differentiable: tuple, has_slots: 
     return out, x0
 
 
-def step_from_slots(tensors: tuple, slots: list[Tensor], options: tuple):
-    """(x', x0, what the row writes ...), each [B, *], the slots read and left as they are.
+def step_of_row(
+    x: Tensor,
+    model_output: Tensor,
+    row: Tensor,
+    timestep: int,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    slots: list[Tensor],
+    clip: float | None,
+    return_x0: bool,
+):
+    """One row for all samples, its slots read where they are, and what it writes returned.
 
-    Args:
-        tensors: x, model_output, coefficients, timesteps, row, noise, seeds, as in `sampler_step`.
-        slots: up to six tensors [B, *]; options: clip, guidance, return_x0.
-    Raises: TypeError, ValueError.
+    Args: as `sampler_step`'s, but for
+        row: float32 [columns] (float64 for a float64 x); timestep: of its noise.
+        slots: up to six tensors [B, *]; a row of no slots has the columns of one.
+    Returns: x', x0 with return_x0, and each of the row's writes [B, *], wherever it says that they
+        go. Raises: TypeError, ValueError.
     """
     try:
-        if serves(tensors[0]) and not needs_grad(*tensors[:3], tensors[5], *slots):
-            return kernels().sampler_step_from_slots(*tensors, slots, *options)
+        if serves(x) and not needs_grad(x, model_output, row, noise, *slots):
+            step = kernel("sampler_step_of_row")
+            return step(x, model_output, row, timestep, noise, seeds, slots, clip, return_x0)
     except _REFUSALS:
-        _check_apart(tensors, slots)
+        _check_of_row(x, model_output, row, noise, seeds, slots)
         raise
-    _check_apart(tensors, slots)
-    return reference.sampler_step_from_slots(*tensors, slots, *options[:-1])
+    _check_of_row(x, model_output, row, noise, seeds, slots)
+    here = {"device": x.device, "dtype": torch.int64}
+    table = row[None], torch.full((1,), timestep, **here), torch.zeros((), **here)
+    following, x0, *written = reference.sampler_step_from_slots(
+        x, model_output, *table, noise, seeds, slots, clip, 1.0
+    )
+    return [following, *([x0] if return_x0 else []), *written]
 
 
-def _check_apart(tensors, slots) -> None:
-    x, model_output, coefficients, timesteps, row, noise, seeds = tensors
+def _check_of_row(x, model_output, row, noise, seeds, slots) -> None:
     _check_samples(x, model_output, noise, seeds)
+    check_like("model_output", model_output, "x", x)
     if len(slots) > MOST_SLOTS:
         raise ValueError(f"slots: wanted at most {MOST_SLOTS}, got {len(slots)}")
     for i, slot in enumerate(slots):
         check_like(f"slots[{i}]", slot, "x", x)
-    _check_table(x, coefficients, timesteps, row, max(len(slots), 1))
+    _check_columns("row", row, x, max(len(slots), 1), dims=1)
 
 
 def _any_meta(*tensors) -> bool:
@@ -181,18 +198,22 @@ def _check_slots(x, slots) -> int:
     return slots.shape[0]
 
 
-def _check_table(x, coefficients, timesteps, row, slots: int) -> None:
-    check_floating("coefficients", coefficients)
-    if coefficients.dim() != 2 or RowShape.of(coefficients.shape[1], slots) is None:
-        wanted = RowShape(slots).width
+def _check_columns(name, coefficients, x, slots: int, dims: int) -> None:
+    check_floating(name, coefficients)
+    if coefficients.dim() != dims or RowShape.of(coefficients.shape[-1], slots) is None:
+        wanted = f"[{'n, ' * (dims - 1)}{RowShape(slots).width}]"
         raise ValueError(
-            f"coefficients: wanted shape [n, {wanted}], or the columns of a table of {slots} "
+            f"{name}: wanted shape {wanted}, or the columns of a table of {slots} "
             f"slots with writes, got {list(coefficients.shape)}"
         )
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if coefficients.dtype != wanted:
-        raise TypeError(f"coefficients: wanted dtype {wanted}, got {coefficients.dtype}")
-    check_device("coefficients", coefficients, x.device)
+        raise TypeError(f"{name}: wanted dtype {wanted}, got {coefficients.dtype}")
+    check_device(name, coefficients, x.device)
+
+
+def _check_table(x, coefficients, timesteps, row, slots: int) -> None:
+    _check_columns("coefficients", coefficients, x, slots, dims=2)
     check_indices("timesteps", timesteps, coefficients.shape[0], x.device)
     check_int64("row", row, x.device)
     if row.dim() and row.shape != x.shape[:1]:
@@ -209,10 +230,10 @@ def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip
     return _stepped(x, r)
 
 
-@register_fake("sampler_step_from_slots")
-def _(x, model_output, coefficients, timesteps, row, noise, seeds, slots, clip, guidance, r):
-    writes = RowShape.of(coefficients.shape[1], max(len(slots), 1)).writes
-    return [*_stepped(x, r), *(torch.empty_like(x) for _ in range(writes))]
+@register_fake("sampler_step_of_row")
+def _(x, model_output, row, timestep, noise, seeds, slots, clip, r):
+    writes = RowShape.of(row.shape[0], max(len(slots), 1)).writes
+    return [torch.empty_like(x) for _ in range(1 + r + writes)]
 
 
 @register_fake("sampler_step_with_slots")

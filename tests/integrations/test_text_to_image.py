@@ -129,7 +129,7 @@ def test_fused_networks_draw_the_same_images(pipe):
     count = ops_of(lambda: draw(pipe))
     assert count["group_norm_act"] > 4 * 20
     assert count["native_group_norm"] == 0
-    assert count["sampler_step"] == 4
+    assert count["sampler_step_of_row"] == 4
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 import diffusion_ext as dx
 from diffusion_ext.ops.backend import kernels
-from diffusion_ext.ops.sampler_step import step_from_slots
+from diffusion_ext.ops.sampler_step import step_of_row
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
 TABLE = dx.ddim(SCHEDULE, 10, eta=0.7)
-REMEMBERING = dx.guided(dx.unipc(SCHEDULE, 10, order=3), 2.5)  # four slots, two writes a row
+UNGUIDED = dx.unipc(SCHEDULE, 10, order=3)  # four slots, two writes a row
+REMEMBERING = dx.guided(UNGUIDED, 2.5)
 
 # (shape, groups) of group_norm_act: on any GPU, these together reach each of its kernels.
 NORMS = [
@@ -79,9 +80,11 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         tensors = REMEMBERING.tensors(x.device)
         return dx.sampler_step(x, m, *tensors, row, seeds=seeds, clip=0.8, slots=kept), kept
 
-    def step_from_tensors(x, m, row, seeds, **slots):
-        tensors = (x, m, *REMEMBERING.tensors(x.device), row, None, seeds)
-        return step_from_slots(tensors, list(slots.values()), (0.8, 1.0, True))
+    def step_of_one_row(x, m, seeds, **slots):
+        coefficients, timesteps = UNGUIDED.tensors(x.device)
+        row, timestep = coefficients[3], int(timesteps[3])
+        slots = list(slots.values())
+        return step_of_row(x, m, row, timestep, None, seeds, slots, 0.8, True)
 
     def fill(like, seeds):
         out = torch.empty_like(like)
@@ -119,9 +122,11 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
             step_with_slots,
             step_inputs(double, (batch,), seeds=seeds, **dict.fromkeys("abcd", image)),
         ),
-        "sampler_step, slots apart": Call(
-            step_from_tensors,
-            step_inputs(double, (batch,), seeds=seeds, **dict.fromkeys("abcd", image)),
+        "sampler_step, one row": Call(
+            step_of_one_row,
+            lambda: (
+                {"x": image(), "m": image(), "seeds": seeds()} | {name: image() for name in "abcd"}
+            ),
         ),
         "sampler_step, in place": Call(step_in_place, step_inputs(seeds=seeds, history=image)),
         "perturb": Call(

@@ -12,7 +12,7 @@ import diffusion_ext as dx
 from diffusion_ext.ops import reference
 from diffusion_ext.ops.backend import kernels
 from diffusion_ext.ops.row_shape import RowShape
-from diffusion_ext.ops.sampler_step import step_from_slots
+from diffusion_ext.ops.sampler_step import step_of_row
 
 # Of the slots; writes; scales of their own.
 ROW_SHAPES = [RowShape(1, 1), RowShape(2, 1), RowShape(3, 2, True), RowShape(6, 2)]
@@ -97,57 +97,67 @@ def test_layouts_give_the_same_bits(layout, of_slots):
 def test_slots_apart_are_read_and_left(dtype, layout, row_shape):
     """A tensor for each slot, and new ones for what a row writes: the bits of those in place."""
     x, m = (lay(torch.randn(2, 3, 7, 5).to(dtype), layout) for _ in range(2))
-    tensors, row = table(row_shape), torch.tensor([3, 4])
-    apart = [lay(torch.randn(x.shape).to(dtype), layout) for _ in range(row_shape.slots)]
-    slots = torch.stack(apart)
+    coefficients, timesteps = table(RowShape(row_shape.slots, row_shape.writes))
+    shape = RowShape(row_shape.slots, row_shape.writes)
     seeds = torch.tensor([3, 4])
-    out, x0, *written = step_from_slots((x, m, *tensors, row, None, seeds), apart, (0.8, 1.0, True))
-    wanted = dx.sampler_step(
-        x, m, *tensors, row, seeds=seeds, clip=0.8, slots=slots, return_x0=True
-    )
-    assert len(written) == row_shape.writes
-    assert same_bits(out, wanted[0])
-    assert same_bits(x0, wanted[1])
-    for sample, weights in enumerate(tensors[0][row.to(tensors[0].device)]):
-        kept = [w for w in range(row_shape.writes) if weights[row_shape.slot(w)] >= 0]
-        last = {int(weights[row_shape.slot(w)]): w for w in kept}  # the later of two writes stays
-        for slot, write in last.items():
-            assert same_bits(written[write][sample], slots[slot][sample])
+    for i, row in enumerate(coefficients):
+        apart = [lay(torch.randn(x.shape).to(dtype), layout) for _ in range(shape.slots)]
+        before, slots = [slot.clone() for slot in apart], torch.stack(apart)
+        out, x0, *written = step_of_row(x, m, row, int(timesteps[i]), None, seeds, apart, 0.8, True)
+        wanted = dx.sampler_step(
+            x, m, coefficients, timesteps, torch.tensor(i), seeds=seeds, clip=0.8, slots=slots,
+            return_x0=True,
+        )  # fmt: skip
+        assert same_bits(out, wanted[0])
+        assert same_bits(x0, wanted[1])
+        assert len(written) == shape.writes
+        assert all(same_bits(a, b) for a, b in zip(apart, before, strict=True))
+        for write, made in enumerate(written):
+            slot = int(row[shape.slot(write)])
+            later = [int(row[shape.slot(w)]) for w in range(write + 1, shape.writes)]
+            if slot >= 0 and slot not in later:  # of two writes to a slot the later one stays
+                assert same_bits(made, slots[slot])
 
 
-def test_no_slots_at_all():
+def test_a_row_without_slots():
     x, m = torch.randn(2, 3), torch.randn(2, 3)
-    row = torch.tensor([[1.0, -1.0, 0.5, 0.25, 0.1, 9.0, 0.0]])  # 9: of a slot that is not there
-    out, x0 = step_from_slots(
-        (x, m, row, torch.tensor([1]), torch.tensor(0), None, None), [], (None, 1.0, True)
-    )
+    row = torch.tensor([1.0, -1.0, 0.5, 0.25, 0.1, 9.0, 0.0])  # 9: of a slot that is not there
+    out, x0 = step_of_row(x, m, row, 1, None, None, [], None, True)
     assert_close(x0, x - m)
     assert_close(out, 0.5 * x + 0.25 * m + 0.1 * (x - m))
+    (alone,) = step_of_row(x, m, row, 1, None, None, [], None, False)
+    assert same_bits(alone, out)
 
 
-def test_slots_apart_have_gradients():
+def test_a_row_has_gradients():
     x, m, slot = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
-    row = torch.tensor([[0.0, 0.0, 0.5, 0.25, 0.0, 2.0, 0.0]])
-    tensors = (x, m, row, torch.tensor([1]), torch.tensor(0), None, None)
-    step_from_slots(tensors, [slot], (None, 1.0, False))[0].sum().backward()
+    row = torch.tensor([0.0, 0.0, 0.5, 0.25, 0.0, 2.0, 0.0])
+    step_of_row(x, m, row, 1, None, None, [slot], None, False)[0].sum().backward()
     for tensor, weight in ((x, 0.5), (m, 0.25), (slot, 2.0)):
         assert_close(tensor.grad, torch.full((2, 3), weight))
 
 
+SEVEN = [torch.zeros(2, 3)] * 7
+
+
 @pytest.mark.parametrize(
-    ("slots", "error", "message"),
+    ("given", "error", "message"),
     [
-        ([torch.zeros(2, 3)] * 7, ValueError, "slots: wanted at most 6, got 7"),
-        ([torch.zeros(2, 4)], ValueError, r"slots\[0\]"),
-        ([torch.zeros(2, 3)] * 2, ValueError, "coefficients: wanted shape"),
-        ([torch.zeros(2, 3, dtype=torch.float64)], TypeError, r"slots\[0\]"),
+        ({"slots": SEVEN}, ValueError, "slots: wanted at most 6, got 7"),
+        ({"slots": [torch.zeros(2, 4)]}, ValueError, r"slots\[0\]"),
+        ({"slots": [torch.zeros(2, 3).double()]}, TypeError, r"slots\[0\]"),
+        ({"slots": SEVEN[:2]}, ValueError, r"row: wanted shape \[8\], .*got \[7\]"),
+        ({"model_output": torch.zeros(4, 3)}, ValueError, "model_output"),
+        ({"row": torch.zeros(1, 7)}, ValueError, r"row: wanted shape \[7\]"),
+        ({"row": torch.zeros(7).double()}, TypeError, "row: wanted dtype"),
+        ({"noise": torch.zeros(3)}, ValueError, "noise"),
     ],
 )
-def test_slots_apart_that_do_not_fit(slots, error, message):
-    x, row = torch.zeros(2, 3), torch.zeros(1, 7)
-    tensors = (x, x, row, torch.tensor([1]), torch.tensor(0), None, None)
+def test_a_row_that_does_not_fit(given, error, message):
+    arguments = {"x": SEVEN[0], "model_output": SEVEN[0], "row": torch.zeros(7), "timestep": 1}
+    arguments |= {"noise": None, "seeds": None, "slots": [], "clip": None, "return_x0": True}
     with pytest.raises(error, match=message):
-        step_from_slots(tensors, [slot.to(x.device) for slot in slots], (None, 1.0, False))
+        step_of_row(**arguments | given)
 
 
 @pytest.mark.backends(*KERNELS)

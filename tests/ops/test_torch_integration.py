@@ -19,7 +19,7 @@ def op_calls(memory_format):
     ops = kernels()
     x, m, seeds = samples(memory_format), samples(memory_format), torch.tensor([1, 2])
     step = (*dx.ddpm(SCHEDULE).tensors(x.device), torch.tensor(3))
-    writing = (*dx.unipc(SCHEDULE, 5).tensors(x.device), torch.tensor(3))
+    writing = dx.unipc(SCHEDULE, 5).tensors(x.device)[0][3]
     t, tables = torch.tensor([5, 9]), [SCHEDULE.tensor(n, x.device) for n in ("signal", "sigma")]
     c, nc = torch.randn(4), torch.randn(2, 4)
     modulation = (nc, nc, nc, None, nc)
@@ -30,8 +30,8 @@ def op_calls(memory_format):
         (ops.sampler_step_, (x.clone(), m, *step, None, seeds, None, None, 1.0)),
         (ops.sampler_step_, (x.clone(), m, *step, None, seeds, m[None].clone(), None, 1.0)),
         (ops.sampler_step_with_slots, (x, m, *step, None, seeds, m[None].clone(), 1.0, 1.0, True)),
-        (ops.sampler_step_from_slots, (x, m, *step, None, seeds, [m], 1.0, 1.0, True)),
-        (ops.sampler_step_from_slots, (x, m, *writing, None, None, [m, m, m], None, 1.0, False)),
+        (ops.sampler_step_of_row, (x, m, step[0][3], 3, None, seeds, [m], 1.0, True)),
+        (ops.sampler_step_of_row, (x, m, writing, 3, None, None, [m, m, m], None, False)),
         (ops.perturb, (x, t, *tables, None, seeds, False)),
         (ops.perturb, (x, t, *tables, m, None, False)),
         (ops.perturb, (x, t, *tables, m, None, True)),

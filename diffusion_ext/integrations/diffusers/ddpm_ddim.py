@@ -13,7 +13,7 @@ from ...ops import philox_normal, reference
 from . import noising
 from .drop_in import drop_in
 from .rows import FINAL, UNKNOWN, ddim_rows, ddpm_rows, log_variances, next_in_run
-from .runs import Run
+from .runs import TableRun
 from .table_scheduler import TableScheduler
 
 __all__ = ["DDIMScheduler", "DDPMScheduler"]
@@ -63,20 +63,16 @@ class DDPMScheduler(TableScheduler, diffusers.DDPMScheduler):
         if not self._fits(m, timestep, sample) or not self._has_variance(predicted):
             return super().step(model_output, timestep, sample, generator, return_dict)
         run = self._current_run()
-        t, row = self._locate(run, timestep, sample)
+        t = self._locate(run, timestep)
         noise = seeds = None
         if t != 0:
             noise, seeds = self._draw(m, generator, m.dtype)
             if predicted is not None:
-                noise, seeds = self._scaled(run, predicted, row, t, noise, seeds), None
-        previous, x0 = self._apply(run, (), m, sample, row, noise, seeds)
+                noise, seeds = self._scaled(run, predicted, t, timestep, noise, seeds), None
+        previous, x0 = self._apply(run, (), m, sample, t, timestep, noise, seeds)
         if not return_dict:
             return previous, x0
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
-
-    def _held(self) -> tuple:
-        steps = self.num_inference_steps, self.custom_timesteps
-        return self.timesteps, self.alphas_cumprod, self.config, *steps
 
     def _previous(self, timesteps: np.ndarray) -> np.ndarray:
         count = len(self.alphas_cumprod)
@@ -84,7 +80,7 @@ class DDPMScheduler(TableScheduler, diffusers.DDPMScheduler):
             return next_in_run(timesteps, count)
         return np.arange(count) - 1
 
-    def _weights(self, run: Run) -> np.ndarray:
+    def _weights(self, run: TableRun) -> np.ndarray:
         variance, prediction = self.config.variance_type, self.config.prediction_type
         return ddpm_rows(run.alpha_bar, run.previous, variance, prediction, self._clipped())
 
@@ -99,21 +95,23 @@ class DDPMScheduler(TableScheduler, diffusers.DDPMScheduler):
         same = self.variance_type == self.config.variance_type
         return same and (self.variance_type in LEARNED) == (predicted is not None)
 
-    def _scaled(self, run, predicted, row, t, noise, seeds) -> Tensor:
+    def _scaled(self, run, predicted, t, timestep, noise, seeds) -> Tensor:
         """σ·z [B, C, *], wide: σ² is the model's, or lies between β̃ and β as it says."""
-        if noise is None and t is not None:
-            noise = philox_normal(seeds, predicted.shape, t + 1, stream=1, device=row.device)
+        device = predicted.device
+        if t is None:  # only the device knows it
+            t = timestep.reshape(()).to(device, torch.int64)
+        if noise is None and isinstance(t, int):
+            noise = philox_normal(seeds, predicted.shape, t + 1, stream=1, device=device)
         elif noise is None:  # the reference takes a step that only the device knows
-            step = run.steps(row.device).index_select(0, row.reshape(1)).squeeze(0)
-            noise = reference.philox_normal(seeds, predicted.shape, step, 1, torch.float32)
+            noise = reference.philox_normal(seeds, predicted.shape, t + 1, 1, torch.float32)
         wide = torch.promote_types(predicted.dtype, torch.float32)
         predicted, noise = predicted.to(wide), noise.to(wide)
         if self.variance_type == "learned":
             return predicted.sqrt() * noise
         logs = run.tensor(
-            "logs", row.device, torch.float32, lambda: log_variances(run.alpha_bar, run.previous)
+            "logs", device, torch.float32, lambda: log_variances(run.alpha_bar, run.previous)
         )
-        low, high = logs.index_select(0, row.reshape(1)).squeeze(0)
+        low, high = logs[t] if isinstance(t, int) else logs.index_select(0, t[None])[0]
         share = (predicted + 1) / 2  # Nichol & Dhariwal 2021, eq. 15
         return torch.exp(0.5 * (share * high + (1 - share) * low)) * noise
 
@@ -165,12 +163,12 @@ class DDIMScheduler(TableScheduler, diffusers.DDIMScheduler):
             rest = eta, use_clipped_model_output, generator, variance_noise, return_dict
             return super().step(model_output, timestep, sample, *rest)
         run = self._current_run()
-        _, row = self._locate(run, timestep, sample)
+        t = self._locate(run, timestep)
         noise, seeds = variance_noise if eta > 0 else None, None
         if eta > 0 and noise is None:
             noise, seeds = self._draw(model_output, generator, model_output.dtype)
         options = float(eta), bool(use_clipped_model_output)
-        previous, x0 = self._apply(run, options, model_output, sample, row, noise, seeds)
+        previous, x0 = self._apply(run, options, model_output, sample, t, timestep, noise, seeds)
         if not return_dict:
             return previous, x0
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
@@ -184,10 +182,6 @@ class DDIMScheduler(TableScheduler, diffusers.DDIMScheduler):
                 return False
         return self._fits(model_output, timestep, sample)
 
-    def _held(self) -> tuple:
-        final = self.final_alpha_cumprod
-        return self.timesteps, self.alphas_cumprod, self.config, self.num_inference_steps, final
-
     def _previous(self, timesteps: np.ndarray) -> np.ndarray:
         count = len(self.alphas_cumprod)
         if self.num_inference_steps is None:
@@ -197,7 +191,7 @@ class DDIMScheduler(TableScheduler, diffusers.DDIMScheduler):
         stride = self.config.num_train_timesteps // self.num_inference_steps
         return np.maximum(np.arange(count) - stride, FINAL)
 
-    def _weights(self, run: Run, eta: float, rederived: bool) -> np.ndarray:
+    def _weights(self, run: TableRun, eta: float, rederived: bool) -> np.ndarray:
         final, prediction = float(self.final_alpha_cumprod), self.config.prediction_type
         clipped = self._clipped()
         return ddim_rows(run.alpha_bar, run.previous, final, eta, prediction, clipped, rederived)

@@ -75,9 +75,16 @@ class FusedScheduler:
 
 
 def alike(a, b) -> bool:
-    """Floating tensors of one shape and device."""
-    both = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return both and a.shape == b.shape and a.device == b.device and {a.dtype, b.dtype} <= _FLOATING
+    """Floating tensors [B, *] of one shape and device."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and ((a.is_cpu and b.is_cpu) or a.device == b.device)  # device makes an object
+        and a.dtype in _FLOATING
+        and b.dtype in _FLOATING
+        and a.dim() > 0
+    )
 
 
 _FLOATING = frozenset(FLOATING)

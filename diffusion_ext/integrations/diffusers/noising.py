@@ -46,7 +46,7 @@ def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tens
 
 def _perturb(self, x, noise, timesteps, velocity=False):
     """(x_t, v) of the op; None for what diffusers has to broadcast or to refuse."""
-    if not alike(x, noise) or timesteps.dtype not in INTEGERS or x.dim() == 0:
+    if not alike(x, noise) or timesteps.dtype not in INTEGERS:
         return None
     run, batch = self._current_run(), x.shape[0]
     if timesteps.numel() not in (1, batch) or not _within(timesteps, len(run.alpha_bar)):

@@ -11,14 +11,39 @@ from torch import Tensor
 from ...samplers.schedules import is_lasting
 from .rows import UNKNOWN
 
-__all__ = ["DeviceTensors", "Run", "known_place", "on_host"]
+__all__ = ["HeldRun", "TableRun", "known_place"]
 
 
-class DeviceTensors:
-    """Tensors that are made once for each device."""
+# What the weights of a run are made of and a user might replace in the middle of it.
+HELD = ("timesteps", "sigmas", "alphas_cumprod", "final_alpha_cumprod")
+HELD += ("num_inference_steps", "custom_timesteps", "exact_coefficients", "_internal_dict")
+
+
+class HeldRun:
+    """A scheduler at one time; whatever of it is in HELD changes, a new run replaces it."""
 
     def __init__(self):
         self._tensors: dict = {}
+
+    def hold(self, scheduler) -> None:
+        """Remember by identity what the scheduler has now."""
+        attributes = vars(scheduler)
+        self._held = [(name, attributes[name]) for name in HELD if name in attributes]
+        tensors = [value for _, value in self._held if isinstance(value, Tensor)]
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+
+    def holds(self, attributes: dict) -> bool:
+        """Whether the scheduler's attributes are still those, and were not written into."""
+        for name, value in self._held:  # all(...) of a generator takes twice the time
+            now = attributes[name]
+            if now is not value and not (isinstance(value, int) and now == value):
+                return False
+        if torch.compiler.is_compiling():
+            return True  # a tracer guards what it has read; it cannot ask how often it was written
+        for tensor, version in self._versions:  # noqa: SIM110
+            if tensor._version != version:
+                return False
+        return True
 
     def tensor(self, name, device, dtype, values: Callable[[], np.ndarray]) -> Tensor:
         """values() as a tensor on `device`, put there once, without waiting for the device."""
@@ -26,7 +51,7 @@ class DeviceTensors:
         if (known := self._tensors.get(key)) is not None:
             return known
         with torch.inference_mode(False):  # so that it may serve outside that mode too
-            tensor = torch.tensor(values(), dtype=dtype).to(device, non_blocking=True)
+            tensor = torch.as_tensor(values()).to(device, dtype, non_blocking=True)
         if is_lasting(tensor):
             self._tensors[key] = tensor
         return tensor
@@ -55,8 +80,8 @@ def on_host(alpha_bar: Tensor, exact: bool) -> np.ndarray:
     return alpha_bar.detach().cpu().to(torch.float64 if exact else own).numpy()
 
 
-class Run(DeviceTensors):
-    """A scheduler's timesteps and ᾱ at one time; whatever of it changes, a new Run replaces it.
+class TableRun(HeldRun):
+    """A run whose every timestep has a row of one table.
 
     Attributes:
         timesteps: int64 [n], the host's copy of the scheduler's.
@@ -64,19 +89,13 @@ class Run(DeviceTensors):
         previous: int64 [T], where the step from each timestep leads (see rows).
     """
 
-    def __init__(self, held: tuple, timesteps: np.ndarray, previous: np.ndarray, exact: bool):
+    def __init__(self, scheduler, timesteps: np.ndarray, previous: np.ndarray):
         super().__init__()
-        self._held, self._versions = held, _versions(held)
+        self.hold(scheduler)
+        self._own = scheduler.timesteps
         self.timesteps = timesteps
-        self.alpha_bar = on_host(held[1], exact)
+        self.alpha_bar = on_host(scheduler.alphas_cumprod, scheduler.exact_coefficients)
         self.previous = previous
-
-    def holds(self, held: tuple) -> bool:
-        """Whether the scheduler's timesteps, alphas_cumprod and settings are still these."""
-        pairs = zip(self._held, held, strict=True)
-        same = all(a is b or (isinstance(a, int) and a == b) for a, b in pairs)
-        # A tracer guards what it has read by identity; it cannot ask how often that was written.
-        return same and (torch.compiler.is_compiling() or self._versions == _versions(held))
 
     def read(self, timestep) -> int | None:
         """A timestep as an int, without waiting for a device; None for one that only it knows."""
@@ -84,7 +103,7 @@ class Run(DeviceTensors):
             return timestep.__index__()
         if torch.compiler.is_compiling():
             return None
-        place = known_place(timestep, self._held[0])
+        place = known_place(timestep, self._own)
         if place is not None:
             return int(self.timesteps[place])
         return int(timestep) if timestep.device.type == "cpu" else None
@@ -94,24 +113,24 @@ class Run(DeviceTensors):
         if not 0 <= t < len(self.previous) or self.previous[t] == UNKNOWN:
             raise IndexError(f"timestep: wanted one of the scheduler's timesteps, got {t}")
 
-    def table(self, options: tuple, device, dtype, weights: Callable[..., np.ndarray]):
-        """(coefficients [T, 7], steps [T]) on `device`, for sampler_step."""
+    def table(self, options: tuple, device, dtype, weights: Callable[..., np.ndarray]) -> Tensor:
+        """Coefficients [T, 7] on `device`: the row of a timestep is its own number."""
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        table = self.tensor(("table", *options), device, dtype, lambda: weights(self, *options))
-        return table, self.steps(device)
+        return self.tensor(("table", *options), device, dtype, lambda: weights(self, *options))
 
-    def rows(self, device) -> Tensor:
-        """0..T-1 on `device`: element t is the row of timestep t."""
-        return self.tensor("rows", device, torch.int64, lambda: np.arange(len(self.previous)))
+    def row(self, t: int, options: tuple, device, dtype, weights) -> Tensor:
+        """A timestep's [7] of the table."""
+        key = (t, options, device, dtype)
+        row = self._tensors.get(key)
+        if row is None:
+            row = self.table(options, device, dtype, weights)[t]
+            if is_lasting(row):
+                self._tensors[key] = row
+        return row
 
     def steps(self, device) -> Tensor:
         """1..T on `device`: diffusers counts timesteps from 0, the noise contract from 1."""
         return self.tensor("steps", device, torch.int64, lambda: np.arange(len(self.previous)) + 1)
-
-
-def _versions(held: tuple) -> tuple:
-    """Counts of what was written into the run's timesteps and alphas_cumprod."""
-    return tuple(None if tensor.is_inference() else tensor._version for tensor in held[:2])
 
 
 def _storage(tensor: Tensor) -> int:

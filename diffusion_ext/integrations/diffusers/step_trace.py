@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...ops.row_shape import MOST_SLOTS, MOST_WRITES, RowShape
+from ...ops.sampler_step import step_of_row
 
 __all__ = ["Source", "StepTrace", "Untraceable", "trace_step"]
 
@@ -30,12 +31,12 @@ class Untraceable(Exception):
     """A row cannot say this step."""
 
 
-SAMPLE, OUTPUT, NOISE, NEXT, PREDICTED, WRITTEN = range(6)  # the first elements; see Source
+SAMPLE, OUTPUT, NOISE, NEXT = range(4)  # the first elements; see Source
 
 
 class Source(NamedTuple):
-    """Where a result is found: an element of (sample, model output, noise, x', x0, the row's
-    writes ..., the state's tensors ...), and the dtype that diffusers gives it, or None."""
+    """Where a result is found: an element of (sample, model output, noise, x', x0 where it is
+    returned, the row's writes ..., the state's tensors ...); the dtype that diffusers gives it."""
 
     element: int
     dtype: torch.dtype | None = None
@@ -50,7 +51,7 @@ class StepTrace:
     """What a step does, whatever the values of its tensors.
 
     Attributes:
-        row: float64 [columns], for `step_from_slots` with the tensors `slots` of the state.
+        row: [columns], for `step_of_row` with the tensors `slots` of the state.
         clip: x0's limit, or None.
         threshold: None, or the row of a step before, whose x0 goes through diffusers'
             _threshold_sample and is the last slot of this one.
@@ -64,10 +65,10 @@ class StepTrace:
         step: the step of its noise, as the kernel counts.
     """
 
-    row: np.ndarray
+    row: Tensor
     slots: tuple[int, ...]
     clip: float | None
-    threshold: np.ndarray | None
+    threshold: Tensor | None
     returns_x0: bool
     noise: torch.dtype | None
     between: tuple | None
@@ -81,20 +82,29 @@ class StepTrace:
         def is_source(value) -> bool:
             return isinstance(value, Source)
 
+        self.plain = self.single and self.threshold is None
         every = [v for value in self.state.values() for v in leaves(value)]
         self.keeps_noise = any(is_source(v) and v.element == NOISE for v in every)
-        lists = {n: v for n, v in self.state.items() if isinstance(v, list)}
-        self._lists = list(lists.items())
-        self._tensors = [(n, v) for n, v in self.state.items() if is_source(v)]
+        self._lists = [(n, v) for n, v in self.state.items() if isinstance(v, list)]
+        self._tensors = [(n, v.element) for n, v in self.state.items() if is_source(v)]
         named = {n for n, _ in (*self._lists, *self._tensors)}
         self._values = {n: v for n, v in self.state.items() if n not in named}
-        self._tables: dict = {}
+        self._rows = {self.row.device: self.row}
+
+    def run(self, x, model_output, noise, seeds, slots: list) -> list[Tensor]:
+        """x', x0 where it is returned and not thresholded, and what the row writes."""
+        try:
+            row = self._rows[x.device]
+        except KeyError:  # put there once, without waiting for the device
+            row = self._rows[x.device] = self.row.to(x.device, non_blocking=True)
+        clip, x0 = self.clip, self.returns_x0 and self.threshold is None
+        return step_of_row(x, model_output, row, self.step, noise, seeds, slots, clip, x0)
 
     def keep(self, elements: tuple, attributes: dict) -> None:
         """Put the state after the step into a scheduler's attributes."""
         attributes.update(self._values)
-        for name, source in self._tensors:
-            attributes[name] = elements[source.element]
+        for name, element in self._tensors:
+            attributes[name] = elements[element]
         for name, values in self._lists:
             attributes[name] = [elements[v.element] if isinstance(v, Source) else v for v in values]
 
@@ -103,18 +113,6 @@ class StepTrace:
         kind, names, sources = self.output
         results = [source.of(elements) for source in sources]
         return tuple(results) if kind is tuple else kind(**dict(zip(names, results, strict=True)))
-
-    def table(self, x: Tensor, row: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A row as a table of its own where x is, put there once: (coefficients, timesteps, row)."""
-        key = x.device, x.dtype == torch.float64, row is None
-        if key not in self._tables:
-            dtype = torch.float64 if key[1] else torch.float32
-            numbers = torch.tensor(self.row if row is None else row, dtype=dtype)[None]
-            self._tables[key] = tuple(  # nothing waits for the device
-                tensor.to(x.device, non_blocking=True)
-                for tensor in (numbers, torch.tensor([self.step]), torch.tensor(0))
-            )
-        return self._tables[key]
 
 
 def trace_step(
@@ -137,6 +135,7 @@ def trace_step(
         run.noise, run.dtypes = typed.noise, [form.dtype for form in typed.forms]
     elif run.noise is not None:
         run.noise = torch.float32
+    run.row_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     run.single = {*dtypes, run.noise or dtypes[0]} == {dtypes[0]}
     return run.compiled()
 
@@ -253,11 +252,14 @@ class _Run(TorchFunctionMode):
                 written.append(form)
         made = torch.stack([following, *written]).flatten(1).numpy()
         slots = tuple(j for j in range(len(self.units) - KEPT) if made[:, KEPT + j].any())
-        self._elements = {NEXT: following, PREDICTED: x0}
-        self._elements |= {WRITTEN + i: form for i, form in enumerate(written)}
+        self._results = [following, *([] if x0 is None else [x0]), *written]
         sources = iter([self._source(i) for i in range(len(self.forms))])
+        row, threshold = (
+            None if numbers is None else torch.tensor(numbers, dtype=self.row_dtype)
+            for numbers in (self._row(made, slots), self._threshold())
+        )
         return StepTrace(
-            self._row(made, slots), slots, self.limits, self._threshold(), x0 is not None,
+            row, slots, self.limits, threshold, x0 is not None,
             self.noise, self.between, self._output(sources), self._state(sources),
             next(sources, None), self.single,
         )  # fmt: skip
@@ -285,12 +287,11 @@ class _Run(TorchFunctionMode):
 
     def _source(self, i: int) -> Source:
         form, dtype = self.forms[i], self.dtypes[i] if self.dtypes else None
-        elements = [SAMPLE, OUTPUT, PREDICTED, NOISE]
-        first = max(self._elements) + 1 if len(self._elements) > 2 else WRITTEN
-        elements += range(first, first + len(self.units) - KEPT)
         if i > 0 and (place := self._input(form)) is not None:
-            return Source(elements[place], dtype)
-        return Source(next(n for n, made in self._elements.items() if _same(form, made)), dtype)
+            kept = NEXT + len(self._results) + place - KEPT
+            return Source({X: SAMPLE, M: OUTPUT, X0: NEXT + 1, Z: NOISE}.get(place, kept), dtype)
+        made = next(n for n, result in enumerate(self._results) if _same(form, result))
+        return Source(NEXT + made, dtype)
 
     def _input(self, form: Tensor) -> int | None:
         """Which input a form is, the very tensor; a copy of one has to be made."""

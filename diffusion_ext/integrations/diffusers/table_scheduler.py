@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.sampler_step import COLUMNS, sampler_step
+from ...ops.sampler_step import COLUMNS, sampler_step, step_of_row
 from .fused_scheduler import FusedScheduler, alike
 from .noising import INTEGERS
 from .rows import PREDICTIONS
-from .runs import Run
+from .runs import TableRun
 
 A0, AH = COLUMNS.index("a0"), COLUMNS.index("ah")
 
@@ -20,7 +20,6 @@ A0, AH = COLUMNS.index("a0"), COLUMNS.index("ah")
 class TableScheduler(FusedScheduler):
     """Mixed in before a diffusers scheduler. A subclass says what makes up a run and its rows:
 
-    _held() -> (timesteps, alphas_cumprod, whatever else changes the rows);
     _previous(timesteps [n]) -> int64 [T]; _weights(run, *options) -> float64 [T, 7].
     """
 
@@ -32,17 +31,13 @@ class TableScheduler(FusedScheduler):
         timesteps = host.numpy().copy()
         self._run = self._new_run(timesteps)
 
-    def _current_run(self) -> Run:
-        if self._run is None or not self._run.holds(self._all_held()):
+    def _current_run(self) -> TableRun:
+        if self._run is None or not self._run.holds(self.__dict__):
             self._run = self._new_run(self.timesteps.cpu().numpy().copy())
         return self._run
 
-    def _new_run(self, timesteps: np.ndarray) -> Run:
-        previous = self._previous(timesteps)
-        return Run(self._all_held(), timesteps, previous, self.exact_coefficients)
-
-    def _all_held(self) -> tuple:
-        return *self._held(), self.exact_coefficients
+    def _new_run(self, timesteps: np.ndarray) -> TableRun:
+        return TableRun(self, timesteps, self._previous(timesteps))
 
     def _clipped(self) -> bool:
         return bool(self.config.thresholding or self.config.clip_sample)
@@ -52,21 +47,20 @@ class TableScheduler(FusedScheduler):
         c = self.config
         return (
             alike(model_output, sample)
-            and sample.dim() > 0
             and _is_timestep(timestep)
             and c.prediction_type in PREDICTIONS
             and (c.thresholding or not c.clip_sample or 0 < c.clip_sample_range < math.inf)
         )
 
-    def _locate(self, run: Run, timestep, sample: Tensor) -> tuple[int | None, Tensor]:
-        """(t, its row): t on the host where it is known there, row [] int64 on sample's device."""
+    def _locate(self, run: TableRun, timestep) -> int | None:
+        """The timestep where the host knows it. Raises: IndexError, ValueError for one that the
+        run cannot step from."""
         t = run.read(timestep)
-        if t is None:
-            return None, timestep.reshape(()).to(sample.device, torch.int64)
-        run.check(t)
-        if run.alpha_bar[t] == 0:
-            self._check_signal(t)
-        return t, run.rows(sample.device)[t]
+        if t is not None:
+            run.check(t)
+            if run.alpha_bar[t] == 0:
+                self._check_signal(t)
+        return t
 
     def _check_signal(self, t: int) -> None:
         c = self.config
@@ -77,19 +71,42 @@ class TableScheduler(FusedScheduler):
                 "without it"
             )
 
-    def _apply(self, run, options, model_output, sample, row, noise, seeds):
-        """(x', x0) [B, *] of a row, in the dtype that model_output and sample promote to."""
-        dtype = torch.promote_types(model_output.dtype, sample.dtype)
-        x, m = sample.to(dtype), model_output.to(dtype)
-        noise = None if noise is None else noise.to(dtype)
-        table, steps = run.table(options, x.device, dtype, self._table_weights)
+    def _apply(self, run, options, model_output, sample, t, timestep, noise, seeds):
+        """(x', x0) [B, *] of a timestep, in the dtype that model_output and sample promote to."""
+        x, m = sample, model_output
+        if x.dtype != m.dtype or (noise is not None and noise.dtype != x.dtype):
+            dtype = torch.promote_types(m.dtype, x.dtype)
+            x, m, noise = x.to(dtype), m.to(dtype), None if noise is None else noise.to(dtype)
+        step = self._row_step(run, options, x, t, timestep)
         if not self.config.thresholding:
             clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
-            return sampler_step(x, m, table, steps, row, noise, seeds, clip=clip, return_x0=True)
+            return step(x, m, noise, seeds, None, clip, True)
         # The threshold is a quantile of the whole x0: two passes, the second given x0 as history.
-        _, x0 = sampler_step(x, m, table, steps, row, return_x0=True)
+        _, x0 = step(x, m, None, None, None, None, True)
         x0 = self._threshold_sample(x0)
-        return sampler_step(x, m, table, steps, row, noise, seeds, history=x0), x0
+        return step(x, m, noise, seeds, x0, None, False), x0
+
+    def _row_step(self, run, options, x, t, timestep):
+        """(x, m, noise, seeds, history, clip, return_x0) -> x' or (x', x0), of the row of t, or of
+        a timestep that only the device knows."""
+        where = options, x.device, x.dtype, self._table_weights
+        if t is not None:
+            row = run.row(t, *where)
+
+            def step(x, m, noise, seeds, history, clip, return_x0):
+                slots = [] if history is None else [history]
+                made = step_of_row(x, m, row, t + 1, noise, seeds, slots, clip, return_x0)
+                return made if return_x0 else made[0]
+
+            return step
+        table, steps = run.table(*where), run.steps(x.device)
+        index = timestep.reshape(()).to(x.device, torch.int64)
+
+        def step(x, m, noise, seeds, history, clip, return_x0):
+            tensors = x, m, table, steps, index, noise, seeds, history
+            return sampler_step(*tensors, clip=clip, return_x0=return_x0)
+
+        return step
 
     def _table_weights(self, run, *options) -> np.ndarray:
         rows = self._weights(run, *options)

@@ -38,14 +38,15 @@ traced = drop_in(noise="generator", exact_coefficients=False)
 class DDIMInverseScheduler(TracedScheduler, diffusers.DDIMInverseScheduler):
     """From an image to the noise that DDIM makes it of (Mokady et al. 2022)."""
 
-    state, reads_timestep = (), True
+    counts, reads_timestep = (), True
 
 
 @traced
 class PNDMScheduler(TracedScheduler, diffusers.PNDMScheduler):
     """Pseudo-linear multistep (Liu et al. 2022)."""
 
-    state, reads_timestep = ("counter", "ets", "cur_model_output", "cur_sample"), True
+    counts, reads_timestep = ("counter",), True
+    keeps = ("ets", "cur_model_output", "cur_sample")
     add_noise = noising.add_noise
 
 
@@ -53,21 +54,21 @@ class PNDMScheduler(TracedScheduler, diffusers.PNDMScheduler):
 class IPNDMScheduler(TracedScheduler, diffusers.IPNDMScheduler):
     """PNDM without its Runge-Kutta start (Zhang and Chen 2022)."""
 
-    state = ("_step_index", "ets")
+    keeps = ("ets",)
 
 
 @traced
 class LMSDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.LMSDiscreteScheduler):
     """Linear multistep over σ; its integrals are taken once, when a step is traced."""
 
-    state = ("_step_index", "is_scale_input_called", "derivatives")
+    counts, keeps = ("_step_index", "is_scale_input_called"), ("derivatives",)
 
 
 @traced
 class EulerDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.EulerDiscreteScheduler):
     """Euler's method over σ, with churn (Karras et al. 2022, algorithm 2)."""
 
-    state = ("_step_index", "is_scale_input_called")
+    counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
@@ -76,28 +77,28 @@ class EulerAncestralDiscreteScheduler(
 ):
     """Euler's method to a lower σ, and noise back up to the next."""
 
-    state = ("_step_index", "is_scale_input_called")
+    counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
 class EDMEulerScheduler(ScalesInput, TracedScheduler, diffusers.EDMEulerScheduler):
     """Euler's method for networks with EDM's preconditioning (Karras et al. 2022)."""
 
-    state = ("_step_index", "is_scale_input_called")
+    counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
 class HeunDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.HeunDiscreteScheduler):
     """Heun's method over σ (Karras et al. 2022, algorithm 1)."""
 
-    state = ("_step_index", "prev_derivative", "dt", "sample")
+    keeps = ("prev_derivative", "dt", "sample")
 
 
 @traced
 class KDPM2DiscreteScheduler(ScalesInput, TracedScheduler, diffusers.KDPM2DiscreteScheduler):
     """DPM-Solver-2's midpoint, over σ."""
 
-    state = ("_step_index", "sample")
+    keeps = ("sample",)
 
 
 @traced
@@ -106,21 +107,21 @@ class KDPM2AncestralDiscreteScheduler(
 ):
     """DPM-Solver-2's midpoint to a lower σ, and noise back up to the next."""
 
-    state = ("_step_index", "sample", "dt")
+    keeps = ("sample", "dt")
 
 
 @traced
 class DPMSolverMultistepScheduler(TracedScheduler, diffusers.DPMSolverMultistepScheduler):
     """DPM-Solver and DPM-Solver++, and their SDEs, by steps before (Lu et al. 2022)."""
 
-    state = ("_step_index", "lower_order_nums", "model_outputs")
+    counts, keeps = ("_step_index", "lower_order_nums"), ("model_outputs",)
 
 
 @traced
 class DPMSolverSinglestepScheduler(TracedScheduler, diffusers.DPMSolverSinglestepScheduler):
     """DPM-Solver and DPM-Solver++ by steps in between (Lu et al. 2022)."""
 
-    state = ("_step_index", "model_outputs", "sample")
+    keeps = ("model_outputs", "sample")
 
 
 @traced
@@ -131,7 +132,7 @@ class DPMSolverSDEScheduler(ScalesInput, TracedScheduler, diffusers.DPMSolverSDE
     not to be had.
     """
 
-    state = ("_step_index", "sample", "mid_point_sigma")
+    keeps = ("sample", "mid_point_sigma")
     noises = ("generator",)
 
     def _noise(self, trace, model_output, sample, generator, options):
@@ -149,27 +150,23 @@ class DPMSolverSDEScheduler(ScalesInput, TracedScheduler, diffusers.DPMSolverSDE
 class UniPCMultistepScheduler(TracedScheduler, diffusers.UniPCMultistepScheduler):
     """UniPC's predictor and corrector in one pass (Zhao et al. 2023)."""
 
-    state = (
-        "_step_index", "lower_order_nums", "this_order", "timestep_list", "model_outputs",
-        "last_sample",
-    )  # fmt: skip
+    counts = ("_step_index", "lower_order_nums", "this_order")
+    keeps = ("timestep_list", "model_outputs", "last_sample")
 
 
 @traced
 class DEISMultistepScheduler(TracedScheduler, diffusers.DEISMultistepScheduler):
     """Exponential integrator over polynomials of log ρ (Zhang and Chen 2022)."""
 
-    state = ("_step_index", "lower_order_nums", "model_outputs")
+    counts, keeps = ("_step_index", "lower_order_nums"), ("model_outputs",)
 
 
 @traced
 class SASolverScheduler(TracedScheduler, diffusers.SASolverScheduler):
     """Stochastic Adams predictor and corrector in one pass (Xue et al. 2023)."""
 
-    state = (
-        "_step_index", "lower_order_nums", "this_predictor_order", "this_corrector_order",
-        "timestep_list", "model_outputs", "last_sample", "last_noise",
-    )  # fmt: skip
+    counts = ("_step_index", "lower_order_nums", "this_predictor_order", "this_corrector_order")
+    keeps = ("timestep_list", "model_outputs", "last_sample", "last_noise")
     reads_timestep = True
 
 
@@ -177,7 +174,7 @@ class SASolverScheduler(TracedScheduler, diffusers.SASolverScheduler):
 class LCMScheduler(TracedScheduler, diffusers.LCMScheduler):
     """Latent consistency models (Luo et al. 2023)."""
 
-    state, reads_timestep = ("_step_index", "sigma_data"), True
+    counts, reads_timestep = ("_step_index", "sigma_data"), True
     add_noise, get_velocity = noising.add_noise, noising.get_velocity
 
 
@@ -185,7 +182,7 @@ class LCMScheduler(TracedScheduler, diffusers.LCMScheduler):
 class TCDScheduler(TracedScheduler, diffusers.TCDScheduler):
     """Trajectory consistency distillation (Zheng et al. 2024)."""
 
-    state, reads_timestep = ("_step_index",), True
+    reads_timestep = True
     add_noise, get_velocity = noising.add_noise, noising.get_velocity
 
 
@@ -200,4 +197,4 @@ class FlowMatchEulerDiscreteScheduler(TracedScheduler, diffusers.FlowMatchEulerD
 class FlowMatchHeunDiscreteScheduler(TracedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
     """Heun's method for flow matching."""
 
-    state, on_device = ("_step_index", "prev_derivative", "dt", "sample"), ("timesteps", "sigmas")
+    keeps, on_device = ("prev_derivative", "dt", "sample"), ("timesteps", "sigmas")

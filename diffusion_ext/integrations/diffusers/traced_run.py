@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from .fused_scheduler import FusedScheduler
-from .runs import DeviceTensors, known_place, on_host
+from .runs import HeldRun, known_place, on_host
 from .step_trace import StepTrace
 
 __all__ = ["TracedRun"]
 
-# What the weights of a run are made of and a user might replace in the middle of it.
-HELD = ("timesteps", "sigmas", "alphas_cumprod", "num_inference_steps", "_internal_dict")
 MOST_TRACES = 4096  # of a run: options may be other numbers at every step
 
 
-class TracedRun(DeviceTensors):
-    """A scheduler after set_timesteps; whatever of it changes but its state, a new run replaces it.
+class TracedRun(HeldRun):
+    """A run whose steps are traced.
 
     Attributes:
         host: a scheduler of diffusers' class with the same attributes, its tensors on the CPU;
@@ -40,18 +38,8 @@ class TracedRun(DeviceTensors):
         self.hold(scheduler)
 
     def hold(self, scheduler) -> None:
-        """Remember by identity what the scheduler has now."""
-        attributes = vars(scheduler)
-        self._held = [(name, attributes[name]) for name in HELD if name in attributes]
-        tensors = [value for _, value in self._held if isinstance(value, Tensor)]
-        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
-
-    def holds(self, attributes: dict) -> bool:
-        """Whether it is still that, and was not written into."""
-        for name, value in self._held:  # any(...) of a generator takes twice the time
-            if attributes[name] is not value:
-                return False
-        return all(tensor._version == version for tensor, version in self._versions)
+        super().hold(scheduler)
+        self._own = scheduler.timesteps
 
     @cached_property
     def alpha_bar(self) -> np.ndarray:
@@ -59,7 +47,7 @@ class TracedRun(DeviceTensors):
 
     def value(self, timestep: Tensor) -> float | int | None:
         """A timestep, without waiting for a device; None for one that only it knows."""
-        place = known_place(timestep, self._held[0][1])
+        place = known_place(timestep, self._own)
         if place is not None:
             return self.timesteps[place]
         return timestep.item() if timestep.is_cpu and timestep.dim() == 0 else None
@@ -87,7 +75,7 @@ def _on_host(scheduler: FusedScheduler):
             exact = scheduler.exact_coefficients and value.is_floating_point()
             on_cpu = value.detach().cpu()
             vars(host)[name] = on_cpu.double() if exact else on_cpu.clone()
-    for name in (*scheduler.state, *scheduler.own):
+    for name in (*scheduler.counts, *scheduler.keeps, *scheduler.own):
         vars(host).pop(name, None)
     return host
 

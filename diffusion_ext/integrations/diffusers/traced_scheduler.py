@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
+import types
 
 import torch
 from torch import Tensor
 
 from ...ops import philox_normal
-from ...ops.sampler_step import step_from_slots
+from ...ops.sampler_step import step_of_row
 from .fused_scheduler import FusedScheduler, alike
 from .step_trace import NEXT, StepTrace, Untraceable, trace_step
 from .traced_run import TracedRun
@@ -24,25 +26,27 @@ class TracedScheduler(FusedScheduler):
     over at any time, and copies and pickles in the middle of a run go on. A subclass says:
 
     Attributes:
-        state: the attributes that a step changes.
+        counts: the attributes that a step changes and that are numbers, or None.
+        keeps: those that are tensors, or lists with them.
         reads_timestep: the weights of a step depend on the timestep that it is given, and not only
             on its place in the run.
         on_device: the tensors that set_timesteps moves to the device.
     """
 
-    state: tuple[str, ...] = ("_step_index",)
-    reads_timestep = False
+    counts: tuple[str, ...] = ("_step_index",)
+    keeps: tuple[str, ...] = ()
+    reads_timestep = scales_input = False
     on_device: tuple[str, ...] = ("timesteps",)
-    own = ("noise", "exact_coefficients", "_run", "_seeds", "_last", "_scales_ahead")
+    own = ("noise", "exact_coefficients", "_run", "_seeds", "_scales_ahead", "_last", "_scaled")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # (x', its version, the next scale_model_input of it or None) of the step before
-        self._last = (None, None, None)
-        self._scales_ahead = False
+        self._scales_ahead, self._last, self._scaled = False, None, None
+        for name in (*self.counts, *self.keeps):  # some of them come with the first step
+            self.__dict__.setdefault(name, None)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_last": (None, None, None)}
+        return super().__getstate__() | {"_last": None, "_scaled": None}
 
     @classmethod
     def prepare(cls) -> None:
@@ -52,19 +56,14 @@ class TracedScheduler(FusedScheduler):
         cls._step_arguments = names(cls.theirs.step, 4)  # after the sample
         cls._timesteps_arguments = names(cls.theirs.set_timesteps, 1)
 
-        @functools.wraps(cls.theirs.step)
-        def step(self, model_output, timestep, sample, *args, **options):
-            return self._step(model_output, timestep, sample, args, options)
-
-        @functools.wraps(cls.theirs.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
-            self._set_timesteps(args, kwargs)
-
-        cls.step, cls.set_timesteps = step, set_timesteps
+        cls._counted = operator.itemgetter(*cls.counts) if cls.counts else lambda attributes: ()
+        cls._counted = staticmethod(cls._counted)
+        cls.step = as_declared(TracedScheduler.step, cls.theirs.step)
+        cls.set_timesteps = as_declared(TracedScheduler.set_timesteps, cls.theirs.set_timesteps)
 
     # --- a run ------------------------------------------------------------------------------------
 
-    def _set_timesteps(self, args: tuple, kwargs: dict) -> None:
+    def set_timesteps(self, *args, **kwargs) -> None:
         """On the host, from where the tensors go to the device: what a step needs is known here."""
         if len(args) > len(self._timesteps_arguments):
             self.theirs.set_timesteps(self, *args, **kwargs)  # which refuses them
@@ -77,7 +76,7 @@ class TracedScheduler(FusedScheduler):
         for name in self.on_device:
             setattr(self, name, getattr(self, name).to(device))
         self._run.hold(self)
-        self._last = (None, None, None)
+        self._last = self._scaled = None
 
     def _current_run(self) -> TracedRun:
         if self._run is None or not self._run.holds(self.__dict__):
@@ -98,7 +97,7 @@ class TracedScheduler(FusedScheduler):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def _step(self, model_output, timestep, sample, args: tuple, options: dict):
+    def step(self, model_output, timestep, sample, *args, **options):
         if args:
             if len(args) > len(self._step_arguments):
                 self.theirs.step(self, model_output, timestep, sample, *args, **options)  # refuses
@@ -113,35 +112,41 @@ class TracedScheduler(FusedScheduler):
         noise, seeds = None, None
         if trace.noise is not None:
             noise, seeds = self._noise(trace, model_output, sample, generator, options)
-        elements = self._apply(trace, model_output, sample, kept, noise, seeds)
-        trace.keep(elements, self.__dict__)
-        if trace.scaled is None:
-            self._last = elements[NEXT], None, None
+        if trace.plain:
+            slots = [kept[j] for j in trace.slots]
+            results = trace.run(sample, model_output, noise, seeds, slots)
         else:
-            self._last = elements[NEXT], _version(elements[NEXT]), trace.scaled.of(elements)
+            results, noise = self._mixed(trace, model_output, sample, kept, noise, seeds)
+        elements = (sample, model_output, noise, *results, *kept)
+        trace.keep(elements, self.__dict__)
+        if self.scales_input:
+            self._look_ahead(trace, elements)
         return trace.returned(elements)
 
     def _trace(self, model_output, timestep, sample, options, kept: list) -> StepTrace | None:
         """How the step goes, and in `kept` the tensors of the state; None: as diffusers has it."""
-        if not alike(model_output, sample) or sample.dim() == 0 or torch.compiler.is_compiling():
+        attributes = self.__dict__
+        if not alike(model_output, sample) or torch.compiler.is_compiling():
             return None
-        run, attributes = self._current_run(), self.__dict__
-        if attributes["num_inference_steps"] is None:
-            return None
-        if attributes.get("_step_index", 0) is None:
-            if not isinstance(timestep, Tensor):
+        run = attributes["_run"]
+        if run is None or not run.holds(attributes):
+            run = self._current_run()
+        place = attributes.get("_step_index", 0)
+        if place is None or attributes["num_inference_steps"] is None:
+            if place is not None or not isinstance(timestep, Tensor):
                 return None
             self._init_step_index(timestep)
         key = (
             run.moment(timestep) if self.reads_timestep else _kind(timestep),
-            _chosen(options, sample),
-            _state(attributes, self.state, sample, kept),
+            _kept(attributes, self.keeps, sample, kept) if self.keeps else (),
             sample.dtype,
             model_output.dtype,
             self._scales_ahead,
+            self._counted(attributes),
+            *options.items(),
         )
-        if None in key:
-            return None
+        if "variance_noise" in options:
+            key = _without_noise(key, sample)
         try:
             return run.traces[key]
         except KeyError:
@@ -150,14 +155,16 @@ class TracedScheduler(FusedScheduler):
             return None
 
     def _new_trace(self, run, key, timestep, options, kept) -> StepTrace | None:
+        if None in key[:2] or any(isinstance(value, Tensor) for _, value in key[6:]):
+            return None
         attributes = self.__dict__
         place = attributes.get("_step_index", 0)
         if isinstance(timestep, Tensor):
             last = len(run.timesteps) - 1
             value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
             timestep = torch.tensor(value, dtype=timestep.dtype)
-        state = {name: attributes.get(name) for name in self.state}
-        dtypes = [*key[3:5], *(tensor.dtype for tensor in kept)]
+        state = {name: attributes.get(name) for name in (*self.counts, *self.keeps)}
+        dtypes = [*key[2:4], *(tensor.dtype for tensor in kept)]
         try:
             trace = trace_step(run.host, state, timestep, options, dtypes, self._scales_ahead)
             trace.step = place + 1
@@ -176,50 +183,54 @@ class TracedScheduler(FusedScheduler):
             return philox_normal(seeds, sample.shape, trace.step, stream=1, **like), None
         return noise, seeds
 
-    def _apply(self, trace: StepTrace, model_output, sample, kept, noise, seeds) -> tuple:
-        """What Sources point into."""
-        x, m, slots = sample, model_output, [kept[j] for j in trace.slots]
-        if not trace.single:
-            dtype = torch.promote_types(x.dtype, m.dtype)
-            x, m, *slots = (tensor.to(dtype) for tensor in (x, m, *slots))
-            noise = None if noise is None else noise.to(dtype)
-        tensors = (x, m, *trace.table(x), noise, seeds)
+    def _mixed(self, trace: StepTrace, model_output, sample, kept, noise, seeds):
+        """(x', x0, what is written ...) of several dtypes, or thresholded; and the noise."""
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        slots = (kept[j] for j in trace.slots)
+        x, m, *slots = (tensor.to(dtype) for tensor in (sample, model_output, *slots))
+        noise = None if noise is None else noise.to(dtype)
         if trace.threshold is None:
-            options = trace.clip, 1.0, trace.returns_x0
-            return (sample, model_output, noise, *step_from_slots(tensors, slots, options), *kept)
+            return trace.run(x, m, noise, seeds, slots), noise
         # The threshold is a quantile of the whole x0: two passes, the second given x0 as a slot.
-        before = (x, m, *trace.table(x, trace.threshold), None, None)
-        x0 = self._threshold_sample(step_from_slots(before, [], (None, 1.0, True))[1])
-        following, _, *written = step_from_slots(tensors, [*slots, x0], (None, 1.0, False))
-        return (sample, model_output, noise, following, x0, *written, *kept)
+        before = trace.threshold.to(x.device, non_blocking=True)
+        _, x0 = step_of_row(x, m, before, 0, None, None, [], None, True)
+        x0 = self._threshold_sample(x0)
+        following, *written = trace.run(x, m, noise, seeds, [*slots, x0])
+        return (following, x0, *written), noise
 
 
 class ScalesInput:
-    """Mixed in before a TracedScheduler whose scale_model_input does something."""
+    """Mixed in before a TracedScheduler whose scale_model_input does something. Where a pipeline is
+    seen to hand it what a step returned, the steps write the scaled sample too."""
+
+    scales_input = True
 
     @classmethod
     def prepare(cls) -> None:
         super().prepare()
+        theirs = cls.theirs.scale_model_input
+        cls.scale_model_input = as_declared(ScalesInput.scale_model_input, theirs)
 
-        @functools.wraps(cls.theirs.scale_model_input)
-        def scale_model_input(self, sample, timestep):
-            return self._scale(sample, timestep)
-
-        cls.scale_model_input = scale_model_input
-
-    def _scale(self, sample, timestep):
-        """Of the sample that the step before made, with that step; which starts where a pipeline
-        is seen to hand it on as it is."""
-        last, version, scaled = self._last
-        if sample is last:
+    def scale_model_input(self, sample, timestep):
+        if id(sample) == self._last:  # if another has that place in memory by now, nothing is lost
             self._scales_ahead = True
-            if scaled is not None and version is not None and version == _version(sample):
-                return scaled
+            if self._scaled is not None:
+                made, version, scaled = self._scaled
+                if sample is made and version == sample._version:
+                    return scaled
         return self.theirs.scale_model_input(self, sample, timestep)
 
+    def _look_ahead(self, trace: StepTrace, elements: tuple) -> None:
+        following = elements[NEXT]
+        self._last, self._scaled = id(following), None
+        if trace.scaled is not None and not following.is_inference():
+            self._scaled = following, following._version, trace.scaled.of(elements)
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+
+def as_declared(method: types.FunctionType, theirs) -> types.FunctionType:
+    """The method with the name, documentation and signature of diffusers'."""
+    own = types.FunctionType(method.__code__, method.__globals__, closure=method.__closure__)
+    return functools.update_wrapper(own, theirs)
 
 
 # --- the key of a trace: None where it has none ---------------------------------------------------
@@ -229,22 +240,20 @@ def _kind(timestep):
     return timestep.dtype if isinstance(timestep, Tensor) else (type(timestep), timestep)
 
 
-def _chosen(options: dict, sample: Tensor) -> tuple | None:
-    chosen = []
-    for name, value in options.items():
-        if isinstance(value, Tensor):
-            if name != "variance_noise" or not alike(value, sample):
-                return None
-            value = Tensor
-        chosen.append((name, value))
-    return tuple(chosen)
+def _without_noise(key: tuple, sample: Tensor) -> tuple:
+    """variance_noise is an input of a step as the sample is."""
+
+    def of(name, value):
+        return (name, Tensor if name == "variance_noise" and alike(value, sample) else value)
+
+    return *key[:6], *(of(name, value) for name, value in key[6:])
 
 
-def _state(attributes: dict, names: tuple, sample: Tensor, kept: list) -> tuple | None:
-    """The numbers of the state, and the dtypes of its tensors [B, *], which go to `kept`."""
+def _kept(attributes: dict, names: tuple, sample: Tensor, kept: list) -> tuple | None:
+    """The dtypes of the state's tensors [B, *], which go to `kept`, and what else is among them."""
     key: list = []
     for name in names:
-        values = attributes.get(name)
+        values = attributes[name]
         if type(values) is list:
             key.append(len(values))
         else:
@@ -253,7 +262,7 @@ def _state(attributes: dict, names: tuple, sample: Tensor, kept: list) -> tuple 
             if not isinstance(value, Tensor):
                 key.append(value)
             elif value.dim():
-                if not alike(value, sample):
+                if value.shape != sample.shape or value.device != sample.device:
                     return None
                 kept.append(value)
                 key.append(value.dtype)
