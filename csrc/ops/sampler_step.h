@@ -209,8 +209,10 @@ void apply_step(const Tensor& x_, const Tensor& model_output, Rows rows, const M
   bool x0_to_slot = false;
   dispatch_floating(x.scalar_type(), "sampler_step", [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Samples<T> samples{data_of<T>(x),     data_of<T>(m), data_of<T>(m_cond),
-                       data_of<T>(noise), out.data<T>(), x0 ? x0->data<T>() : nullptr};
+    Samples<T> samples = {};
+    samples.x = data_of<T>(x), samples.m = data_of<T>(m), samples.m_cond = data_of<T>(m_cond);
+    samples.noise = data_of<T>(noise), samples.out = out.data<T>();
+    if (x0 != nullptr) samples.x0 = x0->data<T>();
     slots.place(samples);
     if (samples.kept != nullptr && shape.keeps_x0()) {  // the slot receives x0
       x0_to_slot = x0 != nullptr;

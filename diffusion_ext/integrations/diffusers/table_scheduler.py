@@ -37,7 +37,7 @@ class TableScheduler(FusedScheduler):
         return self._run
 
     def _new_run(self, timesteps: np.ndarray) -> TableRun:
-        return TableRun(self, timesteps, self._previous(timesteps))
+        return TableRun(self, timesteps, self._previous(timesteps), self._run)
 
     def _clipped(self) -> bool:
         return bool(self.config.thresholding or self.config.clip_sample)

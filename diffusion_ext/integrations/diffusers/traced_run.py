@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 
 import numpy as np
@@ -25,17 +24,41 @@ class TracedRun(HeldRun):
         host: a scheduler of diffusers' class with the same attributes, its tensors on the CPU;
             their floats are float64 where coefficients are to be exact.
         traces: key -> StepTrace, of every kind of step that was taken.
+        indices: timestep -> the place of the first step from it, as diffusers finds it.
     """
 
     def __init__(self, scheduler: FusedScheduler, before: TracedRun | None = None):
         super().__init__()
         self.exact = scheduler.exact_coefficients
-        self.host = _on_host(scheduler)
+        self._copies = {} if before is None or before.exact != self.exact else before._copies
+        self.host = self._on_host(scheduler)
         self.traces: dict[tuple, StepTrace | None] = {}
+        self.indices: dict[float, int] = {}
         if before is not None and before.exact == self.exact and _equal(before.host, self.host):
-            self.traces, self._tensors = before.traces, before._tensors
+            self.traces, self.indices = before.traces, before.indices
+            self._tensors = before._tensors
         self.timesteps = self.host.timesteps.tolist()
         self.hold(scheduler)
+
+    def _on_host(self, scheduler: FusedScheduler):
+        host = object.__new__(scheduler.theirs)
+        left_out = {*scheduler.counts, *scheduler.keeps, *scheduler.own}
+        for name, value in vars(scheduler).items():
+            if name not in left_out:
+                is_tensor = isinstance(value, Tensor)
+                vars(host)[name] = self._copy(name, value) if is_tensor else value
+        return host
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        """On the CPU; that of the run before where it is of the same tensor."""
+        version = None if value.is_inference() else value._version
+        original, known_version, copied = self._copies.get(name, (None, None, None))
+        if original is value and version is not None and version == known_version:
+            return copied
+        exact = self.exact and value.is_floating_point()
+        copied = value.detach().to("cpu", torch.float64 if exact else value.dtype, copy=True)
+        self._copies = {**self._copies, name: (value, version, copied)}
+        return copied
 
     def hold(self, scheduler) -> None:
         super().hold(scheduler)
@@ -67,19 +90,6 @@ class TracedRun(HeldRun):
         return trace
 
 
-def _on_host(scheduler: FusedScheduler):
-    host = copy.copy(scheduler)
-    host.__class__ = scheduler.theirs
-    for name, value in vars(host).items():
-        if isinstance(value, Tensor):
-            exact = scheduler.exact_coefficients and value.is_floating_point()
-            on_cpu = value.detach().cpu()
-            vars(host)[name] = on_cpu.double() if exact else on_cpu.clone()
-    for name in (*scheduler.counts, *scheduler.keeps, *scheduler.own):
-        vars(host).pop(name, None)
-    return host
-
-
 def _equal(a, b) -> bool:
     """Whether two hosts have the same numbers."""
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
@@ -91,7 +101,9 @@ def _equal_values(a, b) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # NaN in both
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and np.array_equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -90,9 +90,12 @@ class TracedScheduler(FusedScheduler):
         ):
             run = self._current_run()
             value = run.value(timestep)
-            if value is not None:
+            if value is not None and value not in run.indices:
                 timesteps = run.host.timesteps
-                return super().index_for_timestep(timesteps.new_tensor(value), timesteps)
+                index = super().index_for_timestep(timesteps.new_tensor(value), timesteps)
+                run.indices[value] = index
+            if value is not None:
+                return run.indices[value]
         return super().index_for_timestep(timestep, schedule_timesteps)
 
     # --- a step -----------------------------------------------------------------------------------
