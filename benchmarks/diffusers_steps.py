@@ -3,9 +3,10 @@
     python -m benchmarks.diffusers_steps [NAME ...]
 
 Microseconds a step on one thread, the least of several turns of three runs of diffusers' scheduler
-and of ours, as a Markdown table. What a generator's noise costs is torch's on both sides and is taken off both: it is
-measured in the same turns. "counter": all of diffusers' step, its noise too, beside ours with noise
-made in the kernel. "first": the first run of ours on a new scheduler, whose steps are traced.
+and of ours, as a Markdown table. What a generator's noise costs is torch's on both sides: it is
+measured in the same turns and taken off both. "counter": all of diffusers' step, its noise too,
+beside ours with noise made in the kernel. "first": the first run of ours on a new scheduler, whose
+steps are traced.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class UniPCMultistepScheduler(TracedScheduler, diffusers.UniPCMultistepScheduler
     """UniPC's predictor and corrector in one pass (Zhao et al. 2023)."""
 
     counts = ("_step_index", "lower_order_nums", "this_order")
-    keeps = ("timestep_list", "model_outputs", "last_sample")
+    keeps, notes = ("model_outputs", "last_sample"), ("timestep_list",)
 
 
 @traced

@@ -42,7 +42,7 @@ class TracedRun(HeldRun):
 
     def _on_host(self, scheduler: FusedScheduler):
         host = object.__new__(scheduler.theirs)
-        left_out = {*scheduler.counts, *scheduler.keeps, *scheduler.own}
+        left_out = {*scheduler.state, *scheduler.own}
         for name, value in vars(scheduler).items():
             if name not in left_out:
                 is_tensor = isinstance(value, Tensor)

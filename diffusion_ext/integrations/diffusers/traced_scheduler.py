@@ -13,8 +13,11 @@ from torch import Tensor
 from ...ops import philox_normal
 from ...ops.sampler_step import step_of_row
 from .fused_scheduler import FusedScheduler, alike
-from .step_trace import NEXT, StepTrace, Untraceable, trace_step
+from .step_trace import NEXT, StepTrace
 from .traced_run import TracedRun
+from .tracing import StepCall, Untraceable, trace_step
+
+NEW = object()
 
 __all__ = ["ScalesInput", "TracedScheduler"]
 
@@ -28,6 +31,7 @@ class TracedScheduler(FusedScheduler):
     Attributes:
         counts: the attributes that a step changes and that are numbers, or None.
         keeps: those that are tensors, or lists with them.
+        notes: lists that a step changes and no step reads.
         reads_timestep: the weights of a step depend on the timestep that it is given, and not only
             on its place in the run.
         on_device: the tensors that set_timesteps moves to the device.
@@ -35,6 +39,7 @@ class TracedScheduler(FusedScheduler):
 
     counts: tuple[str, ...] = ("_step_index",)
     keeps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     reads_timestep = scales_input = False
     on_device: tuple[str, ...] = ("timesteps",)
     own = ("noise", "exact_coefficients", "_run", "_seeds", "_scales_ahead", "_last", "_scaled")
@@ -42,7 +47,7 @@ class TracedScheduler(FusedScheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._scales_ahead, self._last, self._scaled = False, None, None
-        for name in (*self.counts, *self.keeps):  # some of them come with the first step
+        for name in self.state:  # some of them come with the first step
             self.__dict__.setdefault(name, None)
 
     def __getstate__(self) -> dict:
@@ -53,6 +58,7 @@ class TracedScheduler(FusedScheduler):
         def names(method, skipped):
             return tuple(inspect.signature(method).parameters)[skipped:]
 
+        cls.state = (*cls.counts, *cls.keeps, *cls.notes)
         cls._step_arguments = names(cls.theirs.step, 4)  # after the sample
         cls._timesteps_arguments = names(cls.theirs.set_timesteps, 1)
 
@@ -115,13 +121,13 @@ class TracedScheduler(FusedScheduler):
         noise, seeds = None, None
         if trace.noise is not None:
             noise, seeds = self._noise(trace, model_output, sample, generator, options)
-        if trace.plain:
+        if trace.plain and (noise is None or noise.dtype == sample.dtype):
             slots = [kept[j] for j in trace.slots]
             results = trace.run(sample, model_output, noise, seeds, slots)
         else:
             results, noise = self._mixed(trace, model_output, sample, kept, noise, seeds)
         elements = (sample, model_output, noise, *results, *kept)
-        trace.keep(elements, self.__dict__)
+        trace.keep(elements, timestep, self.__dict__)
         if self.scales_input:
             self._look_ahead(trace, elements)
         return trace.returned(elements)
@@ -131,12 +137,13 @@ class TracedScheduler(FusedScheduler):
         attributes = self.__dict__
         if not alike(model_output, sample) or torch.compiler.is_compiling():
             return None
+        if attributes.get("num_inference_steps") is None:
+            return None
         run = attributes["_run"]
         if run is None or not run.holds(attributes):
             run = self._current_run()
-        place = attributes.get("_step_index", 0)
-        if place is None or attributes["num_inference_steps"] is None:
-            if place is not None or not isinstance(timestep, Tensor):
+        if attributes.get("_step_index", 0) is None:
+            if not isinstance(timestep, Tensor):
                 return None
             self._init_step_index(timestep)
         key = (
@@ -151,11 +158,10 @@ class TracedScheduler(FusedScheduler):
         if "variance_noise" in options:
             key = _without_noise(key, sample)
         try:
-            return run.traces[key]
-        except KeyError:
-            return self._new_trace(run, key, timestep, options, kept)
+            trace = run.traces.get(key, NEW)
         except TypeError:  # an option that is no key
             return None
+        return self._new_trace(run, key, timestep, options, kept) if trace is NEW else trace
 
     def _new_trace(self, run, key, timestep, options, kept) -> StepTrace | None:
         if None in key[:2] or any(isinstance(value, Tensor) for _, value in key[6:]):
@@ -166,10 +172,12 @@ class TracedScheduler(FusedScheduler):
             last = len(run.timesteps) - 1
             value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
             timestep = torch.tensor(value, dtype=timestep.dtype)
-        state = {name: attributes.get(name) for name in (*self.counts, *self.keeps)}
+        state = {name: attributes[name] for name in (*self.counts, *self.keeps)}
+        notes = {name: len(attributes[name]) for name in self.notes}
         dtypes = [*key[2:4], *(tensor.dtype for tensor in kept)]
+        call = StepCall(state, notes, timestep, options, dtypes, self._scales_ahead)
         try:
-            trace = trace_step(run.host, state, timestep, options, dtypes, self._scales_ahead)
+            trace = trace_step(run.host, call)
             trace.step = place + 1
         except Untraceable:
             trace = None
@@ -188,9 +196,9 @@ class TracedScheduler(FusedScheduler):
 
     def _mixed(self, trace: StepTrace, model_output, sample, kept, noise, seeds):
         """(x', x0, what is written ...) of several dtypes, or thresholded; and the noise."""
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        slots = (kept[j] for j in trace.slots)
-        x, m, *slots = (tensor.to(dtype) for tensor in (sample, model_output, *slots))
+        tensors = sample, model_output, *(kept[j] for j in trace.slots)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        x, m, *slots = (tensor.to(dtype) for tensor in tensors)
         noise = None if noise is None else noise.to(dtype)
         if trace.threshold is None:
             return trace.run(x, m, noise, seeds, slots), noise
@@ -199,7 +207,7 @@ class TracedScheduler(FusedScheduler):
         _, x0 = step_of_row(x, m, before, 0, None, None, [], None, True)
         x0 = self._threshold_sample(x0)
         following, *written = trace.run(x, m, noise, seeds, [*slots, x0])
-        return (following, x0, *written), noise
+        return (following, *([x0] if trace.returns_x0 else []), *written), noise
 
 
 class ScalesInput:
