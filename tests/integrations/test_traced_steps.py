@@ -136,6 +136,18 @@ def test_a_step_is_one_kernel(name):
             assert calls.count(STEP) == 1
 
 
+def test_a_new_scheduler_of_the_same_numbers_has_the_traces():
+    cls = ours.DEISMultistepScheduler
+    first, same, other = (cls(**c) for c in ({}, {}, {"beta_end": 0.015}))
+    for scheduler in (first, same, other):
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            scheduler.step(torch.randn(SHAPE), t, torch.randn(SHAPE))
+    assert first._run.traces is same._run.traces
+    assert len(first._run.traces) == 4
+    assert other._run.traces is not first._run.traces
+
+
 LEFT = {  # what goes to diffusers' own step: (class, config, options of the step, arguments)
     "the output has to be broadcast": ("EulerDiscreteScheduler", {}, {}, {"m": (1, 3, 6, 5)}),
     "a learned variance beside it": (
@@ -241,7 +253,7 @@ SCALING = [
 
 @pytest.mark.parametrize("name", SCALING)
 def test_the_next_input_is_scaled_with_the_step(name):
-    """Where the sample of a step is handed to scale_model_input as it is, from the second time on."""
+    """Where what a step returned is handed to scale_model_input as it is, from the second time."""
     pair = [getattr(library, name)(**extra(name)) for library in (theirs, ours)]
     for scheduler in pair:
         scheduler.set_timesteps(5)

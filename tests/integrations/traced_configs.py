@@ -14,6 +14,7 @@ from diffusion_ext.integrations.diffusers.traced_scheduler import TracedSchedule
 
 NAMES = [n for n in ours.__all__ if issubclass(getattr(ours, n), TracedScheduler)]
 
+DPM_SOLVERS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 VALUES = {
     "num_train_timesteps": [48, 100, 1000],
     "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
@@ -34,8 +35,7 @@ VALUES = {
     "timestep_type": ["discrete", "continuous"],
     "sigma_schedule": ["karras", "exponential"],
     "solver_order": [1, 2, 3],
-    "algorithm_type": ["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"]
-    + ["data_prediction", "noise_prediction"],
+    "algorithm_type": [*DPM_SOLVERS, "data_prediction", "noise_prediction"],
     "solver_type": ["midpoint", "heun", "bh1", "bh2"],
     "predict_x0": [True, False],
     "predictor_order": [1, 2, 3],

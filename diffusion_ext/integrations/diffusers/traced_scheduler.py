@@ -42,6 +42,7 @@ class TracedScheduler(FusedScheduler):
     notes: tuple[str, ...] = ()
     reads_timestep = scales_input = False
     on_device: tuple[str, ...] = ("timesteps",)
+    _latest: TracedRun | None = None  # of any of its kind, whose traces a new one may have
     own = ("noise", "exact_coefficients", "_run", "_seeds", "_scales_ahead", "_last", "_scaled")
 
     def __init__(self, *args, **kwargs):
@@ -78,7 +79,8 @@ class TracedScheduler(FusedScheduler):
         given = dict(zip(self._timesteps_arguments, args, strict=False)) | kwargs
         device = given.pop("device", None)
         self.theirs.set_timesteps(self, device="cpu", **given)
-        self._run = TracedRun(self, self._run)
+        cls = type(self)
+        self._run = cls._latest = TracedRun(self, self._run or cls._latest)
         for name in self.on_device:
             setattr(self, name, getattr(self, name).to(device))
         self._run.hold(self)
