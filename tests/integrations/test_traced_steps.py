@@ -148,6 +148,22 @@ def test_a_new_scheduler_of_the_same_numbers_has_the_traces():
     assert other._run.traces is not first._run.traces
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if "SDE" not in n])  # torchsde's noise is there
+def test_the_default_device_is_another(name):
+    """As inside `with torch.device("cuda")`: what the host computes stays there."""
+    scheduler = getattr(ours, name)(**extra(name))
+    scheduler.set_timesteps(4)
+    x = torch.randn(SHAPE)
+    generator = torch.Generator()
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    for t in scheduler.timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        with torch.device("meta"):
+            x = scheduler.step(x, t, x, **{"generator": generator} if draws else {}).prev_sample
+    assert x.isfinite().all()
+
+
 LEFT = {  # what goes to diffusers' own step: (class, config, options of the step, arguments)
     "the output has to be broadcast": ("EulerDiscreteScheduler", {}, {}, {"m": (1, 3, 6, 5)}),
     "a learned variance beside it": (
@@ -202,6 +218,7 @@ def test_what_is_left_to_diffusers(why, monkeypatch):
         (lambda s, x, t: s.step(x[:, :, :3], t, x), RuntimeError),
         (lambda s, x, t: s.step(x, t, x, 1, 2, 3, 4, 5, 6, 7, 8), TypeError),
         (lambda s, x, t: s.step(x, t, x, nonsense=1), TypeError),
+        (lambda s, x, t: s.step(x, t, x, variance_noise=x), TypeError),
         (lambda s, x, t: s.step(x, 3, x), ValueError),
         (lambda s, x, t: s.step(x, torch.tensor(3), x), ValueError),
         (lambda s, x, t: s.step(None, t, x), Exception),
@@ -233,6 +250,16 @@ def test_a_scheduler_without_set_timesteps(name):
     assert type(refused) is type(we_refused)
     assert str(refused).replace("diffusers.schedulers", "") == str(we_refused) or refused is None
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_a_generator_for_a_step_that_draws_nothing():
+    for library in (theirs, ours):
+        scheduler = library.HeunDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        x, t = torch.randn(SHAPE), scheduler.timesteps[0]
+        for _ in range(2):
+            with pytest.raises(TypeError, match="unexpected keyword argument 'generator'"):
+                scheduler.step(x, t, x, generator=torch.Generator())
 
 
 def test_an_unknown_prediction():
@@ -298,7 +325,7 @@ def test_inference_mode_and_back(name):
             scheduler.set_timesteps(3)
             x = torch.randn(SHAPE)
             for t in scheduler.timesteps:
-                m = scheduler.scale_model_input(x, t) * 0.5
+                m = scheduler.scale_model_input(x.clone(), t) * 0.5
                 x = scheduler.step(m, t, x).prev_sample
     scheduler.set_timesteps(3)
     x = torch.randn(SHAPE, requires_grad=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...samplers.schedules import is_lasting
 from .rows import UNKNOWN
 
-__all__ = ["HeldRun", "TableRun", "known_place"]
+__all__ = ["HeldRun", "TableRun", "known_place", "on_host", "put_on"]
 
 
 # What the weights of a run are made of and a user might replace in the middle of it.
@@ -50,11 +50,17 @@ class HeldRun:
         key = (name, device, dtype)
         if (known := self._tensors.get(key)) is not None:
             return known
-        with torch.inference_mode(False):  # so that it may serve outside that mode too
-            tensor = torch.as_tensor(values()).to(device, dtype, non_blocking=True)
+        tensor = put_on(torch.as_tensor(values(), device="cpu").to(dtype), device)
         if is_lasting(tensor):
             self._tensors[key] = tensor
         return tensor
+
+
+def put_on(tensor: Tensor, device) -> Tensor:
+    """A tensor of the host on `device`. CUDA has read it when the call returns, and nothing waits;
+    elsewhere the copy is waited for."""
+    with torch.inference_mode(False):  # so that it may serve outside that mode too
+        return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def known_place(timestep: Tensor, timesteps: Tensor) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.sampler_step import step_of_row
+from .runs import put_on
 
 __all__ = ["Source", "StepTrace", "is_kept", "leaves"]
 
@@ -78,8 +79,8 @@ class StepTrace:
         """x', x0 where it is returned and not thresholded, and what the row writes."""
         try:
             row = self._rows[x.device]
-        except KeyError:  # put there once, without waiting for the device
-            row = self._rows[x.device] = self.row.to(x.device, non_blocking=True)
+        except KeyError:
+            row = self._rows[x.device] = put_on(self.row, x.device)
         clip, x0 = self.clip, self.returns_x0 and self.threshold is None
         return step_of_row(x, model_output, row, self.step, noise, seeds, slots, clip, x0)
 

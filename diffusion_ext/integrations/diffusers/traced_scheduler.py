@@ -13,13 +13,14 @@ from torch import Tensor
 from ...ops import philox_normal
 from ...ops.sampler_step import step_of_row
 from .fused_scheduler import FusedScheduler, alike
+from .runs import put_on
 from .step_trace import NEXT, StepTrace
 from .traced_run import TracedRun
 from .tracing import StepCall, Untraceable, trace_step
 
-NEW = object()
-
 __all__ = ["ScalesInput", "TracedScheduler"]
+
+NEW = object()  # what a key has that no step was traced for
 
 
 class TracedScheduler(FusedScheduler):
@@ -61,10 +62,11 @@ class TracedScheduler(FusedScheduler):
 
         cls.state = (*cls.counts, *cls.keeps, *cls.notes)
         cls._step_arguments = names(cls.theirs.step, 4)  # after the sample
+        cls._draws = "generator" in cls._step_arguments
         cls._timesteps_arguments = names(cls.theirs.set_timesteps, 1)
 
-        cls._counted = operator.itemgetter(*cls.counts) if cls.counts else lambda attributes: ()
-        cls._counted = staticmethod(cls._counted)
+        counted = operator.itemgetter(*cls.counts) if cls.counts else lambda attributes: ()
+        cls._counted = staticmethod(counted)
         cls.step = as_declared(TracedScheduler.step, cls.theirs.step)
         cls.set_timesteps = as_declared(TracedScheduler.set_timesteps, cls.theirs.set_timesteps)
 
@@ -113,7 +115,7 @@ class TracedScheduler(FusedScheduler):
             if len(args) > len(self._step_arguments):
                 self.theirs.step(self, model_output, timestep, sample, *args, **options)  # refuses
             options = dict(zip(self._step_arguments, args, strict=False)) | options
-        generator = options.pop("generator", None)
+        generator = options.pop("generator", None) if self._draws else None
         kept: list[Tensor] = []
         trace = self._trace(model_output, timestep, sample, options, kept)
         if trace is None:
@@ -170,20 +172,25 @@ class TracedScheduler(FusedScheduler):
             return None
         attributes = self.__dict__
         place = attributes.get("_step_index", 0)
-        if isinstance(timestep, Tensor):
-            last = len(run.timesteps) - 1
-            value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
-            timestep = torch.tensor(value, dtype=timestep.dtype)
         state = {name: attributes[name] for name in (*self.counts, *self.keeps)}
         notes = {name: len(attributes[name]) for name in self.notes}
         dtypes = [*key[2:4], *(tensor.dtype for tensor in kept)]
-        call = StepCall(state, notes, timestep, options, dtypes, self._scales_ahead)
-        try:
-            trace = trace_step(run.host, call)
+        with torch.device("cpu"), torch.inference_mode(False):  # a trace may serve anywhere
+            if isinstance(timestep, Tensor):
+                last = len(run.timesteps) - 1
+                value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
+                timestep = torch.tensor(value, dtype=timestep.dtype)
+            call = StepCall(state, notes, timestep, options, dtypes, self._scales_ahead)
+            trace = self._traced(run, call)
+        if trace is not None:
             trace.step = place + 1
-        except Untraceable:
-            trace = None
         return run.keep(key, trace)
+
+    def _traced(self, run: TracedRun, call: StepCall) -> StepTrace | None:
+        try:
+            return trace_step(run.host, call)
+        except Untraceable:
+            return None
 
     def _noise(self, trace, model_output, sample, generator, options):
         """(z, None) or (None, seeds [B])."""
@@ -205,8 +212,8 @@ class TracedScheduler(FusedScheduler):
         if trace.threshold is None:
             return trace.run(x, m, noise, seeds, slots), noise
         # The threshold is a quantile of the whole x0: two passes, the second given x0 as a slot.
-        before = trace.threshold.to(x.device, non_blocking=True)
-        _, x0 = step_of_row(x, m, before, 0, None, None, [], None, True)
+        row = put_on(trace.threshold, x.device)
+        _, x0 = step_of_row(x, m, row, 0, None, None, [], None, True)
         x0 = self._threshold_sample(x0)
         following, *written = trace.run(x, m, noise, seeds, [*slots, x0])
         return (following, *([x0] if trace.returns_x0 else []), *written), noise
