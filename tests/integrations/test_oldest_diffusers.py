@@ -40,7 +40,8 @@ def oldest():
 def test_schedulers_and_fused_models(oldest):
     tests = ["schedulers", "differences", "pipelines"]
     files = [f"tests/integrations/test_diffusers_{name}.py" for name in tests]
-    files += [f"tests/integrations/test_traced_{name}.py" for name in ("schedulers", "steps")]
+    tests = ["runs", "schedulers", "steps"]
+    files += [f"tests/integrations/test_traced_{name}.py" for name in tests]
     files += ["tests/fusing/test_fuse_resnet_blocks.py"]
     environment = {**os.environ, "PYTHONPATH": str(oldest)}
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *files]

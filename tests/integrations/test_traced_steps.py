@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 theirs = pytest.importorskip("diffusers")
-from traced_configs import NAMES, attempt, extra  # noqa: E402
+from beside_diffusers import NAMES, attempt, extra  # noqa: E402
 
 from diffusion_ext.integrations import diffusers as ours  # noqa: E402
 
