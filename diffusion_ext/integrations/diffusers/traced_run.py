@@ -37,7 +37,8 @@ class TracedRun(HeldRun):
         if before is not None and before.exact == self.exact and _equal(before.host, self.host):
             self.traces, self.indices = before.traces, before.indices
             self._tensors = before._tensors
-        self.timesteps = self.host.timesteps.tolist()
+        # PNDM's are None until they are set.
+        self.timesteps = [] if self.host.timesteps is None else self.host.timesteps.tolist()
         self.hold(scheduler)
 
     def _on_host(self, scheduler: FusedScheduler):
