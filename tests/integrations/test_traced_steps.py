@@ -17,6 +17,7 @@ from diffusion_ext.integrations import diffusers as ours  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = ours.__all__
+aten = torch.ops.aten
 SHAPE = (2, 3, 6, 5)
 
 
@@ -72,6 +73,37 @@ def test_no_step_waits_for_the_device(name):
 def test_a_wait_is_seen(name):
     with pytest.raises(AssertionError, match="waits for the device"):
         run(started(theirs, name))
+
+
+class NoReads(TorchDispatchMode):
+    """As sync debug mode on a GPU: no number may be read, of whichever tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "DPMSolverSDEScheduler"])  # torchsde reads
+def test_no_step_reads_a_number(name):
+    """From the first step of a run on."""
+    for _ in range(2):
+        scheduler = getattr(ours, name)(**extra(name))
+        scheduler.set_timesteps(6)
+        x = torch.randn(SHAPE)
+        with NoReads():
+            for t in scheduler.timesteps:
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, t)
+                x = scheduler.step(x * 0.5, t, x).prev_sample
+        assert x.isfinite().all()
+
+
+def test_a_read_is_seen():
+    scheduler = theirs.EulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    with NoReads(), pytest.raises(AssertionError, match="waits for the device"):
+        scheduler.scale_model_input(torch.randn(SHAPE), scheduler.timesteps[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

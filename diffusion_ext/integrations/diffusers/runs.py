@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...samplers.schedules import is_lasting
 from .rows import UNKNOWN
 
-__all__ = ["HeldRun", "TableRun", "known_place", "on_host", "put_on"]
+__all__ = ["HeldRun", "TableRun", "known_place", "on_host", "on_the_host", "put_on"]
 
 
 # What the weights of a run are made of and a user might replace in the middle of it.
@@ -50,10 +52,20 @@ class HeldRun:
         key = (name, device, dtype)
         if (known := self._tensors.get(key)) is not None:
             return known
-        tensor = put_on(torch.as_tensor(values(), device="cpu").to(dtype), device)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else on_the_host():
+            numbers = values()
+        tensor = put_on(torch.as_tensor(numbers, device="cpu").to(dtype), device)
         if is_lasting(tensor):
             self._tensors[key] = tensor
         return tensor
+
+
+@contextlib.contextmanager
+def on_the_host():
+    """For what the host computes for a step, which is no part of what the caller computes: its
+    modes, default device and inference mode do not reach in here."""
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False):
+        yield
 
 
 def put_on(tensor: Tensor, device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .fused_scheduler import FusedScheduler
-from .runs import HeldRun, known_place, on_host
+from .runs import HeldRun, known_place, on_host, on_the_host
 from .step_trace import StepTrace
 
 __all__ = ["TracedRun"]
@@ -37,6 +37,7 @@ class TracedRun(HeldRun):
         if before is not None and before.exact == self.exact and _equal(before.host, self.host):
             self.traces, self.indices = before.traces, before.indices
             self._tensors = before._tensors
+        self._numbers: dict[int, tuple[Tensor, int, float]] = {}
         # PNDM's are None until they are set.
         self.timesteps = [] if self.host.timesteps is None else self.host.timesteps.tolist()
         self.hold(scheduler)
@@ -75,6 +76,18 @@ class TracedRun(HeldRun):
         if place is not None:
             return self.timesteps[place]
         return timestep.item() if timestep.is_cpu and timestep.dim() == 0 else None
+
+    def number(self, scalar: Tensor) -> float:
+        """What a tensor [] of the state holds, on the host; read once, since steps put it there."""
+        version = None if scalar.is_inference() else scalar._version
+        known = self._numbers.get(id(scalar))
+        if known is None or known[0] is not scalar or known[1] != version or version is None:
+            if len(self._numbers) >= MOST_TRACES:
+                self._numbers.clear()
+            with on_the_host():
+                known = scalar, version, scalar.item()
+            self._numbers[id(scalar)] = known
+        return known[2]
 
     def moment(self, timestep) -> tuple | None:
         """A timestep as a key, with its kind."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...ops import philox_normal
 from ...ops.sampler_step import step_of_row
 from .fused_scheduler import FusedScheduler, alike
-from .runs import put_on
+from .runs import on_the_host, put_on
 from .step_trace import NEXT, StepTrace
 from .traced_run import TracedRun
 from .tracing import StepCall, Untraceable, trace_step
@@ -102,7 +102,8 @@ class TracedScheduler(FusedScheduler):
             value = run.value(timestep)
             if value is not None and value not in run.indices:
                 timesteps = run.host.timesteps
-                index = super().index_for_timestep(timesteps.new_tensor(value), timesteps)
+                with on_the_host():
+                    index = super().index_for_timestep(timesteps.new_tensor(value), timesteps)
                 run.indices[value] = index
             if value is not None:
                 return run.indices[value]
@@ -152,7 +153,7 @@ class TracedScheduler(FusedScheduler):
             self._init_step_index(timestep)
         key = (
             run.moment(timestep) if self.reads_timestep else _kind(timestep),
-            _kept(attributes, self.keeps, sample, kept) if self.keeps else (),
+            _kept(run, attributes, self.keeps, sample, kept) if self.keeps else (),
             sample.dtype,
             model_output.dtype,
             self._scales_ahead,
@@ -175,7 +176,7 @@ class TracedScheduler(FusedScheduler):
         state = {name: attributes[name] for name in (*self.counts, *self.keeps)}
         notes = {name: len(attributes[name]) for name in self.notes}
         dtypes = [*key[2:4], *(tensor.dtype for tensor in kept)]
-        with torch.device("cpu"), torch.inference_mode(False):  # a trace may serve anywhere
+        with on_the_host():
             if isinstance(timestep, Tensor):
                 last = len(run.timesteps) - 1
                 value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
@@ -269,7 +270,7 @@ def _without_noise(key: tuple, sample: Tensor) -> tuple:
     return *key[:6], *(of(name, value) for name, value in key[6:])
 
 
-def _kept(attributes: dict, names: tuple, sample: Tensor, kept: list) -> tuple | None:
+def _kept(run: TracedRun, attributes: dict, names: tuple, sample, kept: list) -> tuple | None:
     """The dtypes of the state's tensors [B, *], which go to `kept`, and what else is among them."""
     key: list = []
     for name in names:
@@ -287,7 +288,7 @@ def _kept(attributes: dict, names: tuple, sample: Tensor, kept: list) -> tuple |
                 kept.append(value)
                 key.append(value.dtype)
             elif value.is_cpu:
-                key.append(value.item())
+                key.append(run.number(value))
             else:
                 return None
     return tuple(key)
