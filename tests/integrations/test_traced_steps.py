@@ -294,6 +294,18 @@ def test_a_generator_for_a_step_that_draws_nothing():
                 scheduler.step(x, t, x, generator=torch.Generator())
 
 
+def test_numbers_that_do_not_fit_the_sample():
+    """With this configuration diffusers multiplies the sample by a whole table."""
+    config = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True}
+    for library in (theirs, ours):
+        scheduler = library.DPMSolverSinglestepScheduler(**config)
+        scheduler.set_timesteps(4)
+        x = torch.randn(SHAPE)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="must match the size"):
+                scheduler.step(x, scheduler.timesteps[0], x)
+
+
 def test_an_unknown_prediction():
     scheduler = ours.HeunDiscreteScheduler(prediction_type="mystery")
     scheduler.set_timesteps(4)

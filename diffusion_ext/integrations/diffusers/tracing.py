@@ -146,7 +146,7 @@ class _UnitRun(TorchFunctionMode):
         return self._predicted(form)
 
     def _predicted(self, form) -> Tensor:
-        if self.x0 is not None or form[X0:].any():
+        if self.x0 is not None or form.shape != self.units[X].shape or form[X0:].any():
             raise Untraceable("x0 is more than the sample and the model output")
         self.x0 = form
         return self.inputs[X0].to(form.dtype)
@@ -169,6 +169,8 @@ class _UnitRun(TorchFunctionMode):
 
 
 def _compiled(run: _UnitRun, dtypes, noise, of_forms) -> StepTrace:
+    if any(form.shape != run.units[X].shape for form in run.forms):
+        raise Untraceable("a result is not of the sample's shape")
     if not all(form.isfinite().all() for form in run.forms):
         raise Untraceable("a weight is infinite, or none")  # times 0 it would not be 0
     thresholds = run.x0 is not None and run.limit is None
