@@ -203,4 +203,6 @@ def same_runs(them, us, dtype, step_options=None, layout=None, m_dtype=None, cha
             assert_near(got[name], want[name], coarse, scale * rounded)
         same_state(us, them, coarse, scale * divided)
         assert torch.equal(noise[0].get_state(), noise[1].get_state())
+        if any(value.isnan().any() for value in want.values()):
+            return  # in theirs NaN stays, where a weight of 0 of ours does not read it
         x = want.prev_sample.clamp(-8, 8).nan_to_num()
