@@ -324,3 +324,16 @@ def test_noising_has_diffusers_own_coefficients(name, dtype):
     for a, b in ((x, z), (z, x)):
         assert torch.equal(us.add_noise(a, b, t), them.add_noise(a, b, t))
         assert torch.equal(us.get_velocity(a, b, t), them.get_velocity(a, b, t))
+
+
+def test_a_last_alpha_bar_that_is_replaced():
+    """Runs of the same steps share their tables, but not these."""
+    them, us = pair("DDIMScheduler", {"clip_sample": False})
+    x = torch.randn(SHAPE)
+    for final in (1.0, 0.99995):  # at t = 0 it is 0.9999
+        for scheduler in (them, us):
+            scheduler.final_alpha_cumprod = torch.tensor(final)
+            scheduler.set_timesteps(4)
+        t = us.timesteps[-1]
+        want, got = (scheduler.step(x, t, x).prev_sample for scheduler in (them, us))
+        torch.testing.assert_close(got, want)

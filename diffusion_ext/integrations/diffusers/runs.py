@@ -116,12 +116,15 @@ class TableRun(HeldRun):
         self.timesteps = timesteps
         self.alpha_bar = on_host(scheduler.alphas_cumprod, scheduler.exact_coefficients)
         self.previous = previous
+        final = getattr(scheduler, "final_alpha_cumprod", None)  # DDIM's
+        self._final = None if final is None else float(final)
         if before is not None and self._makes_the_tables_of(before):
             self._tensors = before._tensors
 
     def _makes_the_tables_of(self, other: TableRun) -> bool:
         return (
             self._config is other._config
+            and self._final == other._final
             and np.array_equal(self.previous, other.previous)
             and self.alpha_bar.dtype == other.alpha_bar.dtype
             and np.array_equal(self.alpha_bar, other.alpha_bar)
