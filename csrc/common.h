@@ -102,7 +102,7 @@ inline Tensor fresh_like(const Tensor& t) {
 // dense).
 inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
   if (fits(t, layout)) return t;
-  Tensor copy = fresh_like(like);
+  Tensor copy = fresh_strided(like, like.sizes(), like.strides(), dtype_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -23,7 +23,10 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "float guidance) -> ()");
   m.def(
       "perturb(Tensor x0, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, Tensor? seeds, "
-      "bool velocity) -> (Tensor, Tensor)");
+      "int learned) -> (Tensor, Tensor)");
+  m.def(
+      "denoising_loss(Tensor model_output, Tensor t, Tensor of_x0, Tensor of_noise, Tensor? x0, "
+      "Tensor? noise, Tensor? seeds, Tensor? upstream, float? delta) -> (Tensor, Tensor)");
   m.def("philox_normal_(Tensor(a!) out, Tensor seeds, int step, int stream) -> ()");
   m.def(
       "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, int act, "

@@ -17,14 +17,19 @@ constexpr int kBlock = 512;            // elements
 constexpr int64_t kTile = 4 * kBlock;  // about the elements of a tile
 constexpr int64_t kGrain = 4 * kTile;  // the least work worth waking another thread for
 
+// The elements of a tile.
+inline int64_t tile_of(const Batch& batch) {
+  const int64_t row = batch.channels;  // 1 where contiguous
+  return row * std::max<int64_t>(kTile / row, 1);
+}
+
 // Calls body(sample, begin, end, scratch) for every tile of every sample, on all threads: [begin,
 // end) counts elements in memory order. A channels_last tile is whole pixels. scratch holds the
 // noise of a tile and a run of one channel.
 template <class Body>
 void for_each_tile(const Batch& batch, const Body& body) {
   if (batch.samples == 0 || batch.per_sample() == 0) return;
-  const int64_t row = batch.channels;  // 1 where contiguous
-  const int64_t tile = row * std::max<int64_t>(kTile / row, 1);
+  const int64_t tile = tile_of(batch);
   const int64_t tiles = (batch.per_sample() + tile - 1) / tile;
   const int64_t grain = std::max<int64_t>(kGrain / std::min(tile, batch.per_sample()), 1);
   torch::stable::parallel_for(0, batch.samples * tiles, grain, [&](int64_t first, int64_t last) {

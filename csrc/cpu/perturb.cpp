@@ -26,7 +26,7 @@ struct Cpu {
           for (int64_t k = 0; k < count; ++k) out[k] = perturb_sample(signal, sigma, x[k], z[k]);
           keep(out, x_t + at, count);
           if (target == nullptr) return;
-          if (!p.velocity) {
+          if (p.learned == Learned::noise) {
             if (z != place(target + at, buffers[3])) store(z, target + at, count);
             return;
           }
@@ -42,7 +42,7 @@ struct Cpu {
         const NormalKey key{uint64_t(p.seeds[b]), uint32_t(p.t[b]), kTrainingStream};
         prefetch(x0 + offset + begin, end - begin);
         // Contiguous float32 noise that is the target is made where it stays.
-        const bool stays = p.batch.layout == Layout::contiguous && !p.velocity;
+        const bool stays = p.batch.layout == Layout::contiguous && p.learned == Learned::noise;
         float* tile = stays ? place(target + offset + begin, scratch) : scratch;
         tile_normals(key, p.batch, begin, end, tile);
         blocks([&](int64_t i, int64_t, float*) DX_KERNEL { return tile + (i - begin); });

@@ -81,4 +81,12 @@ DX_DEVICE void store_streaming(T* to, const Vec<T, n>& vec) {
   store_16_bytes<true>(to, &vec);
 }
 
+// All lanes have the sum of all.
+template <class T>
+DX_DEVICE T warp_sum(T value) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
 }  // namespace dx

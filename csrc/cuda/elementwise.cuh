@@ -129,7 +129,7 @@ constexpr int kMostThreads = walk == Walk::run ? tuning::kElementThreads : tunin
 
 // The shares of sample b that begin at `first`, a block's threads apart: all loads go out first.
 template <Walk walk, int n, bool full, class Op>
-DX_DEVICE void elementwise_shares(const Op& op, const Batch& batch, int64_t b, int64_t first) {
+DX_DEVICE void elementwise_shares(Op& op, const Batch& batch, int64_t b, int64_t first) {
   constexpr int kShares = tuning::kElementVectors, packs = kPacks<walk>;
   const int64_t offset = b * batch.per_sample(), shares = Share<walk, n>::shares(batch);
   typename Op::template Inputs<n> inputs[kShares][packs];
@@ -165,31 +165,31 @@ DX_GLOBAL DX_BOUNDED(kMostThreads<walk>, 1) void elementwise_kernel(const Op op,
       elementwise_shares<walk, n, full>(op, batch, b, first);
 }
 
-// Runs an op over a batch whose tensors (those at `pointers`, some of them null) lie alike.
-// `noisy`: it may make noise; without, the memory layout does not matter.
-template <class T, class Op>
-void launch_elementwise(const char* name, const OnDevice& device, Batch batch, const Op& op,
-                        bool noisy, std::initializer_list<const void*> pointers) {
-  if (batch.samples == 0 || batch.per_sample() == 0) return;
+// How a kernel of shares is launched over a batch.
+template <Walk walk, int n>
+Launch elementwise_launch(const char* name, const OnDevice& device, const Batch& batch) {
+  const int64_t shares = Share<walk, n>::shares(batch);
+  const int64_t whole_warps = (shares + kWarp - 1) / kWarp * kWarp;
+  const int threads = int(std::min<int64_t>(whole_warps, kMostThreads<walk>));
+  const int64_t of_block = int64_t{threads} * tuning::kElementVectors;
+  const int64_t samples = std::min<int64_t>(batch.samples, 65535);
+  int64_t blocks = (shares + of_block - 1) / of_block;
+  if constexpr (tuning::kElementBlocks > 0) {
+    const int64_t most = int64_t{tuning::kElementBlocks} * device.limits.multiprocessors;
+    blocks = std::min(blocks, std::max<int64_t>(most / samples, 1));
+  }
+  return {name, blocks, samples, threads};
+}
+
+// Calls run(walk, n, full), as constants, for a batch whose tensors (those at `pointers`, some of
+// them null; the widest vectors are of T) lie alike. `noisy`: noise may be made; without, the
+// memory layout does not matter.
+template <class T, class Run>
+void dispatch_shares(const Batch& batch, bool noisy, std::initializer_list<const void*> pointers,
+                     const Run& run) {
   const auto aligned_to = [&](int64_t bytes) {
     return std::all_of(pointers.begin(), pointers.end(),
                        [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
-  };
-  const auto run = [&](auto walk, auto n, auto full) {
-    constexpr Walk w = decltype(walk)::value;
-    constexpr int kPack = decltype(n)::value;
-    const int64_t shares = Share<w, kPack>::shares(batch);
-    const int64_t whole_warps = (shares + kWarp - 1) / kWarp * kWarp;
-    const int threads = int(std::min<int64_t>(whole_warps, kMostThreads<w>));
-    const int64_t of_block = int64_t{threads} * tuning::kElementVectors;
-    const int64_t samples = std::min<int64_t>(batch.samples, 65535);
-    int64_t blocks = (shares + of_block - 1) / of_block;
-    if constexpr (tuning::kElementBlocks > 0) {
-      const int64_t most = int64_t{tuning::kElementBlocks} * device.limits.multiprocessors;
-      blocks = std::min(blocks, std::max<int64_t>(most / samples, 1));
-    }
-    const Launch how{name, blocks, samples, threads};
-    launch(device, how, elementwise_kernel<w, kPack, decltype(full)::value, Op>, op, batch);
   };
   constexpr std::integral_constant<Walk, Walk::run> contiguous;
   constexpr std::integral_constant<Walk, Walk::pixels> pixels;
@@ -205,6 +205,19 @@ void launch_elementwise(const char* name, const OnDevice& device, Batch batch, c
   if (batch.per_sample() % kVector == 0 && aligned_to(16))
     return run(contiguous, vector, std::true_type());
   run(contiguous, four, std::false_type());
+}
+
+// Runs an op over a batch. Arguments: as dispatch_shares.
+template <class T, class Op>
+void launch_elementwise(const char* name, const OnDevice& device, const Batch& batch, const Op& op,
+                        bool noisy, std::initializer_list<const void*> pointers) {
+  if (batch.samples == 0 || batch.per_sample() == 0) return;
+  dispatch_shares<T>(batch, noisy, pointers, [&](auto walk, auto n, auto full) {
+    constexpr Walk w = decltype(walk)::value;
+    constexpr int kPack = decltype(n)::value;
+    launch(device, elementwise_launch<w, kPack>(name, device, batch),
+           elementwise_kernel<w, kPack, decltype(full)::value, Op>, op, batch);
+  });
 }
 
 }  // namespace dx

@@ -16,13 +16,6 @@ constexpr tuning::Norm kKernels =
     plan::kernels_of(on_chip, layout == Layout::channels_last, backward);
 #define DX_BOUNDED_BY(kernels) DX_BOUNDED((kernels).threads, (kernels).blocks)
 
-template <class T>
-DX_DEVICE T warp_sum(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
 // The part of a slab that a block works on.
 struct Slab {
   int64_t n, first_channel, first_group;

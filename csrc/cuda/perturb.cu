@@ -48,7 +48,7 @@ struct Perturb {
       const float x = to_float(in.x0.at[k]);
       const float z = noise != nullptr ? to_float(in.noise.at[k]) : made[k];
       out[k] = perturb_sample(sample.signal, sample.sigma, x, z);
-      learned[k] = p.velocity ? velocity(sample.signal, sample.sigma, x, z) : z;
+      learned[k] = p.learned == Learned::velocity ? velocity(sample.signal, sample.sigma, x, z) : z;
     }
     store_pack<n, full>(x_t + at, count, out);
     if (target != nullptr) store_pack<n, full>(target + at, count, learned);

@@ -5,10 +5,12 @@
 #include "../math/perturb.h"
 
 #include "../common.h"
+#include "noising.h"
 
 namespace dx {
 
-constexpr uint32_t kTrainingStream = 2;
+// What is written beside x_t: the noise only where it was made, since the caller has his own.
+enum class Learned : int64_t { nothing, noise, velocity };
 
 struct Perturbation {
   Batch batch;
@@ -17,21 +19,16 @@ struct Perturbation {
   int64_t table_size;    // T+1
   const float* signal;   // [T+1]
   const float* sigma;    // [T+1]
-  bool velocity;
+  Learned learned;
 };
-
-inline const float* noising_table(const char* name, const Tensor& t, const Tensor& x0) {
-  check_same_device(name, t, x0);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.is_contiguous(), name,
-                  ": wanted a contiguous float32 table [T+1]");
-  return data_of<float>(t);
-}
 
 template <class Kernel>
 std::tuple<Tensor, Tensor> perturb(const Tensor& x0_, const Tensor& t_, const Tensor& signal,
                                    const Tensor& sigma, const MaybeTensor& noise_,
-                                   const MaybeTensor& seeds_, bool velocity) {
+                                   const MaybeTensor& seeds_, int64_t learned_) {
   STD_TORCH_CHECK(x0_.dim() >= 1, "x0: wanted shape [B, *]");
+  STD_TORCH_CHECK(learned_ >= 0 && learned_ <= 2, "learned: wanted 0, 1 or 2");
+  const Learned learned{learned_};
   STD_TORCH_CHECK(noise_.has_value() != seeds_.has_value(), "noise, seeds: wanted one of them");
   if (noise_) check_like("noise", *noise_, x0_);
   const int64_t samples = x0_.size(0);
@@ -41,7 +38,7 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& x0_, const Tensor& t_, const Te
   STD_TORCH_CHECK(signal.numel() == sigma.numel(), "sigma: wanted signal's size");
 
   Output x_t(new_like(x0_));
-  const bool written = velocity || !noise_;
+  const bool written = learned == Learned::velocity || (learned == Learned::noise && !noise_);
   Output target(written ? new_like(x0_) : fresh(x0_, {0}));
   const Layout layout = x_t.layout();
   const Tensor x0 = in_layout(x0_, x_t.dense(), layout);
@@ -53,7 +50,7 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& x0_, const Tensor& t_, const Te
                        signal.numel(),
                        noising_table("signal", signal, x0),
                        noising_table("sigma", sigma, x0),
-                       velocity};
+                       learned};
   const Kernel kernel(x0);
   dispatch_floating(x0.scalar_type(), "perturb", [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

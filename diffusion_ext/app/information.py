@@ -11,7 +11,7 @@ import torch
 from ..ops import backend
 from ..version import __version__
 
-OPS = ("sampler_step", "perturb", "philox_normal", "group_norm_act")
+OPS = ("sampler_step", "perturb", "denoising_loss", "philox_normal", "group_norm_act")
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,21 @@ import torch
 
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
+from .reference import LEARNED
 
 
-def perturb_by_table(x0, t, signal, sigma, noise=None, seeds=None, velocity=False):
-    """The op, unchecked: x_t = signal[t]·x0 + sigma[t]·ε and its target (v where velocity).
+def perturb_by_table(x0, t, signal, sigma, noise=None, seeds=None, learned=LEARNED["noise"]):
+    """The op, unchecked: x_t = signal[t]·x0 + sigma[t]·ε and what is learned of it.
 
     Args: signal, sigma: float32 [n] (float64 for a float64 x0); t: int64 [B], from 0 to n-1.
+        learned: of LEARNED. Of a noise that is given, no second copy is written: an empty tensor.
     """
     native = serves(x0) and not needs_grad(x0, noise)
     op = kernels().perturb if native else reference.perturb
-    return op(x0, t, signal, sigma, noise, seeds, velocity)
+    return op(x0, t, signal, sigma, noise, seeds, learned)
 
 
 @register_fake("perturb")
-def _(x0, t, signal, sigma, noise, seeds, velocity):
-    written = velocity or noise is None
+def _(x0, t, signal, sigma, noise, seeds, learned):
+    written = learned == LEARNED["v"] or (learned == LEARNED["noise"] and noise is None)
     return torch.empty_like(x0), torch.empty_like(x0) if written else x0.new_empty(0)

@@ -24,6 +24,9 @@ ACTIVATIONS = {
     "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
 }
 
+# What perturb writes beside x_t, as the kernels number it.
+LEARNED = {None: 0, "noise": 1, "v": 2}
+
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
@@ -184,9 +187,10 @@ def perturb(
     sigma: Tensor,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
-    velocity: bool = False,
+    learned: int = LEARNED["noise"],
 ) -> tuple[Tensor, Tensor]:
-    """x_t = signal[t]·x0 + sigma[t]·noise; the target: noise, or v = signal[t]·noise - sigma[t]·x0.
+    """x_t = signal[t]·x0 + sigma[t]·noise; the target: noise, or v = signal[t]·noise - sigma[t]·x0,
+    or, where none is learned, an empty tensor.
 
     Shapes: x0, noise, x_t and the target [B,*]; t and seeds [B] int64; signal, sigma [T+1].
     """
@@ -195,8 +199,44 @@ def perturb(
     if noise is None:
         noise = philox_normal(seeds, x0.shape, t, stream=2, dtype=x0.dtype)
     noise = _wide(noise)
-    target = a * noise - s * x0 if velocity else noise
-    return (a * x0 + s * noise).to(dtype), target.to(dtype)
+    x_t = (a * x0 + s * noise).to(dtype)
+    if learned == LEARNED[None]:
+        return x_t, x_t.new_empty(0)
+    target = a * noise - s * x0 if learned == LEARNED["v"] else noise
+    return x_t, target.to(dtype)
+
+
+def denoising_loss(
+    model_output: Tensor,
+    t: Tensor,
+    of_x0: Tensor,
+    of_noise: Tensor,
+    x0: Tensor | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    delta: float | None = None,
+) -> Tensor:
+    """[B]: the mean over a sample's elements of the penalty of model_output - target, where
+    target = of_x0[t]·x0 + of_noise[t]·noise; a term that is not given is left out.
+
+    Shapes: model_output, x0, noise [B,*]; t and seeds [B] int64; of_x0, of_noise [T+1].
+    delta: None is the square of the residual; a number is where Huber's penalty (1964) turns from
+    half the square to a straight line.
+    """
+    residual = _wide(model_output)
+    dtype, shape = residual.dtype, model_output.shape
+    if x0 is not None:
+        residual = residual - _per_sample(of_x0.to(dtype)[t], x0) * _wide(x0)
+    if seeds is not None:
+        noise = philox_normal(seeds, shape, t, stream=2, dtype=dtype)
+    if noise is not None:
+        residual = residual - _per_sample(of_noise.to(dtype)[t], noise) * _wide(noise)
+    if delta is None:
+        penalty = residual.square()
+    else:
+        slope = residual.clamp(-delta, delta)
+        penalty = slope * (residual - 0.5 * slope)
+    return penalty.reshape(shape[0], math.prod(shape[1:])).mean(1)
 
 
 # --- group_norm_act -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .karras import (
     flow_heun,
     heun,
 )
-from .noising import perturb
+from .noising import denoising_loss, perturb
 from .rows import PREDICTIONS, Row, table_of, tabulate
 from .sa_solver import sa_solver
 from .schedules import NoiseSchedule
@@ -38,7 +38,7 @@ SAMPLERS = {
 __all__ = [
     "COLUMNS", "EPS", "PREDICTIONS", "SAMPLERS", "SPACINGS", "X0", "Form", "NoiseSchedule",
     "Row", "StepTable", "X", "Z", "carried", "ddim", "ddim_inversion", "ddim_step", "ddpm",
-    "ddpm_step", "deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
+    "ddpm_step", "deis", "denoising_loss", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
     "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral", "flow_euler",
     "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms", "perturb", "plms",
     "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd", "unipc",

@@ -49,18 +49,34 @@ class NoiseSchedule:
         object.__setattr__(self, "_digest", content.hexdigest())
 
     def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
-        """A table of this schedule ("signal", "sigma" or "variance" = σ²) on `device`, kept there.
+        """A table of `values` on `device`, kept there.
 
         Returns: [T+1] of `dtype`.
         """
         key = (name, device, dtype)
         if key in self._tables:
             return self._tables[key]
-        values = self.sigma**2 if name == "variance" else getattr(self, name)
-        table = torch.from_numpy(values.copy()).to(device, dtype)
+        table = torch.from_numpy(self.values(name).copy()).to(device, dtype)
         if is_lasting(table):
             self._tables[key] = table
         return table
+
+    def values(self, name: str) -> np.ndarray:
+        """A table by name, float64 [T+1]: "signal", "sigma", "variance" = σ²; of rectified flow in
+        T steps "flow_signal" = 1 - t/T and "flow_sigma" = t/T; "zero", "one". With a "-" before its
+        name, its negative.
+        """
+        if name.startswith("-"):
+            return -self.values(name[1:])
+        sigma = np.arange(self.timesteps + 1) / self.timesteps
+        derived = {
+            "variance": self.sigma**2,
+            "flow_signal": 1 - sigma,
+            "flow_sigma": sigma,
+            "zero": np.zeros_like(sigma),
+            "one": np.ones_like(sigma),
+        }
+        return derived[name] if name in derived else getattr(self, name)
 
     def constant(self, make: Callable, *arguments):
         """What `make` makes of this schedule: a constant to torch.compile, which traces no numpy.

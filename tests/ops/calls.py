@@ -86,6 +86,14 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         slots = list(slots.values())
         return step_of_row(x, m, row, timestep, None, seeds, slots, 0.8, True)
 
+    def loss(**inputs):
+        return (dx.denoising_loss(schedule=SCHEDULE, prediction="v", **inputs),)
+
+    def loss_backward(model_output, **inputs):
+        leaf = model_output.detach().requires_grad_()
+        (losses,) = loss(model_output=leaf, delta=0.5, **inputs)
+        return torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+
     def fill(like, seeds):
         out = torch.empty_like(like)
         kernels().philox_normal_(out, seeds, 7, 1)
@@ -136,6 +144,8 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         "perturb, seeds": Call(
             lambda **inputs: dx.perturb(schedule=SCHEDULE, **inputs), noising(seeds=seeds)
         ),
+        "denoising_loss": Call(loss, noising(model_output=image, seeds=seeds)),
+        "denoising_loss, backward": Call(loss_backward, noising(model_output=image, seeds=seeds)),
         "philox_normal": Call(fill, lambda: {"like": image(), "seeds": seeds()}),
     }
 

@@ -66,6 +66,24 @@ def test_perturb_has_the_bits_of_the_cpu(dtype, shape, layouts):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+def test_gradients_of_the_loss_have_the_bits_of_the_cpu(dtype, shape, layouts):
+    def gradient(output, x0, t, seeds, prediction, delta):
+        leaf = output.detach().requires_grad_()
+        losses = dx.denoising_loss(
+            leaf, x0, t, SCHEDULE, seeds=seeds, prediction=prediction, delta=delta
+        )
+        return torch.autograd.grad(losses, leaf, torch.full_like(losses, 0.3))[0]
+
+    output, x0 = (lay(torch.randn(shape).to(dtype), layout) for layout in layouts)
+    t, seeds = torch.tensor([100, 0, 57])[: shape[0]], torch.arange(shape[0])
+    for prediction, delta in (("epsilon", None), ("v", 0.7), ("x0", None)):
+        assert_same_bits_on_cpu(gradient, output, x0, t, seeds, prediction, delta)
+
+
+@pytest.mark.backends(*CUDA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
 def test_sampler_step_has_the_bits_of_the_cpu(dtype, shape, layouts):
     x = lay(torch.randn(shape).to(dtype), layouts[0])
     m, m2, noise, history = (lay(torch.randn(shape).to(dtype), layouts[1]) for _ in range(4))
@@ -94,6 +112,7 @@ def results_of_every_op(dtype, layout):
     tensors, row = dx.ddim(SCHEDULE, 10, eta=0.7).tensors(x.device, dtype), torch.tensor([1, 4])
     results = {"philox_normal": dx.philox_normal(seeds, shape, dtype=dtype)}
     results["x_t"], results["v"] = dx.perturb(x, t, SCHEDULE, seeds=seeds, target="v")
+    results["loss"] = dx.denoising_loss(m, x, t, SCHEDULE, seeds=seeds, prediction="v")
     step = {"seeds": seeds, "history": history, "clip": 1.0, "return_x0": True}
     results["step"], results["x0"] = dx.sampler_step(x, m, *tensors, row, **step)
 
@@ -119,7 +138,7 @@ def test_the_order_of_the_threads_changes_no_bits(device, dtype, layout):
     pretend(0, device)
     first = results_of_every_op(dtype, layout)
     for name, result in first.items():
-        assert_close(result, exact[name], dtype, factor=4 if "gradient" in name else 1)
+        assert_close(result, exact[name], factor=4 if "gradient" in name else 1)
     for seed in range(1, 6):
         pretend(seed, device)
         for name, result in results_of_every_op(dtype, layout).items():

@@ -27,6 +27,10 @@ def perturb(x=X, t=T, **options):
     return lambda: dx.perturb(x, t, SCHEDULE, **options)
 
 
+def loss(output=X, x0=X, t=T, **options):
+    return lambda: dx.denoising_loss(output, x0, t, SCHEDULE, **options)
+
+
 def philox(seeds=0, shape=(2, 3), **options):
     return lambda: dx.philox_normal(seeds, shape, **options)
 
@@ -89,6 +93,19 @@ BAD = [
     (perturb(noise=X[:, :1]), ValueError, "noise: wanted x0's shape"),
     (perturb(seeds="7"), TypeError, "seeds: wanted an int"),
     (perturb(seeds=2**63), ValueError, "seeds: wanted an int of 64 bits"),
+    (perturb(target="x0"), ValueError, "target: wanted one of"),
+    (loss(), ValueError, "noise, seeds: wanted what perturb was given, got neither"),
+    (loss(noise=X, seeds=1), ValueError, "noise, seeds: wanted one of them, got both"),
+    (loss(output=X.long(), seeds=1), TypeError, "model_output: wanted float16"),
+    (loss(x0=X[:, :1], seeds=1), ValueError, "x0: wanted model_output's shape"),
+    (loss(x0=X.half(), seeds=1), TypeError, "x0: wanted model_output's dtype torch.float32"),
+    (loss(noise=X[:, :1]), ValueError, "noise: wanted x0's shape"),
+    (loss(t=torch.tensor([1, 11]), seeds=1), ValueError, "t: wanted values from 0 to 10, got 1"),
+    (loss(seeds=1, prediction="noise"), ValueError, "prediction: wanted one of"),
+    (loss(seeds=1, noising="odd"), ValueError, "noising: wanted one of"),
+    (loss(seeds=1, delta=-1), ValueError, "delta: wanted a number of at least 0, got -1"),
+    (loss(seeds=1, delta=0), ValueError, "delta: wanted a number above 0 or None, got 0"),
+    (loss(seeds=torch.tensor([1])), ValueError, r"seeds: wanted shape \[2\]"),
     (philox(shape=()), ValueError, r"shape: wanted \(B, \*\)"),
     (philox(shape=(2, -1)), ValueError, r"shape: wanted \(B, \*\)"),
     (philox(seeds=torch.tensor([1])), ValueError, r"seeds: wanted shape \[2\]"),
@@ -132,6 +149,13 @@ def test_the_kernels_check_for_themselves():
     ops, x = kernels(), torch.zeros(2, 4, 3, 3)
     with pytest.raises(RuntimeError, match="seeds: wanted shape"):
         ops.philox_normal_(x, torch.tensor([1]), 0, 0)
+    tables = [SCHEDULE.tensor(name, x.device) for name in ("signal", "sigma")]
+    with pytest.raises(RuntimeError, match="upstream: wanted float32"):
+        ops.denoising_loss(x, T, *tables, x, None, None, torch.ones(3), None)
+    with pytest.raises(RuntimeError, match="x0: wanted the model output's shape"):
+        ops.denoising_loss(x, T, *tables, x[..., :1], None, None, None, None)
+    with pytest.raises(RuntimeError, match="wanted one of them at least"):
+        ops.denoising_loss(x, T, *tables, None, None, None, None, None)
     with pytest.raises(RuntimeError, match="num_groups: wanted a divisor"):
         ops.group_norm_act(x, 3, None, None, 1e-5, 2, None, None, None, None, None)
     with pytest.raises(RuntimeError, match="scale: wanted shape"):
@@ -147,7 +171,9 @@ def test_the_kernels_check_the_indices(backend, bad):
     tables = [SCHEDULE.tensor(name, x.device) for name in ("signal", "sigma")]
     wanted = f"t: wanted from 0 to 10, got {bad}" if backend == "cpu" else "t out of range"
     with pytest.raises(RuntimeError, match=wanted):
-        ops.perturb(x, torch.tensor([1, bad]), *tables, None, torch.tensor([1, 2]), False)
+        ops.perturb(x, torch.tensor([1, bad]), *tables, None, torch.tensor([1, 2]), 1)
+    with pytest.raises(RuntimeError, match=wanted):
+        ops.denoising_loss(x, torch.tensor([1, bad]), *tables, x, None, None, None, None)
     wanted = f"row: wanted from 0 to 9, got {bad}" if backend == "cpu" else "row out of range"
     for row in (torch.tensor(bad), torch.tensor([0, bad])):
         with pytest.raises(RuntimeError, match=wanted):

@@ -116,6 +116,19 @@ def channel_sums(*tensors):
     return sums
 
 
+def test_denoising_loss(draw, samples):
+    output = draw(3).requires_grad_()
+    t, seeds = torch.tensor(TIMES[:samples]), torch.tensor(SEEDS[:samples])
+    losses = dx.denoising_loss(output, output.detach(), t, SCHEDULE, seeds=seeds)
+    size = output[0].numel()
+    (residual,) = torch.autograd.grad(losses, output, torch.full_like(losses, size / 2))
+    for b, _, run, first in runs(output):
+        z = normals(SEEDS[b], TIMES[b], 2, first).double()
+        assert_close(residual[run], output[run].double() - z, torch.bfloat16)
+    exact = channel_sums(residual, residual).sum(1).to(losses.device) / size
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=0)
+
+
 def group_means(sums, groups, x):
     """Means over the groups from sums over the channels: [N, C]."""
     size = CHANNELS // groups

@@ -30,6 +30,20 @@ def test_agrees_with_reference(dtype, shape, layout):
             assert x_t.stride() == torch.empty_like(x0).stride()
 
 
+def test_no_target_is_written_where_none_is_wanted():
+    x0, t = torch.randn(3, 2, 5, 7), torch.tensor(TIMES)
+    for source in ({"noise": torch.randn_like(x0)}, {"seeds": 3}):
+        x_t, target = dx.perturb(x0, t, SCHEDULE, target=None, **source)
+        assert target is None
+        assert same_bits(x_t, dx.perturb(x0, t, SCHEDULE, **source)[0])
+
+
+def test_flow_goes_straight_from_image_to_noise():
+    x0, noise = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    x_t, _ = dx.perturb(x0, torch.tensor([0, 25, 100]), SCHEDULE, noise, noising="flow")
+    assert_close(x_t, torch.stack([x0[0], 0.75 * x0[1] + 0.25 * noise[1], noise[2]]))
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize(("noising", "key"), [("standard", "p_xt"), ("course", "p_xt_course")])
 def test_oracle(loops, dtype, atol, noising, key):

@@ -129,6 +129,7 @@ outputs = [x, *dx.perturb(x, t, s, seeds=seeds, target="v")]
 table = dx.ddim(s, 10, eta=0.5, clip=1.0)
 outputs.append(dx.sampler_step(x, outputs[1], *table.tensors("cpu"), torch.tensor([1, 4, 9]),
                                seeds=seeds, clip=1.0))
+outputs.append(dx.denoising_loss(x, outputs[2], t, s, seeds=seeds, prediction="v"))
 outputs += [o.half() for o in outputs] + [o.bfloat16() for o in outputs]
 data = b"".join(o.contiguous().view(torch.uint8).numpy().tobytes() for o in outputs)
 print(_C.cpu_capability(), hashlib.sha256(data).hexdigest())
@@ -137,7 +138,7 @@ print(_C.cpu_capability(), hashlib.sha256(data).hexdigest())
 
 @pytest.mark.backends("cpu")
 def test_same_bits_on_every_instruction_set():
-    """Noise, perturb and the update: one set of bits on every instruction set here."""
+    """Noise, perturb, the loss and the update: one set of bits on every instruction set here."""
     answers = {}
     for capability in ("baseline", "avx2", "avx512"):
         run = subprocess.run(

@@ -31,6 +31,11 @@ def perturb_by_seeds(x0, factor):
     return factor * dx.perturb(x0, torch.tensor(T), SCHEDULE, seeds=torch.tensor([8, 9]))[0]
 
 
+def loss(output, x0):
+    t, seeds = torch.tensor(T), torch.tensor([8, 9])
+    return dx.denoising_loss(output, x0, t, SCHEDULE, seeds=seeds, prediction="v", delta=1.0)
+
+
 def step(x, m):
     tensors = TABLE.tensors(x.device)
     return dx.sampler_step(x, m, *tensors, torch.tensor([2, 7]), noise=m.roll(1), guidance=1.5)
@@ -55,7 +60,7 @@ def shapes_of(f):
 
 
 @pytest.fixture(
-    params=[norm, perturb, perturb_by_seeds, step, step_by_seeds, ddim, conv],
+    params=[norm, perturb, perturb_by_seeds, loss, step, step_by_seeds, ddim, conv],
     ids=lambda f: f.__name__,
 )
 def function(request, backend):

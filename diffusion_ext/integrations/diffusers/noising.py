@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.perturb import perturb_by_table
+from ...ops.perturb import LEARNED, perturb_by_table
 from .fused_scheduler import alike
 from .rows import root
 
@@ -24,7 +24,7 @@ def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) 
     Args: original_samples, noise: [B, *]; timesteps: integers [B], [1] or [].
     Returns: [B, *]. Raises: what diffusers raises.
     """
-    fused = _perturb(self, original_samples, noise, timesteps)
+    fused = _perturb(self, original_samples, noise, timesteps, "noise")
     if fused is not None:
         return fused[0]
     x, z, dtype = _widened(original_samples, noise)
@@ -37,14 +37,14 @@ def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tens
     Args: sample, noise: [B, *]; timesteps: integers [B], [1] or [].
     Returns: [B, *]. Raises: what diffusers raises.
     """
-    fused = _perturb(self, sample, noise, timesteps, velocity=True)
+    fused = _perturb(self, sample, noise, timesteps, "v")
     if fused is not None:
         return fused[1]
     x, z, dtype = _widened(sample, noise)
     return self.theirs.get_velocity(self, x, z, timesteps).to(dtype)
 
 
-def _perturb(self, x, noise, timesteps, velocity=False):
+def _perturb(self, x, noise, timesteps, learned: str):
     """(x_t, v) of the op; None for what diffusers has to broadcast or to refuse."""
     if not alike(x, noise) or timesteps.dtype not in INTEGERS:
         return None
@@ -63,7 +63,7 @@ def _perturb(self, x, noise, timesteps, velocity=False):
         )
     )
     t = timesteps.to(x.device, torch.int64).flatten().expand(batch).contiguous()
-    return perturb_by_table(x.to(dtype), t, signal, sigma, noise.to(dtype), None, velocity)
+    return perturb_by_table(x.to(dtype), t, signal, sigma, noise.to(dtype), None, LEARNED[learned])
 
 
 def _within(timesteps: Tensor, count: int) -> bool:
