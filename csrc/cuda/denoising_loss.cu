@@ -123,8 +123,7 @@ struct Cuda {
       constexpr Walk w = decltype(walk)::value;
       constexpr int kPack = decltype(n)::value;
       const Launch how = elementwise_launch<w, kPack>("denoising_loss", device, batch);
-      const Tensor sums =
-          fresh(output, {batch.samples, how.blocks}, int32_t(ScalarType::Double));
+      const Tensor sums = fresh(output, {batch.samples, how.blocks}, int32_t(ScalarType::Double));
       double* at = static_cast<double*>(sums.mutable_data_ptr());
       launch(device, how, loss_of_shares<w, kPack, decltype(full)::value, T, X>,
              LossOfShares<T, X>{loss, m, x0, noise, gradient, 0}, at);

@@ -17,6 +17,7 @@ import tyro
 
 from ..nn import ContextUnet
 from ..samplers import NoiseSchedule
+from ..sampling.pictures import save_loss_curve
 from ..training import (
     CHECKPOINT_NAME,
     StateDictOptions,
@@ -27,7 +28,6 @@ from ..training import (
     save_state_dict,
 )
 from .information import info
-from .pictures import save_loss_curve
 from .places import device_of, file_of
 from .recognition import recognise_digits
 from .sample import Sample

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..samplers import SAMPLERS, SPACINGS, NoiseSchedule, StepTable, ddpm
 from ..sampling import SampleResult, sample
+from ..sampling.pictures import sample_grid, save_denoising_animation
 from ..training import StateDictOptions, load_trained
-from .pictures import sample_grid, save_denoising_animation
 from .places import device_of, file_of
 
 UNLABELLED_COLUMNS = 10

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn.context_unet import ContextUnet
 from ..samplers.schedules import NoiseSchedule
@@ -29,13 +29,17 @@ class Checkpoint:
 
     Attributes:
         model, ema: state dicts of the model as trained, and of its moving average.
-        optimizer: Adam's state, `<parameter>.<name>` -> tensor.
+        optimizer: the optimizer's tensors, `<parameter>.<name>` -> tensor.
         schedule: the noise schedule.
-        model_configuration: the arguments of ContextUnet.
+        model_configuration: the arguments of ContextUnet; {} for another network.
         training: the fields of TrainingConfig.
         class_names: one for each context feature.
         losses: the mean loss of each epoch so far.
         steps, samples_seen: how many weight updates there were, and images in them.
+        validation_losses: after each epoch, where images are held out.
+        epoch_batches, epoch_loss, epoch_images: how many batches of the next epoch were trained
+            already, the sum of their images' losses, and how many images that were.
+        optimizer_numbers: what of the optimizer's state is no tensor. scaler: of float16.
     """
 
     model: dict[str, Tensor]
@@ -43,15 +47,33 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     schedule: NoiseSchedule
     model_configuration: dict[str, int | str]
-    training: dict[str, int | float]
+    training: dict
     class_names: tuple[str, ...]
     losses: list[float]
     steps: int
     samples_seen: int
+    validation_losses: list[float] = field(default_factory=list)
+    epoch_batches: int = 0
+    epoch_loss: float = 0.0
+    epoch_images: int = 0
+    optimizer_numbers: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
 
-    def build_model(self) -> ContextUnet:
-        """A new model with the averaged weights, in evaluation mode."""
-        model = ContextUnet(**self.model_configuration)
+    @property
+    def prediction(self) -> str:
+        """What the network predicts."""
+        return self.training.get("prediction", "epsilon")
+
+    def build_model(self, model: nn.Module | None = None) -> nn.Module:
+        """A new ContextUnet with the averaged weights, in evaluation mode.
+
+        Args: model: where another network was trained, one like it, which takes the weights.
+        Raises: ValueError where there is neither.
+        """
+        if model is None:
+            if not self.model_configuration:
+                raise ValueError("model: this checkpoint is of your own network; hand one over")
+            model = ContextUnet(**self.model_configuration)
         model.load_state_dict(self.ema)
         return model.eval()
 
@@ -71,7 +93,18 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         for name, value in vars(checkpoint).items()
         if name not in (*TENSOR_GROUPS, "schedule")
     }
-    write_whole(path, save(tensors, metadata={METADATA_KEY: json.dumps(rest)}))
+    write_whole(path, save(_apart(tensors), metadata={METADATA_KEY: json.dumps(rest)}))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, which safetensors wants: tied weights are written twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,120 +1,150 @@
-"""The training loop of Ho et al. 2020, algorithm 1, with context dropout for guidance."""
+"""The training loop of Ho et al. 2020, algorithm 1, for any network, with context dropout."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..nn.context_unet import ContextUnet
-from ..samplers.noising import NOISINGS, perturb
 from ..samplers.schedules import NoiseSchedule
-from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from .data import ImageData
-from .ema import ExponentialMovingAverage
+from ..version import __version__
+from .checkpoints import Checkpoint, load_checkpoint
+from .config import FREE, TrainingConfig
+from .data import Batch, ImageData, LazyData
+from .draws import Draws, DrawTimesteps, batches_of
+from .learner import Learner
+from .logs import LossMeter, RunLog
+from .optimizers import learning_rate
+from .preview import Preview
+from .run_folder import RunFolder
+from .validation import Validation
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
-MAX_SEED = 2**31 - 1
 
+@dataclass
+class Progress:
+    """How far a run has come.
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train."""
+    Attributes:
+        losses, validation_losses: of each epoch.
+        steps: updates of the weights. images: seen.
+        batches, loss, loss_images: of the epoch that has begun: batches trained, the sum of their
+            images' losses, on the device, and how many images that were.
+    """
 
-    epochs: int = 32
-    """passes over the data"""
-    batch_size: int = 100
-    """images in a step"""
-    learning_rate: float = 1e-3
-    """Adam's; falls linearly per epoch, towards 0 at the end"""
-    context_keep: float = 0.9
-    """probability that a sample keeps its context, which guidance needs to be below 1"""
-    ema_decay: float = 0.995
-    """decay of the moving average of the weights"""
-    checkpoint_every: int = 4
-    """epochs between checkpoints; the last epoch always writes one"""
-    seed: int = 0
-    """of the noise, the times, the order and the context dropout"""
-    noising: Literal["standard", "course"] = "standard"
-    """how images are noised; course: without the root of the noise's variance, as its notebook"""
+    losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    images: int = 0
+    batches: int = 0
+    loss: Tensor | float = 0.0
+    loss_images: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: wanted more than 0, got {self.learning_rate}")
-        if not 0 <= self.context_keep <= 1:
-            raise ValueError(f"context_keep: wanted a probability, got {self.context_keep}")
-        if self.noising not in NOISINGS:
-            raise ValueError(f"noising: wanted one of {tuple(NOISINGS)}, got {self.noising!r}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed: wanted 0 to {MAX_SEED}, got {self.seed}")
+    @property
+    def mean_loss(self) -> float:
+        """Of the epoch so far; reading it waits for the device."""
+        return float(self.loss) / self.loss_images if self.loss_images else math.nan
+
+    def end_epoch(self, loss: float) -> None:
+        self.losses.append(loss)
+        self.batches, self.loss, self.loss_images = 0, 0.0, 0
 
 
 class Trainer:
-    """Trains a ContextUnet to predict the noise in noised images.
+    """Trains a network to predict the noise in noised images, or what else config.prediction says.
 
     Args:
-        model: trained in place, and moved to `device` and channels_last.
-        schedule: the noise schedule; times are drawn uniformly from 1..T.
-        data: held on `device` whole.
-        folder: where the checkpoint is written.
+        model: any module model(x_t [B,C,S,S], t/T [B], context [B,*] or None) -> [B,C,S,S]: a
+            ContextUnet, a diffusers network by `adapters.from_diffusers`, your own. Trained in
+            place, and moved to `device` and channels_last.
+        schedule: the noise schedule; a flow takes from it T alone.
+        data: images and contexts; ImageData is held on `device` whole, LazyData read as needed.
+        folder: where checkpoints, log and pictures are written.
         config: see TrainingConfig.
         device: default the model's.
+        draw_timesteps: (numpy Generator, n) -> n integers from 1 to T, in place of
+            config.timestep_sampling.
 
     Attributes:
         model: as trained. ema_model: its moving average, in evaluation mode: sample from this.
-        losses: the mean loss of each epoch so far.
+        losses: the mean loss of each epoch so far; validation_losses: that of the average on the
+        images held out.
 
-    Every random draw is a function of the seed and of the epoch or the number of samples seen, so
-    a run that is stopped and resumed continues exactly.
+    Every random draw is a function of the seed and of the place in the run, so a run that is
+    stopped and resumed continues exactly.
 
-    Raises: ValueError where the data does not fit the model.
+    Raises: ValueError where the data does not fit the model, or an option is not to be had.
     """
 
     def __init__(
         self,
-        model: ContextUnet,
+        model: nn.Module,
         schedule: NoiseSchedule,
-        data: ImageData,
+        data: ImageData | LazyData,
         folder: str | Path,
         config: TrainingConfig | None = None,
         device: torch.device | str | None = None,
+        draw_timesteps: DrawTimesteps | None = None,
     ):
         _check_fit(model, data)
         self.config = config or TrainingConfig()
-        self.device = torch.device(device or next(model.parameters()).device)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.schedule = schedule
-        self.images = data.images.to(self.device, memory_format=torch.channels_last)
-        self.contexts = data.contexts.to(self.device)
-        self.class_names = data.class_names
-        self.checkpoint_path = Path(folder) / CHECKPOINT_NAME
-        self.ema = ExponentialMovingAverage(self.model, self.config.ema_decay)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), self.config.learning_rate, fused=True
-        )
-        self.losses: list[float] = []
-        self.steps = 0
-        self.samples_seen = 0
+        first = next(model.parameters(), torch.empty(0))
+        self.device = torch.device(device or first.device)
+        self.schedule, self.data = schedule, data
+        self.folder = RunFolder(folder, self.config.keep)
+        self.learner = Learner(model, self.config, schedule, self.device)
+        self.draws = Draws(self.config, schedule.timesteps, draw_timesteps)
+        self.images, held_out = self.draws.split(len(data))
+        if not len(self.images):
+            raise ValueError(f"validation: {self.config.validation} leaves no image to train on")
+        objective, size = self.learner.objective, self.config.batch_size
+        self.validation = Validation(data, held_out, objective, schedule.timesteps, size)
+        self.preview = Preview(self.config, schedule, data)
+        self.progress = Progress()
 
     @property
-    def ema_model(self) -> ContextUnet:
-        return self.ema.model
+    def model(self) -> nn.Module:
+        return self.learner.model
+
+    @property
+    def ema_model(self) -> nn.Module:
+        return self.learner.average.model
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder.checkpoint
+
+    @property
+    def losses(self) -> list[float]:
+        return self.progress.losses
+
+    @property
+    def validation_losses(self) -> list[float]:
+        return self.progress.validation_losses
+
+    @property
+    def steps(self) -> int:
+        """Updates of the weights so far."""
+        return self.progress.steps
+
+    @property
+    def samples_seen(self) -> int:
+        return self.progress.images
 
     @property
     def epoch(self) -> int:
         """Epochs completed."""
         return len(self.losses)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.images) // self.config.batch_size)
 
     def fit(self, resume: bool = False, progress: bool = True) -> list[float]:
         """Trains to the last epoch, writing checkpoints on the way.
@@ -136,91 +166,180 @@ class Trainer:
             raise FileExistsError(
                 f"{self.checkpoint_path} is there already: resume it, or choose another folder"
             )
-        self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        while self.epoch < self.config.epochs:
-            start = time.perf_counter()
-            loss = self._train_epoch(progress)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of epoch {self.epoch + 1} is {loss}: try a lower learning rate"
-                )
-            self.losses.append(loss)
-            speed = len(self.images) / (time.perf_counter() - start)
-            if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
-                save_checkpoint(self.checkpoint(), self.checkpoint_path)
-                if progress:
-                    label = self._epoch_label(self.epoch)
-                    tqdm.write(f"{label}  loss {loss:.4f}  {speed:.0f} images/s")
+        self.folder.write_config(self._description())
+        log = RunLog(self.folder.path, self.steps)
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                batches = self.data.batches(self._remaining(), self.device)
+                while self.epoch < self.config.epochs:
+                    self._train_epoch(batches, log, progress)
+                    self._end_epoch(log, progress)
+        finally:
+            log.close()
         return self.losses
 
-    def _epoch_label(self, epoch: int) -> str:
-        return f"epoch {epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
+    def _remaining(self) -> Iterator[np.ndarray]:
+        """The images of every batch that is still to come, in this epoch and the later ones."""
+        skipped = self.progress.batches
+        for epoch in range(self.epoch, self.config.epochs):
+            order = self.draws.order(epoch, self.images)
+            yield from list(batches_of(order, self.config.batch_size))[skipped:]
+            skipped = 0
 
-    def _train_epoch(self, progress: bool) -> float:
+    def _train_epoch(self, batches: Iterator[Batch], log: RunLog, progress: bool) -> None:
+        state, config = self.progress, self.config
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * (1 - self.epoch / self.config.epochs)
-        random = np.random.default_rng((self.config.seed, self.epoch))
-        order = torch.from_numpy(random.permutation(len(self.images))).to(self.device)
-        total = torch.zeros((), device=self.device)
         bar = tqdm(
             total=len(self.images),
-            desc=self._epoch_label(self.epoch + 1),
+            initial=state.batches * config.batch_size,
+            desc=self._label(self.epoch + 1),
             unit=" images",
             leave=False,
             mininterval=0.5,
             disable=None if progress else True,  # None: only where stderr is a terminal
         )
-        devices = [self.device] if self.device.type == "cuda" else []
-        with bar, torch.random.fork_rng(devices):
-            # For what draws inside the model, such as ContextUnet's random shortcut.
-            torch.manual_seed(int(random.integers(MAX_SEED)))
-            for index in order.split(self.config.batch_size):
-                total += self._train_step(index, random) * len(index)
-                if bar.update(len(index)):  # the loss is read, which waits, only when it is shown
-                    bar.set_postfix(loss=f"{total.item() / bar.n:.4f}")
-        return total.item() / len(self.images)
+        meter = LossMeter(self.schedule.timesteps, self.device)
+        began, saved = (time.perf_counter(), state.images), time.perf_counter()
+        with bar:
+            while state.batches < self.batches_per_epoch:
+                images = state.images
+                norm = self._step(batches, meter)
+                if state.steps % config.log_every == 0:
+                    log.line(self._known(began), meter.take(), norm)
+                    began = time.perf_counter(), state.images
+                if bar.update(state.images - images):  # only then the loss is read, which waits
+                    bar.set_postfix(loss=f"{state.mean_loss:.4f}")
+                if config.checkpoint_minutes and time.perf_counter() > saved + 60 * (
+                    config.checkpoint_minutes
+                ):
+                    self.folder.save(self.checkpoint())
+                    saved = time.perf_counter()
 
-    def _train_step(self, index: Tensor, random: np.random.Generator) -> Tensor:
-        """index: int64 [B] of the images. Returns the mean loss, [] on the device."""
-        batch, last = len(index), self.schedule.timesteps
-        t = torch.from_numpy(random.integers(1, last + 1, batch)).to(self.device)
-        keep = torch.from_numpy(random.random(batch) < self.config.context_keep).to(self.device)
-        context = self.contexts[index] * keep[:, None]
-        # A seed of its own for each sample ever seen, so that no noise comes twice.
-        seeds = (self.config.seed << 32) + self.samples_seen + torch.arange(batch)
-        seeds, noising = seeds.to(self.device), self.config.noising
-        x_t, noise = perturb(self.images[index], t, self.schedule, seeds=seeds, noising=noising)
+    def _step(self, batches: Iterator[Batch], meter: LossMeter) -> Tensor | None:
+        """One update of the weights. Returns the gradient's norm, where it is known."""
+        config, state = self.config, self.progress
+        first, last = state.batches, min(state.batches + config.accumulate, self.batches_per_epoch)
+        sizes = [
+            min(config.batch_size, len(self.images) - i * config.batch_size)
+            for i in range(first, last)
+        ]
+        for size in sizes:
+            number = self.epoch * self.batches_per_epoch + state.batches
+            draws = self.draws.batch(number, state.images, size, self.device)
+            batch = next(batches)
+            state.batches += 1
+            state.images += size
+            if batch.kept is not None:
+                draws = draws.of(batch.kept)
+            if not len(batch):
+                continue
+            torch.manual_seed(self.draws.torch_seed(number))
+            trained, losses = self.learner.backward(batch, draws, sum(sizes))
+            state.loss = state.loss + trained.sum()
+            state.loss_images += len(batch)
+            meter.add(trained, losses, draws.t)
+        lr = learning_rate(config, state.steps, -(-self.batches_per_epoch // config.accumulate))
+        state.steps += 1
+        return self.learner.update(state.steps, lr, state.steps % config.log_every == 0)
 
-        loss = F.mse_loss(self.model(x_t, t / last, context), noise)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+    def _known(self, began: tuple[float, int] | None = None) -> dict[str, float]:
+        """What the host knows of a line of the log; began: when, and how many images were seen."""
+        state = self.progress
+        known = {
+            "step": state.steps,
+            "epoch": round(self.epoch + state.batches / self.batches_per_epoch, 4),
+            "images": state.images,
+        }
+        if began is not None:
+            start, images = began
+            known["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
+            known["images_per_second"] = (state.images - images) / (time.perf_counter() - start)
+        return known
 
-        self.steps += 1
-        self.samples_seen += batch
-        self.ema.update(self.model, self.steps)
-        return loss.detach()
+    def _end_epoch(self, log: RunLog, progress: bool) -> None:
+        state, config = self.progress, self.config
+        loss = state.mean_loss
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of epoch {self.epoch + 1} is {loss}: try a lower learning rate"
+            )
+        state.end_epoch(loss)
+        if len(self.validation):
+            loss = self.validation.loss(self.learner.predict_averaged, self.device)
+            state.validation_losses.append(loss)
+            log.flush()
+            log.write({**self._known(), "seconds": log.seconds, "validation_loss": loss})
+        if self.epoch == 1 and progress and isinstance(self.data, LazyData):
+            for line in self.data.left_out():
+                tqdm.write(line)
+        if config.samples_every and self._due(config.samples_every):
+            picture = self.preview.draw(self.ema_model, self.device)
+            picture.save(self.folder.picture(self.epoch))
+            log.picture("samples", np.asarray(picture), self.steps)
+        if self._due(config.checkpoint_every):
+            self.folder.save(self.checkpoint(), self._is_best())
+            if progress:
+                tqdm.write(self._line(log))
+
+    def _due(self, every: int, epoch: int | None = None) -> bool:
+        epoch = epoch or self.epoch
+        return epoch % every == 0 or epoch == self.config.epochs
+
+    def _is_best(self) -> bool:
+        """Whether no earlier checkpoint had a lower loss on the images held out."""
+        *earlier, last = self.validation_losses or [math.nan]
+        due = [v for i, v in enumerate(earlier, 1) if self._due(self.config.checkpoint_every, i)]
+        return last <= min(due, default=math.inf)
+
+    def _line(self, log: RunLog) -> str:
+        """What an epoch came to, and how long the others will take."""
+        parts = [self._label(self.epoch), f"loss {self.losses[-1]:.4f}"]
+        if self.validation_losses:
+            parts.append(f"held out {self.validation_losses[-1]:.4f}")
+        rate = self.samples_seen / log.seconds
+        left = (self.config.epochs - self.epoch) * len(self.images) / rate
+        if self.epoch < self.config.epochs:
+            parts.append(f"{tqdm.format_interval(left)} left")
+        return "  ".join([*parts, f"{rate:.0f} images/s"])
+
+    def _label(self, epoch: int) -> str:
+        return f"epoch {epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
+
+    def _configuration(self) -> dict:
+        return dict(getattr(self.model, "configuration", {}))
+
+    def _description(self) -> dict:
+        """What config.json tells."""
+        return {
+            "diffusion_ext": __version__,
+            "torch": torch.__version__,
+            "model": {"class": type(self.model).__name__, **self._configuration()},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "timesteps": self.schedule.timesteps,
+            "training": asdict(self.config),
+            "images": len(self.images),
+            "held_out": len(self.data) - len(self.images),
+            "shape": list(self.data.shape),
+            "classes": list(self.data.class_names),
+        }
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        optimizer = {
-            f"{names[parameter]}.{name}": value
-            for parameter, state in self.optimizer.state.items()
-            for name, value in state.items()
-        }
+        state = self.progress
         return Checkpoint(
-            model=self.model.state_dict(),
-            ema=self.ema_model.state_dict(),
-            optimizer=optimizer,
+            **self.learner.state(),
             schedule=self.schedule,
-            model_configuration=self.model.configuration,
+            model_configuration=self._configuration(),
             training=asdict(self.config),
-            class_names=self.class_names,
-            losses=self.losses,
-            steps=self.steps,
-            samples_seen=self.samples_seen,
+            class_names=self.data.class_names,
+            losses=list(state.losses),
+            validation_losses=list(state.validation_losses),
+            steps=state.steps,
+            samples_seen=state.images,
+            epoch_batches=state.batches,
+            epoch_loss=float(state.loss),
+            epoch_images=state.loss_images,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -229,41 +348,42 @@ class Trainer:
         Raises: ValueError naming what differs.
         """
         self._check_same_run(checkpoint)
-        self.model.load_state_dict(checkpoint.model)
-        self.ema_model.load_state_dict(checkpoint.ema)
-        parameters = dict(self.model.named_parameters())
-        for key, value in checkpoint.optimizer.items():
-            name, _, field = key.rpartition(".")
-            parameter = parameters[name]
-            value = value.to(parameter.device)
-            if value.shape == parameter.shape:  # a moment: in the parameter's memory format
-                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
-            self.optimizer.state[parameter][field] = value
-        self.losses = list(checkpoint.losses)
-        self.steps = checkpoint.steps
-        self.samples_seen = checkpoint.samples_seen
+        self.learner.restore(checkpoint)
+        self.progress = Progress(
+            losses=list(checkpoint.losses),
+            validation_losses=list(checkpoint.validation_losses),
+            steps=checkpoint.steps,
+            images=checkpoint.samples_seen,
+            batches=checkpoint.epoch_batches,
+            loss=torch.tensor(checkpoint.epoch_loss, device=self.device),
+            loss_images=checkpoint.epoch_images,
+        )
+        self.folder.went_on_from(checkpoint.steps)
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        wanted = self.model.configuration | asdict(self.config)
+        wanted = self._configuration() | asdict(self.config)
         # An older checkpoint lacks what was fixed then, at the default of today.
         found = checkpoint.model_configuration | asdict(TrainingConfig()) | checkpoint.training
-        for name in wanted.keys() - {"epochs", "checkpoint_every"}:
-            if wanted[name] != found[name]:
+        for name in sorted(wanted.keys() - FREE):
+            if wanted[name] != found.get(name):
                 raise ValueError(
-                    f"{name}: the checkpoint to resume has {found[name]}, this run {wanted[name]}"
+                    f"{name}: the checkpoint to resume has {found.get(name)}, "
+                    f"this run {wanted[name]}"
                 )
         if not np.array_equal(checkpoint.schedule.alpha_bar, self.schedule.alpha_bar):
             raise ValueError("schedule: the checkpoint to resume has another one")
 
 
-def _check_fit(model: ContextUnet, data: ImageData) -> None:
-    image = [model.in_channels, model.height, model.height]
-    if list(data.images.shape[1:]) != image:
+def _check_fit(model: nn.Module, data) -> None:
+    """Where the model tells what it takes, as a ContextUnet does."""
+    sizes = [getattr(model, name, None) for name in ("in_channels", "height", "height")]
+    if None not in sizes and list(data.shape) != sizes:
         raise ValueError(
-            f"data: wanted images {['N', *image]} for this model, got {list(data.images.shape)}"
+            f"data: wanted images {['N', *sizes]} for this model, got {[len(data), *data.shape]}"
         )
-    if data.contexts.shape[1] != model.n_cfeat:
+    features = getattr(model, "n_cfeat", None)
+    if None not in (features, data.context_shape) and data.context_shape != (features,):
         raise ValueError(
-            f"data: wanted contexts ['N', {model.n_cfeat}] for this model, "
-            f"got {list(data.contexts.shape)}"
+            f"data: wanted contexts ['N', {features}] for this model, "
+            f"got {[len(data), *data.context_shape]}"
         )

@@ -71,7 +71,7 @@ def test_help_shows_every_default(capsys):
     ):
         text = help_of(capsys, config.__name__.lower())
         assert text.count("(default:") == options
-    assert "--learning-rate FLOAT Adam's; falls linearly per epoch" in help_of(capsys, "train")
+    assert "--learning-rate FLOAT the optimizer's, before lr_schedule" in help_of(capsys, "train")
     assert "guidance scale; 1 is none (default: 2.0)" in help_of(capsys, "sample")
 
 

@@ -127,7 +127,7 @@ def test_bad_arrays(tmp_path, array, layout, message):
     ("labels", "message"),
     [
         (np.zeros(3, int), r"contexts: wanted labels \[2\] or vectors \[2, n_cfeat\].*\[3\]"),
-        (np.zeros((2, 2, 2)), r"contexts: wanted labels .* got shape \[2, 2, 2\]"),
+        (np.zeros((3, 2, 2)), r"contexts: wanted labels .* got shape \[3, 2, 2\]"),
         (np.array([0, -1]), r"contexts: wanted labels 0, 1, \.\.\., got torch.int64"),
         (np.array([0.5, 1.0]), r"contexts: wanted labels 0, 1, \.\.\., got torch.float64"),
     ],
@@ -172,5 +172,5 @@ def test_missing_and_unknown_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: no file .*nowhere\.npy"):
         load_data(tmp_path / "nowhere.npy")
     (tmp_path / "set.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r'data: wanted "digits", a folder, .npy or .npz'):
+    with pytest.raises(ValueError, match=r'data: wanted "digits", "emoji", a folder, .npy or .npz'):
         load_data(tmp_path / "set.csv")

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_ext as dx
 from diffusion_ext.training import (
@@ -13,8 +14,10 @@ from diffusion_ext.training import (
     Trainer,
     TrainingConfig,
     load_checkpoint,
-    trainer,
+    run_folder,
 )
+from diffusion_ext.training.learner import Learner
+from diffusion_ext.training.objective import Objective
 
 SCHEDULE = dx.NoiseSchedule.linear(timesteps=20)
 
@@ -60,7 +63,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, model_o
     whole.fit(progress=False)
 
     stopped = tiny_trainer(tmp_path / "parts", **model_options)
-    step, calls = Trainer._train_step, []
+    step, calls = Learner.update, []
 
     def interrupt(self, *arguments):
         calls.append(1)
@@ -69,7 +72,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, model_o
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupt)
+        patch.setattr(Learner, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             stopped.fit(progress=False)
     torch.rand(3)  # the state of torch's own generator must not matter
@@ -109,20 +112,20 @@ def test_it_learns_two_flat_images(tmp_path):
 def test_every_draw(tmp_path, monkeypatch):
     """Seeds are used once, times lie in 1..T, each image comes once an epoch, contexts drop."""
     seen = {"seeds": [], "t": [], "images": [], "kept": [], "time": []}
+    noised = Objective.noised
 
-    def recording(x0, t, schedule, seeds, noising):
-        assert noising == "standard"
+    def recording(self, x0, t, seeds):
         seen["seeds"] += seeds.tolist()
         seen["t"] += t.tolist()
         seen["images"] += x0[:, 0, 0, 0].tolist()
-        return dx.perturb(x0, t, schedule, seeds=seeds)
+        return noised(self, x0, t, seeds)
 
     def look(_, arguments):
         _, time, context = arguments
         seen["time"] += time.tolist()
         seen["kept"] += context.any(1).tolist()
 
-    monkeypatch.setattr(trainer, "perturb", recording)
+    monkeypatch.setattr(Objective, "noised", recording)
     config = TrainingConfig(epochs=60, batch_size=4, context_keep=0.7, seed=7)
     run = tiny_trainer(tmp_path, config)
     run.model.register_forward_pre_hook(look)
@@ -137,39 +140,39 @@ def test_every_draw(tmp_path, monkeypatch):
     assert abs(np.mean(seen["kept"]) - 0.7) < 0.06  # 3 standard deviations
 
 
-def test_learning_rate_falls_linearly(tmp_path, monkeypatch):
-    run, rates = tiny_trainer(tmp_path), []
-    step = Trainer._train_step
-
-    def recording(self, *arguments):
-        rates.append(self.optimizer.param_groups[0]["lr"])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "_train_step", recording)
-    run.fit(progress=False)
-    assert rates == pytest.approx(np.repeat([1e-3, 0.75e-3, 0.5e-3, 0.25e-3], 3))
-
-
 def test_the_loss_is_the_mean_over_samples(tmp_path, monkeypatch):
     run, losses = tiny_trainer(tmp_path), []
-    step = Trainer._train_step
+    backward = Learner.backward
 
-    def recording(self, index, random):
-        loss = step(self, index, random)
-        losses.append(float(loss) * len(index))
-        return loss
+    def recording(self, batch, draws, of):
+        assert of == len(batch)
+        trained, plain = backward(self, batch, draws, of)
+        assert torch.equal(trained, plain)  # nothing is weighted by default
+        losses.append(trained.sum().item())
+        return trained, plain
 
-    monkeypatch.setattr(Trainer, "_train_step", recording)
+    monkeypatch.setattr(Learner, "backward", recording)
     means = run.fit(progress=False)
     assert means == pytest.approx(np.sum(np.reshape(losses, (4, 3)), axis=1) / 10)
 
 
-def test_the_loss_is_read_once_an_epoch_where_no_bar_shows_it(tmp_path, monkeypatch):
-    """Reading it waits for the device, so that every further read would be a stall."""
-    run, reads = tiny_trainer(tmp_path), []
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(self) or 0.5)
-    run.fit(progress=False)
-    assert len(reads) == 4
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads of tensors, each of which waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_is_read_once_an_epoch_where_no_bar_shows_it(tmp_path):
+    run = tiny_trainer(tmp_path, TrainingConfig(epochs=4, batch_size=1, checkpoint_every=4))
+    with Reads() as reads:
+        run.fit(progress=False)
+    assert reads.count == 4
 
 
 def test_ema_follows_its_definition():
@@ -207,7 +210,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(tmp_path):
 
 def test_checkpoints_come_every_k_epochs_and_at_the_end(tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda c, path: written.append(len(c.losses)))
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda c, _: written.append(len(c.losses)))
     config = TrainingConfig(epochs=5, batch_size=10, checkpoint_every=2)
     tiny_trainer(tmp_path, config).fit()
     assert written == [2, 4, 5]
@@ -237,12 +240,17 @@ def test_nothing_to_resume(tmp_path):
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, monkeypatch):
-    run = tiny_trainer(tmp_path)
-    losses = iter([0.5, 0.4, float("nan")])
-    monkeypatch.setattr(Trainer, "_train_epoch", lambda self, progress: next(losses))
+    run, backward = tiny_trainer(tmp_path), Learner.backward
+
+    def diverging(self, batch, draws, of):
+        trained, plain = backward(self, batch, draws, of)
+        return (trained * torch.nan if run.epoch == 2 else trained), plain
+
+    monkeypatch.setattr(Learner, "backward", diverging)
     with pytest.raises(FloatingPointError, match="loss of epoch 3 is nan: try a lower learning"):
         run.fit(progress=False)
-    assert load_checkpoint(run.checkpoint_path).losses == [0.5, 0.4]
+    assert load_checkpoint(run.checkpoint_path).losses == run.losses
+    assert len(run.losses) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion_ext.training import load_data
-from diffusion_ext.training.value_range import parse_range, recognised_range, to_unit_range
+from diffusion_ext.training.data.value_range import parse_range, recognised_range, to_unit_range
 
 RAMP = np.linspace(0, 1, 2 * 64).reshape(2, 8, 8)
 

@@ -67,6 +67,42 @@ class PictureReader:
             images.append(np.broadcast_to(unit, (*unit.shape[:2], 3 if colour else 1)))
         return np.stack(images) if images else np.empty((0,)), list(pictures)
 
+    def is_colour(self, file: Path) -> bool:
+        """Whether it has a colour; a file that cannot be read has none."""
+        try:
+            with Image.open(file) as picture:
+                return self._square(picture)[0].ndim == 3
+        except Exception:  # reading it later says why
+            return False
+
+    def read_one(self, file: Path, channels: int) -> np.ndarray:
+        """uint8 [size, size, channels] of a file: grey for one channel, else RGB.
+
+        Raises: ValueError naming the file where it cannot be read, and for one of numbers whose
+        range is not known.
+        """
+        try:
+            with Image.open(file) as picture:
+                return self.pixels_of(picture, channels)
+        except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+            raise ValueError(f"cannot read the image {file}: {error}") from error
+
+    def pixels_of(self, picture: Image.Image, channels: int | None = None) -> np.ndarray:
+        """uint8 [size, size, channels] of a picture; channels: None is 1 where it is grey, else 3.
+
+        Raises: ValueError for a picture of numbers whose range is not known.
+        """
+        pixels, known = self._square(picture)
+        if known is None and self._range is None:
+            raise ValueError('its numbers do not tell their range: say it by "LOW,HIGH"')
+        if known != (0, 255):
+            unit = to_unit_range(pixels, *(known or self._range))
+            pixels = ((unit + 1) * 127.5).round().astype(np.uint8)
+        if pixels.ndim == 3 and channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+        pixels = np.atleast_3d(pixels)
+        return pixels if channels is None else pixels.repeat(channels // pixels.shape[2], 2)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for people to read, of what was found."""

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_ext.app import pictures
-from diffusion_ext.app.pictures import sample_grid, save_denoising_animation, save_loss_curve
+from diffusion_ext.sampling import pictures
+from diffusion_ext.sampling.pictures import sample_grid, save_denoising_animation, save_loss_curve
 
 STEP = pictures.CELL + pictures.GAP
 

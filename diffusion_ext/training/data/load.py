@@ -1,0 +1,55 @@
+"""Data by one name and a few options, as the command line has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .arrays import load_image_array
+from .digits import load_digits
+from .emoji import load_emoji
+from .folders import load_image_folder
+from .image_data import ImageData
+from .lazy import LazyData
+from .mapped import cached, map_image_array
+
+
+def load_data(
+    source: str | Path,
+    size: int = 32,
+    labels: str | Path | None = None,
+    layout: str = "auto",
+    value_range: str = "auto",
+    background: str = "white",
+    skip_unreadable: bool = False,
+    lazy: bool | None = None,
+    workers: int = 0,
+    cache: str | Path | None = None,
+) -> ImageData | LazyData:
+    """Loads "digits", "emoji", a folder of images or an .npy/.npz, whichever `source` names.
+
+    Args: size is for emoji and a folder; background and skip_unreadable for a folder, layout for an
+        array; see the functions below.
+        labels: of an array an .npy; of a folder a CSV.
+        lazy: read the images as they are needed; None: of a folder, where it is large.
+        workers: processes that read ahead, where lazy.
+        cache: an .npy file for the decoded images of a folder, which is then lazy; see `cached`.
+
+    Raises: FileNotFoundError, ValueError; ImportError where the set's package is missing.
+    """
+    path = Path(source)
+    if str(source) == "digits":
+        return load_digits()
+    if str(source) == "emoji":
+        return load_emoji(size)
+    if path.is_dir():
+        folder = (path, size, value_range, background, skip_unreadable, labels)
+        if cache is None:
+            return load_image_folder(*folder, lazy, workers)
+        return cached(load_image_folder(*folder, True, workers), cache)
+    if path.suffix == ".npy" and lazy:
+        return map_image_array(path, labels, layout, value_range, workers)
+    if path.suffix in (".npy", ".npz"):
+        return load_image_array(path, labels, layout, value_range)
+    if not path.exists():
+        raise FileNotFoundError(f"data: no file or folder {path}")
+    raise ValueError(f'data: wanted "digits", "emoji", a folder, .npy or .npz, got {path}')

@@ -1,0 +1,111 @@
+"""A network with what changes its weights: forward, loss, backward, optimizer, average."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..samplers.schedules import NoiseSchedule
+from .config import TrainingConfig
+from .data import Batch
+from .draws import BatchDraws
+from .ema import ExponentialMovingAverage
+from .objective import Objective
+from .optimizers import build_optimizer, optimizer_state, restore_optimizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Learner:
+    """The network of a run, trained batch by batch.
+
+    Attributes:
+        model: on the device, in channels_last. average: its moving average.
+        optimizer, scaler: the latter of float16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        schedule: NoiseSchedule,
+        device: torch.device,
+    ):
+        self.config, self.device, self.timesteps = config, device, schedule.timesteps
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
+        self.optimizer = build_optimizer(model, config)
+        self.objective = Objective(config, schedule, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self._autocast = DTYPES.get(config.precision)
+        self._network = torch.compile(model) if config.compile else model
+
+    def backward(self, batch: Batch, draws: BatchDraws, of: int) -> tuple[Tensor, Tensor]:
+        """Adds a batch's gradients to those that the next `update` will use, as part of `of`
+        images. Returns the losses [B], as they are trained (weighted) and as they are."""
+        x0, context, t = batch.images, batch.context, draws.t
+        if self.config.flip:
+            x0 = torch.where(draws.flip.reshape(-1, 1, 1, 1), x0.flip(3), x0)
+        if context is not None:
+            context = context * draws.keep.reshape(-1, *[1] * (context.dim() - 1))
+        x_t = self.objective.noised(x0, t, draws.seeds)
+        output = self._predict(self._network, x_t, t, context)
+        upstream = self.scaler.scale(torch.full((len(x0),), 1 / of, device=self.device))
+        losses, gradient = self.objective.losses_and_gradient(output, x0, t, draws.seeds, upstream)
+        output.backward(gradient)
+        return self.objective.weighted(losses, t), losses
+
+    def update(self, step: int, learning_rate: float, want_norm: bool) -> Tensor | None:
+        """The optimizer's step, the run's `step`-th, counted from 1.
+
+        Returns: the norm of the gradient before it was shortened, [] on the device, where it is
+        wanted or was needed.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self.config.clip_gradient is not None or want_norm:
+            self.scaler.unscale_(self.optimizer)
+            limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.average.update(self.model, step)
+        return norm
+
+    def predict_averaged(self, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        """What the average makes of x_t; t: int64 [B]."""
+        return self._predict(self.average.model, x_t, t, context)
+
+    def _predict(self, network, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            output = network(x_t, t / self.timesteps, context)
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"model: wanted an output of x's shape {list(x_t.shape)}, got {list(output.shape)}"
+            )
+        return output
+
+    def state(self) -> dict:
+        """Its part of a Checkpoint."""
+        tensors, numbers = optimizer_state(self.optimizer, self.model)
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict(),
+            "optimizer": tensors,
+            "optimizer_numbers": numbers,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, checkpoint) -> None:
+        """Takes up what `state` told."""
+        self.model.load_state_dict(checkpoint.model)
+        self.average.model.load_state_dict(checkpoint.ema)
+        restore_optimizer(
+            self.optimizer, self.model, checkpoint.optimizer, checkpoint.optimizer_numbers
+        )
+        if checkpoint.scaler:
+            self.scaler.load_state_dict(checkpoint.scaler)

@@ -1,0 +1,156 @@
+"""What one watches a run by: numbers on the device that nobody waits for, a CSV, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOG_NAME, TENSORBOARD_NAME = "log.csv", "tensorboard"
+QUARTERS = 4
+COLUMNS = (
+    "step", "epoch", "images", "seconds", "loss", "loss_quarter_1", "loss_quarter_2",
+    "loss_quarter_3", "loss_quarter_4", "validation_loss", "learning_rate", "gradient_norm",
+    "images_per_second",
+)  # fmt: skip
+
+
+class LossMeter:
+    """Sums of losses on the device, in all and by the quarter of the timesteps.
+
+    Args: timesteps: T; the first quarter is the least noisy.
+    """
+
+    def __init__(self, timesteps: int, device: torch.device):
+        self.timesteps, self._quarters = timesteps, torch.arange(QUARTERS, device=device)
+        self._none = torch.zeros(2 + 2 * QUARTERS, device=device)
+        self.sums = self._none
+
+    def add(self, trained: Tensor, losses: Tensor, t: Tensor) -> None:
+        """trained: [B], weighted as they are trained; losses: [B] as they are; t: int64 [B]."""
+        quarter = (QUARTERS * (t - 1)).div(self.timesteps, rounding_mode="floor")
+        of_quarter = (quarter[:, None] == self._quarters).to(losses.dtype)  # [B, 4]
+        total = torch.stack([trained.sum(), torch.ones_like(trained).sum()])
+        self.sums = self.sums + torch.cat([total, losses @ of_quarter, of_quarter.sum(0)])
+
+    def take(self) -> Tensor:
+        """The sums since they were last taken, on the device."""
+        taken, self.sums = self.sums, self._none
+        return taken
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """The columns of the log that the sums of a LossMeter, on the host, tell."""
+    loss, count, *rest = sums.tolist()
+    values = {"loss": loss / count if count else float("nan")}
+    for i in range(QUARTERS):
+        if rest[QUARTERS + i]:
+            values[f"loss_quarter_{i + 1}"] = rest[i] / rest[QUARTERS + i]
+    return values
+
+
+@dataclass
+class _Pending:
+    """A line of the log whose numbers are still on their way from the device."""
+
+    known: dict[str, float]
+    sums: Tensor
+    norm: Tensor | None
+    event: torch.cuda.Event | None
+
+    def row(self) -> dict[str, float]:
+        if self.event is not None:
+            self.event.synchronize()  # a whole line ago: it is there
+        norm = {} if self.norm is None else {"gradient_norm": self.norm.item()}
+        return self.known | means(self.sums) | norm
+
+
+class RunLog:
+    """A run's log: a line of log.csv every so many steps, and the same numbers in TensorBoard.
+
+    A line's numbers are copied from the device when it is due and written when the next one is, so
+    that nobody waits for them.
+
+    Args:
+        folder: the run's. step: that it goes on from: lines beyond it are another life's.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOG_NAME
+        rows = [row for row in read_log(self.path) if int(row["step"]) <= step] if step else []
+        self.before = float(rows[-1]["seconds"]) if rows else 0.0
+        self._start = time.perf_counter()
+        self._file = self.path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._file.flush()
+        self._board = _tensorboard(folder / TENSORBOARD_NAME, step)
+        self._pending: _Pending | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those before a resumption among them."""
+        return self.before + time.perf_counter() - self._start
+
+    def line(self, known: dict[str, float], sums: Tensor, norm: Tensor | None) -> None:
+        """A line is due: what the host knows of it, and what is on the device."""
+        self.flush()
+        event = None
+        if sums.device.type == "cuda":
+            sums = sums.to("cpu", non_blocking=True)
+            norm = None if norm is None else norm.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = _Pending({**known, "seconds": round(self.seconds, 3)}, sums, norm, event)
+
+    def flush(self) -> None:
+        """Writes the line that is due."""
+        if self._pending is not None:
+            row, self._pending = self._pending.row(), None
+            self.write(row)
+
+    def write(self, row: dict[str, float]) -> None:
+        """A line of numbers that the host knows."""
+        self._writer.writerow({key: _short(value) for key, value in row.items()})
+        self._file.flush()
+        for name in row.keys() - {"step", "epoch", "images", "seconds"} if self._board else ():
+            self._board.add_scalar(name, row[name], int(row["step"]))
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """uint8 [H, W, 3], for TensorBoard."""
+        if self._board:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, str]]:
+    """The lines of a log.csv, but for one that was cut short; none where there is no file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"]]
+
+
+def _short(value: float) -> float | str:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _tensorboard(folder: Path, step: int):
+    """A writer, or None where tensorboard is not installed (the extra [train])."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step or None)

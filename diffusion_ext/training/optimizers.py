@@ -1,0 +1,89 @@
+"""The optimizer of a run by its name, its learning rate at each step, and its state by name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig
+
+# Those that want a closure, sparse gradients or matrices alone are left out.
+_OTHERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+OPTIMIZERS = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in _OTHERS
+}
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Of the parameters that are trained; fused where torch has it.
+
+    Raises: ValueError for an unknown name, an option it does not have or take, and a model without
+    parameters to train.
+    """
+    names = {name.lower(): name for name in OPTIMIZERS}
+    if config.optimizer.lower() not in names:
+        raise ValueError(f"optimizer: wanted one of {sorted(OPTIMIZERS)}, got {config.optimizer!r}")
+    build = OPTIMIZERS[names[config.optimizer.lower()]]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model: wanted parameters to train, got none that require gradients")
+    known = inspect.signature(build).parameters.keys() - {"params", "lr"}
+    for name in config.optimizer_options.keys() - known:
+        raise ValueError(f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}")
+    fused = {"fused": True} if "fused" in known else {}
+    try:
+        return build(parameters, lr=config.learning_rate, **{**fused, **config.optimizer_options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer_options: {error}") from error
+
+
+def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
+    """At a step, counted from 0."""
+    if config.lr_schedule == "linear":
+        factor = 1 - step // steps_per_epoch / config.epochs
+    elif config.lr_schedule == "cosine":
+        factor = (1 + math.cos(math.pi * step / (steps_per_epoch * config.epochs))) / 2
+    else:
+        factor = 1.0
+    return config.learning_rate * factor * min(1, (step + 1) / max(config.warmup, 1))
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(tensors, numbers) by `<parameter>.<name>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    values = {
+        f"{names[parameter]}.{name}": value
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+    }
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    return tensors, numbers
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, float],
+) -> None:
+    """Takes up the state that `optimizer_state` told."""
+    parameters = dict(model.named_parameters())
+    index = {p: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    state: dict[int, dict] = {}
+    for key, value in {**tensors, **numbers}.items():
+        name, _, field = key.rpartition(".")
+        parameter = parameters[name]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            # A moment, in the parameter's memory format.
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        state.setdefault(index[parameter], {})[field] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

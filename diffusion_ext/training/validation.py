@@ -1,0 +1,59 @@
+"""The loss on images that are held out, always of the same noise at the same timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .draws import batches_of
+from .objective import Objective
+
+LEAST_DRAWS = 256  # images are noised several times where fewer are held out
+FIRST_SEED = 1 << 62  # beyond the seeds of training
+
+
+class Validation:
+    """The validation of a run.
+
+    Args:
+        data: of the run. images: int64, those held out.
+        timesteps: T, through which the images of the split are spread evenly.
+        batch_size: as in training.
+    """
+
+    def __init__(
+        self, data, images: np.ndarray, objective: Objective, timesteps: int, batch_size: int
+    ):
+        self.data, self.objective, self.batch_size = data, objective, batch_size
+        times = -(-LEAST_DRAWS // max(len(images), 1))
+        self.order = np.tile(images, times)
+        count = len(self.order)
+        # Of the golden ratio, so that neighbours, and an image's repetitions, lie far apart.
+        share = np.arange(count) * 0.6180339887498949 % 1
+        self.t = 1 + np.floor(share * timesteps).astype(np.int64)
+        self.seeds = FIRST_SEED + np.arange(count)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @torch.no_grad()
+    def loss(self, predict: Callable, device: torch.device) -> float:
+        """The mean loss, not weighted. predict(x_t, t, context): in evaluation mode."""
+        total, count = torch.zeros((), device=device, dtype=torch.float64), 0
+        first = 0
+        batches = list(batches_of(self.order, self.batch_size))
+        for index, batch in zip(batches, self.data.batches(batches, device), strict=True):
+            places = slice(first, first + len(index))
+            first += len(index)
+            t, seeds = (torch.from_numpy(a[places]).to(device) for a in (self.t, self.seeds))
+            if batch.kept is not None:
+                t, seeds = t[batch.kept], seeds[batch.kept]
+            if not len(batch):
+                continue
+            x_t = self.objective.noised(batch.images, t, seeds)
+            losses = self.objective.losses(predict(x_t, t, batch.context), batch.images, t, seeds)
+            total += losses.double().sum()
+            count += len(batch)
+        return total.item() / count if count else float("nan")
