@@ -8,106 +8,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
-from ..nn import ContextUnet
-from ..samplers import NoiseSchedule
-from ..sampling.pictures import save_loss_curve
-from ..training import (
-    CHECKPOINT_NAME,
-    StateDictOptions,
-    Trainer,
-    TrainingConfig,
-    load_data,
-    load_trained,
-    save_state_dict,
-)
+from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
 from .information import info
-from .places import device_of, file_of
+from .places import file_of
 from .recognition import recognise_digits
 from .sample import Sample
+from .train import Train
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a ContextUnet on images, and draw the loss curve."""
-
-    data: str = "digits"
-    """"digits" (scikit-learn's), a folder of images (a sub-folder is a class), an .npy or .npz"""
-    out: Path = Path("runs/digits")
-    """folder for the checkpoint and the loss curve"""
-    size: int = 32
-    """side that a folder's images are resized to, a multiple of 4"""
-    labels: Path | None = None
-    """an .npy of labels or context vectors for an .npy of images"""
-    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
-    """the order of an array's axes"""
-    value_range: Annotated[str, tyro.conf.arg(name="range")] = "auto"
-    """black and white of an array's numbers, or of pictures of numbers (16 bits, floats): "0,1",
-    "-1,1", "0,255" or any "LOW,HIGH"; auto takes what the values tell, and says so"""
-    background: str = "white"
-    """colour that a folder's transparent pixels are laid over"""
-    skip_unreadable: bool = False
-    """leave out a folder's files that cannot be read, and name them"""
-    n_feat: int = 64
-    """channels of the network's first level, a multiple of 8"""
-    norm: Literal["batch", "group"] = "group"
-    """normalisation in the network's blocks; group is fused with the activation"""
-    schedule: Literal["linear", "cosine", "course"] = "linear"
-    """noise schedule"""
-    timesteps: int = 500
-    """noising steps T"""
-    shortcut: Literal["scaled", "zero", "random"] = "scaled"
-    """the first block's shortcut; zero or random fine-tune the course's networks"""
-    pool_window: int | None = None
-    """side of the average pooling; default the whole map, the course's networks have 4"""
-    init_from: Path | None = None
-    """start from the weights of a checkpoint, or of a state dict (.pth, .pt, .safetensors), whose
-    sizes and norm the network then has"""
-    training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(
-        default_factory=TrainingConfig
-    )
-    resume: bool = False
-    """continue from the checkpoint in the folder"""
-    device: str = "auto"
-    """torch device; auto is CUDA where there is one"""
-
-    def run(self) -> None:
-        data = load_data(
-            self.data, self.size, self.labels, self.layout,
-            self.value_range, self.background, self.skip_unreadable,
-        )  # fmt: skip
-        for note in data.notes:
-            print(note)
-        _, channels, height, _ = data.images.shape
-        torch.manual_seed(self.training.seed)  # of the initial weights
-        model = self._model(channels, data.contexts.shape[1], height)
-        schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
-        device = device_of(self.device)
-        trainer = Trainer(model, schedule, data, self.out, self.training, device)
-        print(f"training on {len(data)} images {channels}x{height}x{height}, on {device}")
-        losses = trainer.fit(resume=self.resume)
-        print(f"checkpoint  {trainer.checkpoint_path}")
-        try:
-            save_loss_curve(self.out / "loss.png", losses)
-            print(f"loss curve  {self.out / 'loss.png'}")
-        except ImportError as error:
-            print(error)
-
-    def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:
-        quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
-        if self.init_from is None:
-            return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
-        model = load_trained(file_of(self.init_from), StateDictOptions(**quirks)).model
-        print(f"weights     {self.init_from}")
-        return model
 
 
 @dataclass(frozen=True)
@@ -151,7 +65,7 @@ class Demo:
         training = TrainingConfig(
             epochs=self.epochs, batch_size=64, checkpoint_every=5, seed=self.seed
         )
-        Train(data="digits", out=self.out, n_feat=32, training=training).run()
+        Train(out=self.out, n_feat=32, training=training).run()
         images, labels = Sample(
             checkpoint=self.out,
             per_class=self.per_class,

@@ -13,10 +13,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..samplers import SAMPLERS, SPACINGS, NoiseSchedule, StepTable, ddpm
+from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
 from ..sampling import SampleResult, sample
 from ..sampling.pictures import sample_grid, save_denoising_animation
-from ..training import StateDictOptions, load_trained
+from ..training import StateDictOptions, TrainedModel, load_trained
 from .places import device_of, file_of
 
 UNLABELLED_COLUMNS = 10
@@ -24,7 +24,8 @@ ANIMATED_PER_CLASS = 3
 ANIMATED_FRAMES = 25
 DDPM_FRAME_RATE = 20
 
-Sampler = Literal[("ddpm", *SAMPLERS)]
+FLOW_SAMPLERS = {"flow_euler": flow_euler, "flow_heun": flow_heun}
+Sampler = Literal[("ddpm", *SAMPLERS, *FLOW_SAMPLERS)]
 Spacing = Literal[SPACINGS]
 
 
@@ -39,8 +40,9 @@ class Sample:
     """folder for the pictures; default the checkpoint's"""
     per_class: int = 10
     """samples of each class"""
-    sampler: Sampler = "ddim"
-    """docs/samplers.md tells them apart, and which to take; ddpm takes all T steps"""
+    sampler: Sampler | None = None
+    """docs/samplers.md tells them apart, and which to take; ddpm takes all T steps; default ddim,
+    or flow_euler for a network of a flow"""
     steps: int = 25
     """steps of all but ddpm; some call the model twice in each"""
     spacing: Spacing | None = None
@@ -73,7 +75,7 @@ class Sample:
         names = trained.class_names
         count = self.per_class * max(len(names), 1)
         labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
-        table = self._table(trained.schedule)
+        table = self._table(trained)
         result = sample(
             model,
             (count, model.in_channels, model.height, model.height),
@@ -89,15 +91,26 @@ class Sample:
         self._save_animation(out / "denoising.gif", result, table, names)
         return result.images, labels
 
-    def _table(self, schedule: NoiseSchedule) -> StepTable:
-        if self.sampler == "ddpm":
-            return ddpm(schedule, self.clip)
-        make = SAMPLERS[self.sampler]
+    def _table(self, trained: TrainedModel) -> StepTable:
+        flow = trained.prediction == "flow"
+        name = self.sampler or ("flow_euler" if flow else "ddim")
+        if flow != (name in FLOW_SAMPLERS):
+            wanted = f"one of {tuple(FLOW_SAMPLERS)}" if flow else "one that is not for flows"
+            raise ValueError(
+                f"sampler: wanted {wanted} for a network that predicts {trained.prediction}, "
+                f"got {name}"
+            )
+        if name == "ddpm":
+            return ddpm(trained.schedule, self.clip, trained.prediction)
+        make = FLOW_SAMPLERS[name] if flow else SAMPLERS[name]
         wanted = {"spacing": self.spacing, "eta": self.eta}
         options = {name: value for name, value in wanted.items() if value is not None}
-        for name in options.keys() - inspect.signature(make).parameters.keys():
-            raise ValueError(f"{name}: {self.sampler} has no choice of it, got {options[name]}")
-        return make(schedule, self.steps, clip=self.clip, **options)
+        for option in options.keys() - inspect.signature(make).parameters.keys():
+            raise ValueError(f"{option}: {name} has no choice of it, got {options[option]}")
+        if flow:
+            return make(self.steps, clip=self.clip)
+        prediction = trained.prediction
+        return make(trained.schedule, self.steps, clip=self.clip, prediction=prediction, **options)
 
     def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
         columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)

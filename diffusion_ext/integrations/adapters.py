@@ -1,16 +1,19 @@
-"""Models of other libraries as `sample` calls them: model(x [B,C,H,W], t [B] in (0,1], context)."""
+"""Models of other libraries as `sample` and Trainer call them: model(x [B,C,H,W], t [B] in (0,1],
+context)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["from_denoiser", "from_diffusers", "from_guided_diffusion"]
 
 
-def from_diffusers(model: Callable, timesteps: int = 1000) -> Callable:
+def from_diffusers(
+    model: Callable, timesteps: int = 1000, classes: int | None = None
+) -> DiffusersModel:
     """A diffusers model: model(x, timestep, ...).sample, timesteps counted from 0 to T-1.
 
     Args:
@@ -18,52 +21,88 @@ def from_diffusers(model: Callable, timesteps: int = 1000) -> Callable:
             keyword arguments (encoder_hidden_states, class_labels, ...); a tensor is
             encoder_hidden_states.
         timesteps: T of the schedule that it was trained with.
+        classes: of a network with class embeddings (num_class_embeds = classes + 1): a context
+            tensor is then one-hot [B, classes], its class the class label, and zeros, which
+            guidance and training without context use, the label `classes`.
 
-    Between timesteps (spacing="karras") the model is given a fraction. Where it predicts a variance
-    too, its output is cut to the mean's channels.
+    Returns: a module, which Trainer trains and whose parameters are model's. Between timesteps
+    (spacing="karras") the model is given a fraction. Where it predicts a variance too, its output
+    is cut to the mean's channels.
     """
-
-    def call(x: Tensor, t: Tensor, context=None) -> Tensor:
-        options = context if isinstance(context, Mapping) else {"encoder_hidden_states": context}
-        options = {name: value for name, value in options.items() if value is not None}
-        return _mean(model(x, _steps(t, timesteps), **options).sample, x)
-
-    return call
+    return DiffusersModel(model, timesteps, classes)
 
 
-def from_guided_diffusion(model: Callable, timesteps: int = 1000) -> Callable:
+def from_guided_diffusion(model: Callable, timesteps: int = 1000) -> GuidedDiffusionModel:
     """A model(x, t, **context) of integer timesteps from 0. Where its output is [B, 2C, H, W], mean
     and variance, the mean is kept: the table has its own variance.
 
     Args: context: a dict of keyword arguments (y=labels), or None. timesteps: T of its schedule.
+    Returns: a module, as `from_diffusers`.
     """
-
-    def call(x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
-        return _mean(model(x, _steps(t, timesteps), **(context or {})), x)
-
-    return call
+    return GuidedDiffusionModel(model, timesteps)
 
 
-def from_denoiser(denoiser: Callable, schedule) -> Callable:
+def from_denoiser(denoiser: Callable, schedule) -> Denoiser:
     """A k-diffusion style denoiser(x, sigma, **context) of x0 + sigma·ε, which returns x0.
 
     Its x0 is a model's with prediction="x0": make the table so. schedule: a NoiseSchedule, which
     tells the noise ratio sigma/signal at t; a t between timesteps has log sigma interpolated.
+    Returns: a module, as `from_diffusers`.
     """
-    last = schedule.timesteps
-    ratio = torch.as_tensor(schedule.sigma[1:] / schedule.signal[1:]).log()
+    return Denoiser(denoiser, schedule)
 
-    def call(x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
-        known = ratio.to(t.device)
-        position = (t.double() * last - 1).clamp(0, last - 1)
+
+class DiffusersModel(nn.Module):
+    """See `from_diffusers`."""
+
+    def __init__(self, model: Callable, timesteps: int, classes: int | None = None):
+        super().__init__()
+        self.model, self.timesteps, self.classes = model, timesteps, classes
+
+    def forward(self, x: Tensor, t: Tensor, context=None) -> Tensor:
+        options = {name: v for name, v in self._options(x, context).items() if v is not None}
+        return _mean(self.model(x, _steps(t, self.timesteps), **options).sample, x)
+
+    def _options(self, x: Tensor, context) -> Mapping:
+        if isinstance(context, Mapping):
+            return context
+        if self.classes is None:
+            return {"encoder_hidden_states": context}
+        if context is None:
+            context = x.new_zeros(len(x), self.classes)
+        none = torch.full_like(context[:, :1], 0.5)  # larger than the zeros of no class
+        return {"class_labels": torch.cat([context, none], dim=1).argmax(1)}
+
+
+class GuidedDiffusionModel(nn.Module):
+    """See `from_guided_diffusion`."""
+
+    def __init__(self, model: Callable, timesteps: int):
+        super().__init__()
+        self.model, self.timesteps = model, timesteps
+
+    def forward(self, x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
+        return _mean(self.model(x, _steps(t, self.timesteps), **(context or {})), x)
+
+
+class Denoiser(nn.Module):
+    """See `from_denoiser`."""
+
+    def __init__(self, denoiser: Callable, schedule):
+        super().__init__()
+        self.denoiser, self.last = denoiser, schedule.timesteps
+        # No buffer, which .half() would round.
+        self.ratio = torch.as_tensor(schedule.sigma[1:] / schedule.signal[1:]).log()
+
+    def forward(self, x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
+        known = self.ratio.to(t.device)
+        position = (t.double() * self.last - 1).clamp(0, self.last - 1)
         low = position.floor().long()
         share = position - low
-        high = (low + 1).clamp(max=last - 1)
+        high = (low + 1).clamp(max=self.last - 1)
         sigma = torch.lerp(known[low], known[high], share).exp()
         wide = (1 + sigma**2).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        return denoiser(x * wide, sigma.to(x.dtype), **(context or {}))
-
-    return call
+        return self.denoiser(x * wide, sigma.to(x.dtype), **(context or {}))
 
 
 def _steps(t: Tensor, timesteps: int) -> Tensor:

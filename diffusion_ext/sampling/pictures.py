@@ -1,4 +1,4 @@
-"""Pictures of a run: a labelled sample grid, the denoising as an animation, the loss curve."""
+"""Pictures of samples: a labelled grid, and the denoising as an animation."""
 
 from __future__ import annotations
 
@@ -87,27 +87,6 @@ def save_denoising_animation(
     ]
     durations = [FRAME_MILLISECONDS] * (len(grids) - 1) + [LAST_FRAME_MILLISECONDS]
     grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
-
-
-def save_loss_curve(path: str | Path, losses: Sequence[float]) -> None:
-    """The mean loss of each epoch as a PNG.
-
-    Raises: ImportError where matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the loss curve wants matplotlib: pip install 'diffusion_ext[demo]'"
-        ) from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, color="#3465a4", linewidth=1.8)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
 
 
 def _with_few_colours(picture: Image.Image) -> Image.Image:

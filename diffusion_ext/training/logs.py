@@ -153,4 +153,4 @@ def _tensorboard(folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step or None)
+    return SummaryWriter(str(folder), purge_step=step)  # what is beyond is another life's

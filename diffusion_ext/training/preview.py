@@ -16,10 +16,10 @@ COLUMNS, ROWS = 10, 4
 
 
 def table_for(schedule: NoiseSchedule, prediction: str, steps: int = STEPS) -> StepTable:
-    """A sampler that suits what a network predicts: DDIM, or Euler's of a flow."""
+    """A sampler of images in [-1, 1] that suits what a network predicts: DDIM, or Euler's."""
     if prediction == "flow":
-        return flow_euler(steps)
-    return ddim(schedule, min(steps, schedule.timesteps), prediction=prediction)
+        return flow_euler(steps, clip=1.0)
+    return ddim(schedule, min(steps, schedule.timesteps), clip=1.0, prediction=prediction)
 
 
 class Preview:

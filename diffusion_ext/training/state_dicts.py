@@ -36,11 +36,13 @@ class StateDictOptions:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network to sample from, in evaluation mode, its schedule and its classes' names."""
+    """A network to sample from, in evaluation mode, its schedule, its classes' names, and what it
+    predicts."""
 
     model: ContextUnet
     schedule: NoiseSchedule
     class_names: tuple[str, ...]
+    prediction: str = "epsilon"
 
 
 def load_trained(path: str | Path, options: StateDictOptions | None = None) -> TrainedModel:
@@ -62,7 +64,8 @@ def load_trained(path: str | Path, options: StateDictOptions | None = None) -> T
         if path.suffix not in SUFFIXES:
             raise
     else:
-        return TrainedModel(checkpoint.build_model(), checkpoint.schedule, checkpoint.class_names)
+        model, names = checkpoint.build_model(), checkpoint.class_names
+        return TrainedModel(model, checkpoint.schedule, names, checkpoint.prediction)
     model = _context_unet(path, options)
     schedule = getattr(NoiseSchedule, options.schedule)(options.timesteps)
     return TrainedModel(model, schedule, tuple(str(i) for i in range(model.n_cfeat)))

