@@ -1,4 +1,4 @@
-"""The command line: diffusion-ext demo | train | sample | export | info.
+"""The command line: diffusion-ext demo | train | sample | evaluate | export | info.
 
 Each command is a dataclass whose fields are its options.
 """
@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
+from .evaluate import Evaluate
 from .information import info
 from .places import file_of
 from .recognition import recognise_digits
@@ -94,6 +95,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )

@@ -29,17 +29,10 @@ Sampler = Literal[("ddpm", *SAMPLERS, *FLOW_SAMPLERS)]
 Spacing = Literal[SPACINGS]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """How samples are drawn."""
 
-    checkpoint: Path = Path("runs/digits")
-    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
-    such as the course's, whose classes are numbered"""
-    out: Path | None = None
-    """folder for the pictures; default the checkpoint's"""
-    per_class: int = 10
-    """samples of each class"""
     sampler: Sampler | None = None
     """docs/samplers.md tells them apart, and which to take; ddpm takes all T steps; default ddim,
     or flow_euler for a network of a flow"""
@@ -56,42 +49,9 @@ class Sample:
     """classifier-free guidance scale; 1 is none"""
     seed: int = 0
     """of the first sample; the others count up from it"""
-    device: str = "auto"
-    """torch device; auto is CUDA where there is one"""
-    state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
-        default_factory=StateDictOptions
-    )
 
-    def run(self) -> None:
-        self.draw()
-
-    def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
-        if self.per_class < 1:
-            raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
-        path = file_of(self.checkpoint)
-        trained = load_trained(path, self.state_dict)
-        model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
-        names = trained.class_names
-        count = self.per_class * max(len(names), 1)
-        labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
-        table = self._table(trained)
-        result = sample(
-            model,
-            (count, model.in_channels, model.height, model.height),
-            table,
-            context=labels,
-            guidance_scale=self.guidance if names else 1.0,
-            seeds=self.seed,
-            save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
-        )
-        out = self.out or path.parent
-        out.mkdir(parents=True, exist_ok=True)
-        self._save_grid(out / "samples.png", result, names)
-        self._save_animation(out / "denoising.gif", result, table, names)
-        return result.images, labels
-
-    def _table(self, trained: TrainedModel) -> StepTable:
+    def table(self, trained: TrainedModel) -> StepTable:
+        """The sampler of a trained network. Raises: ValueError for an option it has not."""
         flow = trained.prediction == "flow"
         name = self.sampler or ("flow_euler" if flow else "ddim")
         if flow != (name in FLOW_SAMPLERS):
@@ -111,6 +71,53 @@ class Sample:
             return make(self.steps, clip=self.clip)
         prediction = trained.prediction
         return make(trained.schedule, self.steps, clip=self.clip, prediction=prediction, **options)
+
+
+@dataclass(frozen=True)
+class Sample(SamplerOptions):
+    """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
+
+    checkpoint: Path = Path("runs/digits")
+    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
+    such as the course's, whose classes are numbered"""
+    out: Path | None = None
+    """folder for the pictures; default the checkpoint's"""
+    per_class: int = 10
+    """samples of each class"""
+    device: str = "auto"
+    """torch device; auto is CUDA where there is one"""
+    state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
+        default_factory=StateDictOptions
+    )
+
+    def run(self) -> None:
+        self.draw()
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
+        if self.per_class < 1:
+            raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
+        path = file_of(self.checkpoint)
+        trained = load_trained(path, self.state_dict)
+        model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
+        names = trained.class_names
+        count = self.per_class * max(len(names), 1)
+        labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
+        table = self.table(trained)
+        result = sample(
+            model,
+            (count, model.in_channels, model.height, model.height),
+            table,
+            context=labels,
+            guidance_scale=self.guidance if names else 1.0,
+            seeds=self.seed,
+            save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
+        )
+        out = self.out or path.parent
+        out.mkdir(parents=True, exist_ok=True)
+        self._save_grid(out / "samples.png", result, names)
+        self._save_animation(out / "denoising.gif", result, table, names)
+        return result.images, labels
 
     def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
         columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,6 +59,15 @@ class DataOptions:
             not self.strict, self.lazy, self.workers, self.cache,
         )  # fmt: skip
 
+    def record(self) -> dict:
+        """The options as JSON has them; `of_record` reads them."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of_record(cls, record: dict) -> DataOptions:
+        paths = {k: Path(record[k]) for k in ("labels", "cache") if record.get(k)}
+        return cls(**{**record, **paths})
+
 
 @dataclass(frozen=True)
 class Train:
@@ -100,7 +109,8 @@ class Train:
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
         device = device_of(self.device)
         out = self.out or Path("runs") / Path(self.images.data).stem
-        trainer = Trainer(model, schedule, data, out, self.training, device)
+        about = {"data": self.images.record()}
+        trainer = Trainer(model, schedule, data, out, self.training, device, about=about)
         held_out = len(data) - len(trainer.images)
         rest = f" and {held_out} held out" if held_out else ""
         size = f"{channels}x{height}x{height}"

@@ -70,6 +70,7 @@ class Trainer:
         device: default the model's.
         draw_timesteps: (numpy Generator, n) -> n integers from 1 to T, in place of
             config.timestep_sampling.
+        about: what else config.json is to tell, as where the data came from.
 
     Attributes:
         model: as trained. ema_model: its moving average, in evaluation mode: sample from this.
@@ -91,6 +92,7 @@ class Trainer:
         config: TrainingConfig | None = None,
         device: torch.device | str | None = None,
         draw_timesteps: DrawTimesteps | None = None,
+        about: dict | None = None,
     ):
         _check_fit(model, data)
         self.config = config or TrainingConfig()
@@ -107,6 +109,7 @@ class Trainer:
         self.validation = Validation(data, held_out, objective, schedule.timesteps, size)
         self.preview = Preview(self.config, schedule, data)
         self.progress = Progress()
+        self.about = about or {}
 
     @property
     def model(self) -> nn.Module:
@@ -322,6 +325,7 @@ class Trainer:
             "held_out": len(self.data) - len(self.images),
             "shape": list(self.data.shape),
             "classes": list(self.data.class_names),
+            **self.about,
         }
 
     def checkpoint(self) -> Checkpoint:

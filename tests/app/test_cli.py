@@ -1,5 +1,6 @@
 """The command line, end to end with tiny settings, and what it says where something is wrong."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from diffusion_ext.training import (
     load_digits,
     load_trained,
 )
+from diffusion_ext.training.evaluation import features
 
 TINY = ["--n-feat", "8", "--timesteps", "10", "--epochs", "2", "--batch-size", "8"]
 
@@ -72,6 +74,7 @@ def test_help_shows_every_default(capsys):
         (cli.Demo, len(fields(cli.Demo))),
         (cli.Train, len(fields(cli.Train)) + of_training + of_data),
         (cli.Sample, len(fields(cli.Sample)) + of_state_dicts),
+        (cli.Evaluate, len(fields(cli.Evaluate))),
         (cli.Export, len(fields(cli.Export))),
     ):
         text = help_of(capsys, config.__name__.lower())
@@ -178,6 +181,40 @@ def test_emoji_out_of_the_box(tmp_path, capsys, monkeypatch):
     assert "Emoji by OpenMoji (openmoji.org), CC BY-SA 4.0" in printed
     assert re.search(r"training on 1\d{3} images 3x8x8 and 1\d\d held out, on cpu", printed)
     assert (tmp_path / "runs" / "emoji" / "samples" / "epoch-0001.png").is_file()
+
+
+@pytest.mark.parametrize("validation", ["0", "0.4"])
+def test_evaluate(tmp_path, capsys, monkeypatch, validation):
+    monkeypatch.setattr(features, "STEPS", 5)
+    random = np.random.default_rng(0)
+    array, run = tmp_path / "set.npz", tmp_path / "run"
+    images = random.integers(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez(array, images=images, labels=np.arange(30) % 3)
+    options = [*TINY, "--validation", validation]
+    assert cli.main(["train", "--data", str(array), "--out", str(run), *options]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--images", "9", "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    numbers = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert (numbers["images"], numbers["epochs"]) == (9, 2)
+    assert 0 <= numbers["recognised"] <= 1
+    assert f"recognised{100 * numbers['recognised']:25.1f} %" in printed
+    page = (run / "evaluation" / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert f"{numbers['frechet']:.4g}" in page
+    held_out = validation != "0"
+    assert (numbers["validation_loss"] is not None) == held_out
+    assert (numbers["copies"] is not None) == held_out
+    if held_out:
+        losses = load_checkpoint(run / "checkpoint.safetensors").validation_losses
+        assert numbers["validation_loss"] == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_evaluate_wants_the_folder_of_a_run(run, tmp_path, capsys):
+    alone = tmp_path / "checkpoint.safetensors"
+    alone.write_bytes((run / "checkpoint.safetensors").read_bytes())
+    assert cli.main(["evaluate", str(alone)]) == 2
+    assert "config.json, which `train` writes; there is none" in capsys.readouterr().err
 
 
 def test_images_without_classes(tmp_path):

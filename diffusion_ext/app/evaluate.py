@@ -1,0 +1,162 @@
+"""The command `evaluate`: how good a run's samples are, as numbers and a report with pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from ..nn import optimize_for_sampling
+from ..sampling import sample
+from ..sampling.pictures import sample_grid
+from ..training import Checkpoint, TrainingConfig, load_checkpoint, load_trained
+from ..training.draws import Draws
+from ..training.evaluation import Evaluation, RealImages, evaluate, train_judge
+from ..training.learner import Learner
+from ..training.preview import visible
+from ..training.run_folder import CONFIG_NAME
+from ..training.validation import Validation
+from .places import device_of, file_of
+from .report import write_report
+from .sample import SamplerOptions
+from .train import DataOptions
+
+BATCH = 100  # images sampled at once
+MOST_REAL = 20_000  # real images that samples are compared with
+SHOWN = 8  # samples beside their nearest training images
+
+
+@dataclass(frozen=True)
+class Evaluate(SamplerOptions):
+    """Measure a run: are its samples recognised, like the real images, and no copies of them?"""
+
+    run_folder: tyro.conf.Positional[Path] = Path("runs/digits")
+    """a folder that `train` wrote, or one of its checkpoints"""
+    out: Path | None = None
+    """folder for evaluation.json and report.html; default `evaluation` in the run's"""
+    images: int = 1000
+    """samples to draw, of the classes as often as the data has them"""
+    device: str = "auto"
+    """torch device; auto is CUDA where there is one"""
+
+    def run(self) -> None:
+        self.measure()
+
+    def measure(self) -> Evaluation:
+        """Draws, measures, writes the report and prints the numbers. Returns them."""
+        path = file_of(self.run_folder)
+        checkpoint, trained = load_checkpoint(path), load_trained(path)
+        config = TrainingConfig(**checkpoint.training)
+        data = _data_of(path.parent)
+        kept, held = Draws(config, checkpoint.schedule.timesteps).split(len(data))
+        real = _real_images(data, kept, held)
+        labels = _labels(real, len(trained.class_names), self.images)
+        start = time.perf_counter()
+        samples = self._samples(trained, labels)
+        seconds = time.perf_counter() - start
+        found = evaluate(samples, labels, real, train_judge(real))
+        numbers = {
+            "run": str(self.run_folder),
+            "epochs": len(checkpoint.losses),
+            "sampler": {**_options(self), "seconds": round(seconds, 1)},
+            "validation_loss": _validation_loss(checkpoint, config, data, held, self.device),
+            **{k: v for k, v in asdict(found).items() if k != "nearest"},
+        }
+        out = self.out or path.parent / "evaluation"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluation.json").write_text(json.dumps(numbers, indent=2))
+        grids = _grids(samples, labels, trained.class_names, real, found)
+        lines = write_report(out / "report.html", numbers, grids)
+        print("\n".join(lines))
+        print(f"report      {out / 'report.html'}")
+        return found
+
+    def _samples(self, trained, labels: Tensor | None) -> Tensor:
+        """[N,C,S,S] on the CPU, of seeds that count up from this command's."""
+        model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
+        fast, table = optimize_for_sampling(model, batch=BATCH), self.table(trained)
+        drawn = []
+        bar = tqdm(range(0, self.images, BATCH), desc="sampling", unit="batch")
+        for first in bar:
+            count = min(BATCH, self.images - first)
+            context = None if labels is None else labels[first : first + count]
+            result = sample(
+                fast,
+                (count, model.in_channels, model.height, model.height),
+                table,
+                context=context,
+                guidance_scale=1.0 if context is None else self.guidance,
+                seeds=self.seed + first,
+                progress=False,
+            )
+            drawn.append(result.images.float().cpu())
+        return torch.cat(drawn)
+
+
+def _data_of(folder: Path):
+    """The data that a run was trained on, as its config.json tells."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"run_folder: wanted {file}, which `train` writes; there is none")
+    config = json.loads(file.read_text())
+    if "data" not in config:
+        raise ValueError(f"run_folder: {file} does not tell where the data came from")
+    return DataOptions.of_record(config["data"]).load()
+
+
+def _real_images(data, kept: np.ndarray, held: np.ndarray) -> RealImages:
+    def read(indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        indices = indices[:: max(-(-len(indices) // MOST_REAL), 1)]
+        (batch,) = data.batches([indices], torch.device("cpu"))
+        labels = batch.context.argmax(1) if data.class_names else None
+        return batch.images, labels
+
+    images, labels = read(kept)
+    if not len(held):
+        return RealImages.without_split(images, labels)
+    held_images, held_labels = read(held)
+    return RealImages(images, held_images, labels, held_labels)
+
+
+def _labels(real: RealImages, classes: int, count: int) -> Tensor | None:
+    """int64 [count]: the classes, as often as among the real images, and one after the other."""
+    if real.trained_labels is None or not classes:
+        return None
+    ordered = real.trained_labels.sort().values
+    return ordered[(torch.arange(count) + 0.5).mul(len(ordered) / count).long()]
+
+
+def _validation_loss(
+    checkpoint: Checkpoint, config: TrainingConfig, data, held: np.ndarray, device: str
+) -> float | None:
+    if not len(held):
+        return None
+    place = device_of(device)
+    learner = Learner(checkpoint.build_model().train(), config, checkpoint.schedule, place)
+    timesteps = checkpoint.schedule.timesteps
+    validation = Validation(data, held, learner.objective, timesteps, config.batch_size)
+    return validation.loss(learner.predict_averaged, place)
+
+
+def _options(options: SamplerOptions) -> dict:
+    return {name: getattr(options, name) for name in SamplerOptions.__dataclass_fields__}
+
+
+def _grids(samples, labels, names, real: RealImages, found: Evaluation) -> dict:
+    """Pictures by their titles."""
+    spread = torch.linspace(0, len(samples) - 1, min(len(samples), 100)).long()
+    grids = {"Samples": sample_grid(visible(samples[spread]), 10)}
+    closest = found.nearest.distance.argsort()[:SHOWN]
+    pool = torch.cat([real.trained, real.held_out]) if real.seen_by_run else real.trained
+    beside = torch.cat([samples[closest], pool[found.nearest.index[closest]]])
+    rows = ("sample", "real")
+    title = "The samples nearest to a training image, and that image"
+    grids[title] = sample_grid(visible(beside), SHOWN, row_labels=rows)
+    return grids

@@ -1,0 +1,116 @@
+"""The report of `evaluate`: an HTML file that holds its pictures, and the same lines as text."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from PIL import Image
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+  body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 50em; padding: 0 1em;
+    color: #222; background: #fff }}
+  table {{ border-collapse: collapse; width: 100% }}
+  td, th {{ text-align: left; padding: .4em .6em; border-bottom: 1px solid #ddd }}
+  td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
+  img {{ max-width: 100%; image-rendering: auto }}
+  small {{ color: #666 }}
+</style>
+<h1>{title}</h1>
+<p>{how}</p>
+<table><tr><th>measure</th><th>samples</th><th>real, held out</th><th></th></tr>
+{rows}</table>
+<p><small>{note}</small></p>
+{pictures}
+</html>
+"""
+
+
+def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) -> list[str]:
+    """Writes the page. Returns the numbers as lines for a terminal.
+
+    Args: numbers: as in evaluation.json. pictures: by their titles.
+    """
+    rows = [row for row in _rows(numbers) if row[1] != "–"]
+    cells = "".join(
+        f'<tr><td>{name}</td><td class="n">{ours}</td><td class="n">{real}</td>'
+        f"<td><small>{why}</small></td></tr>\n"
+        for name, ours, real, why in rows
+    )
+    sampler = numbers["sampler"]
+    how = (
+        f"{numbers['images']} samples after {numbers['epochs']} epochs, by "
+        f"{sampler['sampler'] or 'the default sampler'} in {sampler['steps']} steps, guidance "
+        f"{sampler['guidance']:g}, {sampler['seconds']:g} s."
+    )
+    note = f"Features: {numbers['feature_network']}. They compare runs on the same data alone."
+    shown = "".join(
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_embedded(picture)}">'
+        for title, picture in pictures.items()
+    )
+    title = html.escape(f"Evaluation of {numbers['run']}")
+    page = PAGE.format(title=title, how=html.escape(how), rows=cells, note=note, pictures=shown)
+    path.write_text(page)
+    return [how, *(f"{name:<28}{ours:>9}   held out {real}" for name, ours, real, _ in rows), note]
+
+
+def _rows(n: dict) -> list[tuple[str, str, str, str]]:
+    """(measure, of the samples, of real images in their place, what it says)"""
+    return [
+        (
+            "recognised",
+            _percent(n["recognised"]),
+            _percent(n["classifier_accuracy"]),
+            "taken for the class asked for, by a classifier that has seen real images only",
+        ),
+        (
+            "Fréchet distance",
+            _number(n["frechet"]),
+            _number(n["frechet_real"]),
+            "of the features; less is more alike",
+        ),
+        (
+            "precision",
+            _percent(n["precision"]),
+            _percent(n["precision_real"]),
+            "samples that lie among the real images",
+        ),
+        (
+            "recall",
+            _percent(n["recall"]),
+            _percent(n["recall_real"]),
+            "real images that lie among the samples",
+        ),
+        (
+            "distance from the nearest",
+            _number(n["nearest_median"]),
+            _number(n["nearest_median_real"]),
+            "training image, by pixels, median; far below the real ones' it would be copying",
+        ),
+        (
+            "copies",
+            _percent(n["copies"]),
+            "1.0 %",
+            "nearer to a training image than 99 % of the real images held out",
+        ),
+        ("loss on images held out", _number(n["validation_loss"]), "", "of the average"),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _embedded(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
