@@ -11,6 +11,7 @@ import torch
 from .device import warm_heap
 from .networks import Networks, forwards, samplings, trainings
 from .norms import GROUPS, MORE_SHAPES, NORM_SHAPES, norms
+from .objective import objectives
 from .pipelines import pipelines
 from .steps import normals, perturbs, sampler_steps
 from .work import Case, Work
@@ -75,6 +76,7 @@ def of_norms(sizes: Sizes) -> list[Work]:
 TESTS = {
     "sampler_step": of_steps(sampler_steps),
     "perturb": of_steps(perturbs),
+    "denoising_loss": of_steps(objectives),
     "philox_normal": of_steps(lambda case: [normals(case)]),
     "group_norm_act": of_norms,
     "forward": lambda sizes: forwards(sizes.networks),

@@ -21,6 +21,10 @@ def test_perturb(measure, work, implementation):
     measure(work, implementation)
 
 
+def test_denoising_loss(measure, work, implementation):
+    measure(work, implementation)
+
+
 def test_philox_normal(measure, work, implementation):
     measure(work, implementation)
 

@@ -36,6 +36,17 @@ def test_drop_in_runs_from_top_to_bottom(capsys):
     assert names["noisy"].shape == names["clean"].shape
 
 
+def test_training_runs_from_top_to_bottom(monkeypatch, tmp_path):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("docs/training.md"):
+        exec(block, names)
+    assert (tmp_path / "runs" / "unet" / "checkpoint.safetensors").exists()
+    assert names["cats"].images.shape == (4, 3, 16, 16)
+    assert names["loss"].isfinite()
+
+
 def test_the_samplers_of_contributing_are_ddim_and_ipndm():
     names, schedule = dict(vars(samplers)), dx.NoiseSchedule.linear(100)
     for block in blocks("CONTRIBUTING.md"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,8 +31,8 @@ class DataOptions:
     data: str = "digits"
     """"digits" (scikit-learn's), "emoji" (OpenMoji's), a folder of images (a sub-folder is a
     class), an .npy or .npz"""
-    size: int = 32
-    """side of the emoji and of a folder's images, a multiple of 4"""
+    size: int | None = None
+    """side of the images, a multiple of 4; default 16 for emoji, 32 for a folder's"""
     labels: Path | None = None
     """of an .npy of images: an .npy of labels or context vectors; of a folder: a CSV with the
     columns file and label"""
@@ -60,8 +60,11 @@ class DataOptions:
         )  # fmt: skip
 
     def record(self) -> dict:
-        """The options as JSON has them; `of_record` reads them."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """The options as JSON has them, with whole paths; `of_record` reads them."""
+        record = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        if Path(self.data).exists():
+            record["data"] = str(Path(self.data).resolve())
+        return record
 
     @classmethod
     def of_record(cls, record: dict) -> DataOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from .checkpoints import write_whole
 
 LOG_NAME, TENSORBOARD_NAME = "log.csv", "tensorboard"
 QUARTERS = 4
@@ -86,11 +89,13 @@ class RunLog:
         rows = [row for row in read_log(self.path) if int(row["step"]) <= step] if step else []
         self.before = float(rows[-1]["seconds"]) if rows else 0.0
         self._start = time.perf_counter()
-        self._file = self.path.open("w", newline="")
+        kept = io.StringIO(newline="")
+        writer = csv.DictWriter(kept, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, kept.getvalue().encode())
+        self._file = self.path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
         self._board = _tensorboard(folder / TENSORBOARD_NAME, step)
         self._pending: _Pending | None = None
 

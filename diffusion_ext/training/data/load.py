@@ -12,10 +12,12 @@ from .image_data import ImageData
 from .lazy import LazyData
 from .mapped import cached, map_image_array
 
+EMOJI_SIZE, FOLDER_SIZE = 16, 32
+
 
 def load_data(
     source: str | Path,
-    size: int = 32,
+    size: int | None = None,
     labels: str | Path | None = None,
     layout: str = "auto",
     value_range: str = "auto",
@@ -27,8 +29,8 @@ def load_data(
 ) -> ImageData | LazyData:
     """Loads "digits", "emoji", a folder of images or an .npy/.npz, whichever `source` names.
 
-    Args: size is for emoji and a folder; background and skip_unreadable for a folder, layout for an
-        array; see the functions below.
+    Args: size is for emoji (default 16) and a folder (default 32); background and skip_unreadable
+        for a folder, layout for an array; see the functions below.
         labels: of an array an .npy; of a folder a CSV.
         lazy: read the images as they are needed; None: of a folder, where it is large.
         workers: processes that read ahead, where lazy.
@@ -40,9 +42,9 @@ def load_data(
     if str(source) == "digits":
         return load_digits()
     if str(source) == "emoji":
-        return load_emoji(size)
+        return load_emoji(size or EMOJI_SIZE)
     if path.is_dir():
-        folder = (path, size, value_range, background, skip_unreadable, labels)
+        folder = (path, size or FOLDER_SIZE, value_range, background, skip_unreadable, labels)
         if cache is None:
             return load_image_folder(*folder, lazy, workers)
         return cached(load_image_folder(*folder, True, workers), cache)

@@ -3,7 +3,6 @@ what took long to decode."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -90,17 +89,19 @@ class CachedSource:
 
 
 def cached(data: LazyData, path: str | Path, progress: bool = True) -> LazyData:
-    """The same data, its images in `path`, an .npy of uint8 [N,C,S,S] that is made where it is not
-    there, and made anew where it is of others.
+    """A folder's data with its images in `path`, an .npy of uint8 [N,C,S,S] that is made where it
+    is not there, and made anew where files have changed.
 
     Args: progress: show a bar while the images are decoded, by the data's workers.
-    Raises: ValueError for images that are not of 8 bits, and a path that does not end in .npy.
+    Raises: TypeError for other data; ValueError for a path that does not end in .npy.
     """
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"cache: wanted a file ending in .npy, got {path.name}")
     beside = path.with_suffix(".json")
-    digest = _digest(data.source)
+    if not hasattr(data.source, "identity"):
+        raise TypeError(f"cache: wanted a folder's data, got that of {type(data.source).__name__}")
+    digest = data.source.identity()
     if path.exists() and beside.exists():
         record = json.loads(beside.read_text())
         if record["digest"] == digest:
@@ -126,8 +127,6 @@ def _decode(data: LazyData, path: Path, progress: bool) -> dict:
     with bar:
         for index, read in zip(order, data.read(order), strict=True):
             images, of_images, kept, _ = read
-            if images.dtype != torch.uint8:
-                raise ValueError(f"cache: wanted images of 8 bits, got {images.dtype}")
             pixels[index[kept]] = images.numpy()
             if of_images is not None:
                 for i, label in zip(index[kept].tolist(), of_images.tolist(), strict=True):
@@ -137,10 +136,3 @@ def _decode(data: LazyData, path: Path, progress: bool) -> dict:
     partial.replace(path)
     failures = {str(i): why for i, why in data.failures.items()}
     return {"labels": labels if any(x is not None for x in labels) else None, "failures": failures}
-
-
-def _digest(source: Source) -> str:
-    """Of what the images are made of: the files and how they are read, or the dataset."""
-    told = [type(source).__name__, str(len(source)), str(tuple(source.shape))]
-    told += [getattr(source, "identity", "")]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
