@@ -31,12 +31,29 @@ PAGE = """<!doctype html>
 """
 
 
+NOTHING = "–"
+# measure, its name in evaluation.json, that of real images in the samples' place, whether it is a
+# share, and what it says.
+MEASURES = (
+    ("recognised", "recognised", "classifier_accuracy", True,
+     "taken for the class asked for, by a classifier that has seen real images only"),
+    ("Fréchet distance", "frechet", "frechet_real", False, "of the features; less is more alike"),
+    ("precision", "precision", "precision_real", True, "samples that lie among the real images"),
+    ("recall", "recall", "recall_real", True, "real images that lie among the samples"),
+    ("distance from the nearest", "nearest_median", "nearest_median_real", False,
+     "training image, by pixels, median; far below the real ones' it would be copying"),
+    ("copies", "copies", "copies_real", True,
+     "nearer to a training image than 99 % of the real images held out"),
+    ("loss on images held out", "validation_loss", "", False, "of the average of the weights"),
+)  # fmt: skip
+
+
 def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) -> list[str]:
     """Writes the page. Returns the numbers as lines for a terminal.
 
     Args: numbers: as in evaluation.json. pictures: by their titles.
     """
-    rows = [row for row in _rows(numbers) if row[1] != "–"]
+    rows = [row for row in _rows(numbers) if row[1] != NOTHING]
     cells = "".join(
         f'<tr><td>{name}</td><td class="n">{ours}</td><td class="n">{real}</td>'
         f"<td><small>{why}</small></td></tr>\n"
@@ -56,58 +73,21 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
     title = html.escape(f"Evaluation of {numbers['run']}")
     page = PAGE.format(title=title, how=html.escape(how), rows=cells, note=note, pictures=shown)
     path.write_text(page)
-    return [how, *(f"{name:<28}{ours:>9}   held out {real}" for name, ours, real, _ in rows), note]
+    return [how, *(f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows), note]
 
 
-def _rows(n: dict) -> list[tuple[str, str, str, str]]:
+def _rows(numbers: dict) -> list[tuple[str, str, str, str]]:
     """(measure, of the samples, of real images in their place, what it says)"""
     return [
-        (
-            "recognised",
-            _percent(n["recognised"]),
-            _percent(n["classifier_accuracy"]),
-            "taken for the class asked for, by a classifier that has seen real images only",
-        ),
-        (
-            "Fréchet distance",
-            _number(n["frechet"]),
-            _number(n["frechet_real"]),
-            "of the features; less is more alike",
-        ),
-        (
-            "precision",
-            _percent(n["precision"]),
-            _percent(n["precision_real"]),
-            "samples that lie among the real images",
-        ),
-        (
-            "recall",
-            _percent(n["recall"]),
-            _percent(n["recall_real"]),
-            "real images that lie among the samples",
-        ),
-        (
-            "distance from the nearest",
-            _number(n["nearest_median"]),
-            _number(n["nearest_median_real"]),
-            "training image, by pixels, median; far below the real ones' it would be copying",
-        ),
-        (
-            "copies",
-            _percent(n["copies"]),
-            "1.0 %",
-            "nearer to a training image than 99 % of the real images held out",
-        ),
-        ("loss on images held out", _number(n["validation_loss"]), "", "of the average"),
+        (measure, _written(numbers.get(ours), percent), _written(numbers.get(real), percent), why)
+        for measure, ours, real, percent, why in MEASURES
     ]
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _written(value: float | None, percent: bool) -> str:
+    if value is None:
+        return NOTHING
+    return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
 
 
 def _embedded(picture: Image.Image) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,44 +16,17 @@ from tqdm import tqdm
 from ..samplers.schedules import NoiseSchedule
 from ..version import __version__
 from .checkpoints import Checkpoint, load_checkpoint
-from .config import FREE, TrainingConfig
+from .compatibility import check_fit, check_same_run, configuration_of
+from .config import TrainingConfig
 from .data import Batch, ImageData, LazyData
 from .draws import Draws, DrawTimesteps, batches_of
 from .learner import Learner
 from .logs import LossMeter, RunLog
 from .optimizers import learning_rate
 from .preview import Preview
+from .progress import Progress
 from .run_folder import RunFolder
 from .validation import Validation
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        losses, validation_losses: of each epoch.
-        steps: updates of the weights. images: seen.
-        batches, loss, loss_images: of the epoch that has begun: batches trained, the sum of their
-            images' losses, on the device, and how many images that were.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    validation_losses: list[float] = field(default_factory=list)
-    steps: int = 0
-    images: int = 0
-    batches: int = 0
-    loss: Tensor | float = 0.0
-    loss_images: int = 0
-
-    @property
-    def mean_loss(self) -> float:
-        """Of the epoch so far; reading it waits for the device."""
-        return float(self.loss) / self.loss_images if self.loss_images else math.nan
-
-    def end_epoch(self, loss: float) -> None:
-        self.losses.append(loss)
-        self.batches, self.loss, self.loss_images = 0, 0.0, 0
 
 
 class Trainer:
@@ -94,7 +67,7 @@ class Trainer:
         draw_timesteps: DrawTimesteps | None = None,
         about: dict | None = None,
     ):
-        _check_fit(model, data)
+        check_fit(model, data)
         self.config = config or TrainingConfig()
         first = next(model.parameters(), torch.empty(0))
         self.device = torch.device(device or first.device)
@@ -110,6 +83,7 @@ class Trainer:
         self.preview = Preview(self.config, schedule, data)
         self.progress = Progress()
         self.about = about or {}
+        self._speed = math.nan  # images a second in the last epoch
 
     @property
     def model(self) -> nn.Module:
@@ -203,7 +177,8 @@ class Trainer:
             disable=None if progress else True,  # None: only where stderr is a terminal
         )
         meter = LossMeter(self.schedule.timesteps, self.device)
-        began, saved = (time.perf_counter(), state.images), time.perf_counter()
+        start, before = began = time.perf_counter(), state.images
+        saved = start
         with bar:
             while state.batches < self.batches_per_epoch:
                 images = state.images
@@ -218,6 +193,7 @@ class Trainer:
                 ):
                     self.folder.save(self.checkpoint())
                     saved = time.perf_counter()
+        self._speed = (state.images - before) / (time.perf_counter() - start)
 
     def _step(self, batches: Iterator[Batch], meter: LossMeter) -> Tensor | None:
         """One update of the weights. Returns the gradient's norm, where it is known."""
@@ -283,7 +259,7 @@ class Trainer:
         if self._due(config.checkpoint_every):
             self.folder.save(self.checkpoint(), self._is_best())
             if progress:
-                tqdm.write(self._line(log))
+                tqdm.write(self._line())
 
     def _due(self, every: int, epoch: int | None = None) -> bool:
         epoch = epoch or self.epoch
@@ -295,29 +271,25 @@ class Trainer:
         due = [v for i, v in enumerate(earlier, 1) if self._due(self.config.checkpoint_every, i)]
         return last <= min(due, default=math.inf)
 
-    def _line(self, log: RunLog) -> str:
+    def _line(self) -> str:
         """What an epoch came to, and how long the others will take."""
         parts = [self._label(self.epoch), f"loss {self.losses[-1]:.4f}"]
         if self.validation_losses:
             parts.append(f"held out {self.validation_losses[-1]:.4f}")
-        rate = self.samples_seen / log.seconds
-        left = (self.config.epochs - self.epoch) * len(self.images) / rate
+        left = (self.config.epochs - self.epoch) * len(self.images) / self._speed
         if self.epoch < self.config.epochs:
             parts.append(f"{tqdm.format_interval(left)} left")
-        return "  ".join([*parts, f"{rate:.0f} images/s"])
+        return "  ".join([*parts, f"{self._speed:.0f} images/s"])
 
     def _label(self, epoch: int) -> str:
         return f"epoch {epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
-
-    def _configuration(self) -> dict:
-        return dict(getattr(self.model, "configuration", {}))
 
     def _description(self) -> dict:
         """What config.json tells."""
         return {
             "diffusion_ext": __version__,
             "torch": torch.__version__,
-            "model": {"class": type(self.model).__name__, **self._configuration()},
+            "model": {"class": type(self.model).__name__, **configuration_of(self.model)},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "timesteps": self.schedule.timesteps,
             "training": asdict(self.config),
@@ -330,20 +302,13 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run."""
-        state = self.progress
         return Checkpoint(
             **self.learner.state(),
+            **self.progress.state(),
             schedule=self.schedule,
-            model_configuration=self._configuration(),
+            model_configuration=configuration_of(self.model),
             training=asdict(self.config),
             class_names=self.data.class_names,
-            losses=list(state.losses),
-            validation_losses=list(state.validation_losses),
-            steps=state.steps,
-            samples_seen=state.images,
-            epoch_batches=state.batches,
-            epoch_loss=float(state.loss),
-            epoch_images=state.loss_images,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -351,43 +316,7 @@ class Trainer:
 
         Raises: ValueError naming what differs.
         """
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint, self.model, self.config, self.schedule)
         self.learner.restore(checkpoint)
-        self.progress = Progress(
-            losses=list(checkpoint.losses),
-            validation_losses=list(checkpoint.validation_losses),
-            steps=checkpoint.steps,
-            images=checkpoint.samples_seen,
-            batches=checkpoint.epoch_batches,
-            loss=torch.tensor(checkpoint.epoch_loss, device=self.device),
-            loss_images=checkpoint.epoch_images,
-        )
+        self.progress = Progress.of(checkpoint, self.device)
         self.folder.went_on_from(checkpoint.steps)
-
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        wanted = self._configuration() | asdict(self.config)
-        # An older checkpoint lacks what was fixed then, at the default of today.
-        found = checkpoint.model_configuration | asdict(TrainingConfig()) | checkpoint.training
-        for name in sorted(wanted.keys() - FREE):
-            if wanted[name] != found.get(name):
-                raise ValueError(
-                    f"{name}: the checkpoint to resume has {found.get(name)}, "
-                    f"this run {wanted[name]}"
-                )
-        if not np.array_equal(checkpoint.schedule.alpha_bar, self.schedule.alpha_bar):
-            raise ValueError("schedule: the checkpoint to resume has another one")
-
-
-def _check_fit(model: nn.Module, data) -> None:
-    """Where the model tells what it takes, as a ContextUnet does."""
-    sizes = [getattr(model, name, None) for name in ("in_channels", "height", "height")]
-    if None not in sizes and list(data.shape) != sizes:
-        raise ValueError(
-            f"data: wanted images {['N', *sizes]} for this model, got {[len(data), *data.shape]}"
-        )
-    features = getattr(model, "n_cfeat", None)
-    if None not in (features, data.context_shape) and data.context_shape != (features,):
-        raise ValueError(
-            f"data: wanted contexts ['N', {features}] for this model, "
-            f"got {[len(data), *data.context_shape]}"
-        )

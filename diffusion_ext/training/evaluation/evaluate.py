@@ -24,8 +24,8 @@ class Evaluation:
         frechet, [frechet_real]: distance of features from those of the training images.
         precision, recall, [precision_real, recall_real]: of features.
         nearest_median, [nearest_median_real]: distance from the nearest training image, by pixels.
-        copies: the share that is nearer to a training image than 99 % of the real images are; None
-            where no image was held out of the run.
+        copies, [copies_real]: the share that is nearer to a training image than 99 % of the real
+            images are; None where no image was held out of the run.
         feature_network: what the features are of.
         nearest: of each sample.
     """
@@ -42,6 +42,7 @@ class Evaluation:
     nearest_median: float
     nearest_median_real: float | None
     copies: float | None
+    copies_real: float | None
     feature_network: str
     nearest: Nearest
 
@@ -79,7 +80,12 @@ def evaluate(samples: Tensor, labels: Tensor | None, real: RealImages, judge: Ju
         recall_real=recall_real,
         nearest_median=of_samples.distance.median().item(),
         nearest_median_real=of_real.distance.median().item(),
-        copies=None if real.seen_by_run else (of_samples.distance < limit).double().mean().item(),
+        copies=None if real.seen_by_run else _share_below(of_samples, limit),
+        copies_real=None if real.seen_by_run else _share_below(of_real, limit),
         feature_network=f"64 features of a small network that tells {kind} on these data",
         nearest=of_samples,
     )
+
+
+def _share_below(found: Nearest, limit: Tensor) -> float:
+    return (found.distance < limit).double().mean().item()
