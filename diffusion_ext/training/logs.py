@@ -81,10 +81,12 @@ class RunLog:
 
     Args:
         folder: the run's. step: that it goes on from: lines beyond it are another life's.
+        meter: of the run; what it has gathered goes into each line.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, meter: LossMeter):
         folder.mkdir(parents=True, exist_ok=True)
+        self.meter, self._began = meter, (time.perf_counter(), 0)
         self.path = folder / LOG_NAME
         rows = [row for row in read_log(self.path) if int(row["step"]) <= step] if step else []
         self.before = float(rows[-1]["seconds"]) if rows else 0.0
@@ -104,16 +106,24 @@ class RunLog:
         """Of training so far, those before a resumption among them."""
         return self.before + time.perf_counter() - self._start
 
-    def line(self, known: dict[str, float], sums: Tensor, norm: Tensor | None) -> None:
-        """A line is due: what the host knows of it, and what is on the device."""
+    def begin(self, images: int) -> None:
+        """From here on it is trained, after so many images; the next line tells how fast."""
+        self._began = time.perf_counter(), images
+
+    def line(self, known: dict[str, float], norm: Tensor | None) -> None:
+        """A line is due: what the host knows of it, and the norm, which is on the device."""
         self.flush()
-        event = None
+        start, images = self._began
+        speed = (known["images"] - images) / (time.perf_counter() - start)
+        known = {**known, "images_per_second": speed, "seconds": round(self.seconds, 3)}
+        self.begin(known["images"])
+        sums, event = self.meter.take(), None
         if sums.device.type == "cuda":
             sums = sums.to("cpu", non_blocking=True)
             norm = None if norm is None else norm.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = _Pending({**known, "seconds": round(self.seconds, 3)}, sums, norm, event)
+        self._pending = _Pending(known, sums, norm, event)
 
     def flush(self) -> None:
         """Writes the line that is due."""

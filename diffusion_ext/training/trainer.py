@@ -144,7 +144,8 @@ class Trainer:
                 f"{self.checkpoint_path} is there already: resume it, or choose another folder"
             )
         self.folder.write_config(self._description())
-        log = RunLog(self.folder.path, self.steps)
+        meter = LossMeter(self.schedule.timesteps, self.device)
+        log = RunLog(self.folder.path, self.steps, meter)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
@@ -176,21 +177,20 @@ class Trainer:
             mininterval=0.5,
             disable=None if progress else True,  # None: only where stderr is a terminal
         )
-        meter = LossMeter(self.schedule.timesteps, self.device)
-        start, before = began = time.perf_counter(), state.images
-        saved = start
+        saved = start = time.perf_counter()
+        before = state.images
+        log.begin(state.images)
         with bar:
             while state.batches < self.batches_per_epoch:
                 images = state.images
-                norm = self._step(batches, meter)
+                norm = self._step(batches, log.meter)
                 if state.steps % config.log_every == 0:
-                    log.line(self._known(began), meter.take(), norm)
-                    began = time.perf_counter(), state.images
+                    rate = self.learner.optimizer.param_groups[0]["lr"]
+                    log.line({**self._known(), "learning_rate": rate}, norm)
                 if bar.update(state.images - images):  # only then the loss is read, which waits
                     bar.set_postfix(loss=f"{state.mean_loss:.4f}")
-                if config.checkpoint_minutes and time.perf_counter() > saved + 60 * (
-                    config.checkpoint_minutes
-                ):
+                minutes = (time.perf_counter() - saved) / 60
+                if config.checkpoint_minutes and minutes > config.checkpoint_minutes:
                     self.folder.save(self.checkpoint())
                     saved = time.perf_counter()
         self._speed = (state.images - before) / (time.perf_counter() - start)
@@ -222,19 +222,11 @@ class Trainer:
         state.steps += 1
         return self.learner.update(state.steps, lr, state.steps % config.log_every == 0)
 
-    def _known(self, began: tuple[float, int] | None = None) -> dict[str, float]:
-        """What the host knows of a line of the log; began: when, and how many images were seen."""
+    def _known(self) -> dict[str, float]:
+        """Where the run is, for a line of the log."""
         state = self.progress
-        known = {
-            "step": state.steps,
-            "epoch": round(self.epoch + state.batches / self.batches_per_epoch, 4),
-            "images": state.images,
-        }
-        if began is not None:
-            start, images = began
-            known["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
-            known["images_per_second"] = (state.images - images) / (time.perf_counter() - start)
-        return known
+        epoch = round(self.epoch + state.batches / self.batches_per_epoch, 4)
+        return {"step": state.steps, "epoch": epoch, "images": state.images}
 
     def _end_epoch(self, log: RunLog, progress: bool) -> None:
         state, config = self.progress, self.config

@@ -1,5 +1,6 @@
 """The log of a run: its numbers, what it waits for, and what is left of it after a stop."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -71,17 +72,35 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path, monkeypatch):
 
 def test_a_line_is_written_when_the_next_one_is_due(tmp_path):
     """Its numbers are on their way from the device until then."""
-    log = RunLog(tmp_path, 0)
-    meter = LossMeter(20, torch.device("cpu"))
+    log = RunLog(tmp_path, 0, LossMeter(20, torch.device("cpu")))
     for step in (1, 2):
         ones = torch.ones(3)
-        meter.add(step * ones, step * ones, torch.tensor([1, 10, 20]))
-        log.line({"step": step, "epoch": 0, "images": 3 * step}, meter.take(), None)
+        log.meter.add(step * ones, step * ones, torch.tensor([1, 10, 20]))
+        log.line({"step": step, "epoch": 0, "images": 3 * step}, None)
         assert [row["step"] for row in read_log(log.path)] == [str(i) for i in range(1, step)]
     log.close()
     rows = read_log(log.path)
     assert [(row["step"], row["loss"]) for row in rows] == [("1", "1"), ("2", "2")]
-    assert np.isnan(means(meter.take())["loss"])
+    assert np.isnan(means(log.meter.take())["loss"])
+
+
+def test_a_line_has_all_that_was_trained_since_the_last_one(tmp_path, monkeypatch):
+    """Over the end of an epoch: three steps an epoch, a line every two."""
+    run, backward, losses = tiny_trainer(tmp_path), Learner.backward, []
+    run.config = dataclasses.replace(run.config, log_every=2)
+
+    def recording(self, batch, draws, of):
+        trained, plain = backward(self, batch, draws, of)
+        losses.append(trained.clone())
+        return trained, plain
+
+    monkeypatch.setattr(Learner, "backward", recording)
+    run.fit(progress=False)
+    rows = read_log(tmp_path / "log.csv")
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 10, 12]
+    for i, row in enumerate(rows):
+        of = torch.cat(losses[2 * i : 2 * i + 2])
+        assert float(row["loss"]) == pytest.approx(of.mean().item(), rel=1e-5)
 
 
 def test_tensorboard_has_the_same_numbers_and_the_pictures(tmp_path):
