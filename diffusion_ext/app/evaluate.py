@@ -68,6 +68,7 @@ class Evaluate(SamplerOptions):
             "sampler": {**_options(self), "seconds": round(seconds, 1)},
             "validation_loss": _validation_loss(checkpoint, config, data, held, self.device),
             **{k: v for k, v in asdict(found).items() if k != "nearest"},
+            "data": list(data.notes),
         }
         out = self.out or path.parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)

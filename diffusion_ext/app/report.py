@@ -66,12 +66,15 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
         f"{sampler['guidance']:g}, {sampler['seconds']:g} s."
     )
     note = f"Features: {numbers['feature_network']}. They compare runs on the same data alone."
+    credit = html.escape(". ".join(["", *numbers["data"]]))
     shown = "".join(
         f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_embedded(picture)}">'
         for title, picture in pictures.items()
     )
     title = html.escape(f"Evaluation of {numbers['run']}")
-    page = PAGE.format(title=title, how=html.escape(how), rows=cells, note=note, pictures=shown)
+    page = PAGE.format(
+        title=title, how=html.escape(how), rows=cells, note=note + credit, pictures=shown
+    )
     path.write_text(page)
     return [how, *(f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows), note]
 

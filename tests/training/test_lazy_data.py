@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import assert_same_run, fit_stopping_at, tiny_trainer
 from torch.utils.data import TensorDataset
 
 from diffusion_ext.training import (
@@ -16,7 +17,6 @@ from diffusion_ext.training import (
     from_dataset,
     load_data,
 )
-from runs import assert_same_run, fit_stopping_at, tiny_trainer
 
 CPU = torch.device("cpu")
 ALL = np.arange(6)

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from small_runs import SCHEDULE, fit_stopping_at, tiny_trainer
 
 from diffusion_ext.training import TrainingConfig, logs, read_log
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.logs import LossMeter, RunLog, means
-from runs import SCHEDULE, fit_stopping_at, tiny_trainer
 
 CONFIG = TrainingConfig(
     epochs=4, batch_size=4, checkpoint_every=1, log_every=2, validation=0.2, samples_every=2

@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import (
+    SCHEDULE,
+    TinyNetwork,
+    assert_same_run,
+    fit_stopping_at,
+    tiny_data,
+    tiny_trainer,
+)
 from torch import nn
 
 import diffusion_ext as dx
@@ -21,14 +29,6 @@ from diffusion_ext.training.ema import power_of
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.objective import Objective, min_snr_weights
 from diffusion_ext.training.optimizers import OPTIMIZERS, build_optimizer, learning_rate
-from runs import (
-    SCHEDULE,
-    TinyNetwork,
-    assert_same_run,
-    fit_stopping_at,
-    tiny_data,
-    tiny_trainer,
-)
 
 CPU = torch.device("cpu")
 

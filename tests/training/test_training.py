@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from small_runs import SCHEDULE, assert_same_run, fit_stopping_at, tiny_data, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_ext as dx
@@ -18,7 +19,6 @@ from diffusion_ext.training import (
 )
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.objective import Objective
-from runs import SCHEDULE, assert_same_run, fit_stopping_at, tiny_data, tiny_trainer
 
 
 @pytest.mark.parametrize(
