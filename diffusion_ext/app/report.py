@@ -38,6 +38,7 @@ MEASURES = (
     ("recognised", "recognised", "classifier_accuracy", True,
      "taken for the class asked for, by a classifier that has seen real images only"),
     ("Fréchet distance", "frechet", "frechet_real", False, "of the features; less is more alike"),
+    ("FID", "inception", "", False, "the same by Inception's features"),
     ("precision", "precision", "precision_real", True, "samples that lie among the real images"),
     ("recall", "recall", "recall_real", True, "real images that lie among the samples"),
     ("distance from the nearest", "nearest_median", "nearest_median_real", False,

@@ -75,7 +75,13 @@ def test_the_library_needs_only_the_stable_shim():
 
 def test_info_says_what_serves_each_op():
     info = dx.info()
-    assert set(info.backends) == {"sampler_step", "perturb", "philox_normal", "group_norm_act"}
+    assert set(info.backends) == {
+        "sampler_step",
+        "perturb",
+        "denoising_loss",
+        "philox_normal",
+        "group_norm_act",
+    }
     for devices in info.backends.values():
         assert devices["cpu"].startswith(f"native ({_C.cpu_capability()}, ")
         if torch.version.cuda is None:

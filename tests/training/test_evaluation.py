@@ -1,5 +1,8 @@
 """The measures of a run's quality, against what they are by definition."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,12 @@ from diffusion_ext.training.evaluation import (
     evaluate,
     features,
     frechet_distance,
+    inception,
     nearest,
     precision_recall,
     train_judge,
 )
+from diffusion_ext.training.evaluation.inception import inception_distance
 
 
 def test_the_frechet_distance_of_normals_is_known():
@@ -126,3 +131,37 @@ def test_without_labels_the_features_are_of_rotations(real, monkeypatch):
     assert torch.equal(judge.features(real.held_out), again.features(real.held_out))
     found = evaluate(real.held_out, None, plain, judge)
     assert (found.recognised, found.classifier_accuracy) == (None, None)
+
+
+def test_fid_by_torchmetrics_where_the_weights_are_at_hand(tmp_path, monkeypatch):
+    images = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 1, 4, 4)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert inception_distance(images, images) is None  # nothing is fetched
+    weights = tmp_path / "checkpoints" / inception.WEIGHTS
+    weights.parent.mkdir()
+    weights.write_bytes(b"")
+    seen = []
+
+    class Metric:
+        def __init__(self, feature, feature_extractor_weights_path):
+            seen.append((feature, feature_extractor_weights_path))
+
+        def update(self, images, real):
+            seen.append((images.dtype, tuple(images.shape), images[:, 2, 0, 0].tolist(), real))
+
+        def compute(self):
+            return torch.tensor(7.0)
+
+    module = types.ModuleType("torchmetrics.image.fid")
+    module.FrechetInceptionDistance = Metric
+    for name in ("torchmetrics", "torchmetrics.image"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+    assert inception_distance(images[1:], images) == 7
+    assert seen == [
+        (2048, str(weights)),
+        (torch.uint8, (3, 3, 4, 4), [0, 128, 255], True),
+        (torch.uint8, (2, 3, 4, 4), [128, 255], False),
+    ]
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    assert inception_distance(images, images) is None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .features import Judge, RealImages
+from .inception import inception_distance
 from .measures import Nearest, frechet_distance, nearest, precision_recall
 
 COPY_PERCENTILE = 0.01  # of the distances of held-out images, below which a sample counts as a copy
@@ -22,6 +23,8 @@ class Evaluation:
         recognised, [classifier_accuracy]: the share that a classifier takes for the class asked
             for; None where there are no classes.
         frechet, [frechet_real]: distance of features from those of the training images.
+        inception: the same by Inception's features (FID); None where torchmetrics, torch-fidelity
+            or the weights are missing.
         precision, recall, [precision_real, recall_real]: of features.
         nearest_median, [nearest_median_real]: distance from the nearest training image, by pixels.
         copies, [copies_real]: the share that is nearer to a training image than 99 % of the real
@@ -35,6 +38,7 @@ class Evaluation:
     classifier_accuracy: float | None
     frechet: float
     frechet_real: float
+    inception: float | None
     precision: float
     recall: float
     precision_real: float
@@ -74,6 +78,7 @@ def evaluate(samples: Tensor, labels: Tensor | None, real: RealImages, judge: Ju
         classifier_accuracy=judge.accuracy if judge.of_classes else None,
         frechet=frechet_distance(made, trained),
         frechet_real=frechet_distance(held, trained),
+        inception=inception_distance(samples, real.trained),
         precision=precision,
         recall=recall,
         precision_real=precision_real,
