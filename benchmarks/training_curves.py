@@ -57,8 +57,7 @@ def measured(checkpoint: Checkpoint, weights: str, guidance: float, real, judge:
     network.load_state_dict(getattr(checkpoint, weights))
     network = dx.optimize_for_sampling(network.eval(), batch=BATCH)
     table = dx.ddim(SCHEDULE, 25, clip=1.0, prediction="v")
-    ordered = real.trained_labels.sort().values
-    labels = ordered[(torch.arange(SAMPLES) + 0.5).mul(len(ordered) / SAMPLES).long()]
+    labels = real.labels_for(SAMPLES)
     drawn = []
     for first in range(0, SAMPLES, BATCH):
         some = labels[first : first + BATCH]

@@ -19,6 +19,7 @@ from ..sampling.pictures import sample_grid
 from ..training import Checkpoint, TrainingConfig, load_checkpoint, load_trained
 from ..training.draws import Draws
 from ..training.evaluation import Evaluation, RealImages, evaluate, train_judge
+from ..training.evaluation.measures import NEIGHBOURS
 from ..training.learner import Learner
 from ..training.preview import visible
 from ..training.run_folder import CONFIG_NAME
@@ -51,13 +52,15 @@ class Evaluate(SamplerOptions):
 
     def measure(self) -> Evaluation:
         """Draws, measures, writes the report and prints the numbers. Returns them."""
+        if self.images <= NEIGHBOURS + 1:
+            raise ValueError(f"images: wanted at least {NEIGHBOURS + 2}, got {self.images}")
         path = file_of(self.run_folder)
         checkpoint, trained = load_checkpoint(path), load_trained(path)
         config = TrainingConfig(**checkpoint.training)
         data = _data_of(path.parent)
         kept, held = Draws(config, checkpoint.schedule.timesteps).split(len(data))
         real = _real_images(data, kept, held)
-        labels = _labels(real, len(trained.class_names), self.images)
+        labels = real.labels_for(self.images)
         start = time.perf_counter()
         samples = self._samples(trained, labels)
         seconds = time.perf_counter() - start
@@ -124,14 +127,6 @@ def _real_images(data, kept: np.ndarray, held: np.ndarray) -> RealImages:
         return RealImages.without_split(images, labels)
     held_images, held_labels = read(held)
     return RealImages(images, held_images, labels, held_labels)
-
-
-def _labels(real: RealImages, classes: int, count: int) -> Tensor | None:
-    """int64 [count]: the classes, as often as among the real images, and one after the other."""
-    if real.trained_labels is None or not classes:
-        return None
-    ordered = real.trained_labels.sort().values
-    return ordered[(torch.arange(count) + 0.5).mul(len(ordered) / count).long()]
 
 
 def _validation_loss(

@@ -210,6 +210,11 @@ def test_evaluate(tmp_path, capsys, monkeypatch, validation):
         assert numbers["validation_loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
+def test_evaluate_wants_some_images(run, capsys):
+    assert cli.main(["evaluate", str(run), "--images", "4"]) == 2
+    assert "images: wanted at least 5, got 4" in capsys.readouterr().err
+
+
 def test_evaluate_wants_the_folder_of_a_run(run, tmp_path, capsys):
     alone = tmp_path / "checkpoint.safetensors"
     alone.write_bytes((run / "checkpoint.safetensors").read_bytes())

@@ -53,6 +53,13 @@ class RealImages:
     held_out_labels: Tensor | None = None
     seen_by_run: bool = False
 
+    def labels_for(self, count: int) -> Tensor | None:
+        """int64 [count]: the classes, as often as here and in order; None without labels."""
+        if self.trained_labels is None:
+            return None
+        ordered = self.trained_labels.sort().values
+        return ordered[(torch.arange(count) + 0.5).mul(len(ordered) / count).long()]
+
     @classmethod
     def without_split(cls, images: Tensor, labels: Tensor | None) -> RealImages:
         """Of a run that held out no images: a fifth is held out from the classifier alone."""
