@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
+from ..training.processes import told_to_torchrun
 from .evaluate import Evaluate
 from .information import info
 from .places import file_of
@@ -102,13 +103,15 @@ Command = (
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 2 for what the user can put right."""
+    """Runs a command. Returns the exit status: 2 for what the user can put right, 130 after Ctrl-C;
+    SIGTERM ends training with 143."""
+    command = tyro.cli(Command, prog="diffusion-ext", args=args)
     try:
-        tyro.cli(Command, prog="diffusion-ext", args=args).run()
+        told_to_torchrun(command.run)()
     except USER_ERRORS as error:
         print(f"diffusion-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("diffusion-ext: interrupted; the last checkpoint is whole", file=sys.stderr)
+        print("diffusion-ext: interrupted; what was saved is whole", file=sys.stderr)
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ from ..training import (
     load_data,
     load_trained,
 )
+from ..training.processes import joined, restarted_by_torchrun
 from .curves import save_loss_curve
 from .places import device_of, file_of
 
@@ -99,32 +101,39 @@ class Train:
     )
     resume: bool = False
     """continue from the checkpoint in the folder"""
+    resume_from: Path | None = None
+    """continue from this one of the folder's checkpoints, whatever came after it"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
 
     def run(self) -> None:
-        data = self.images.load()
-        for note in data.notes:
-            print(note)
+        device = device_of(self.device)
+        with joined(device) as processes:
+            with processes.first_then_others() if self.images.cache else nullcontext():
+                data = self.images.load()
+            if processes.first:
+                print(*data.notes, sep="\n", end="\n" * bool(data.notes))
+            trainer = self._trainer(data, device)
+            if processes.first:
+                print(_described(trainer))
+            losses = trainer.fit(resume=self._resumed(trainer))
+            if processes.first:
+                print(f"checkpoint  {trainer.checkpoint_path}")
+                _save_curve(trainer.folder.path / "loss.png", losses, trainer.validation_losses)
+
+    def _trainer(self, data: ImageData | LazyData, device: torch.device) -> Trainer:
         channels, height, _ = data.shape
         torch.manual_seed(self.training.seed)  # of the initial weights
         model = self._model(channels, (data.context_shape or (1,))[0], height)
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
-        device = device_of(self.device)
         out = self.out or Path("runs") / Path(self.images.data).stem
         about = {"data": self.images.record()}
-        trainer = Trainer(model, schedule, data, out, self.training, device, about=about)
-        held_out = len(data) - len(trainer.images)
-        rest = f" and {held_out} held out" if held_out else ""
-        size = f"{channels}x{height}x{height}"
-        print(f"training on {len(trainer.images)} images {size}{rest}, on {device}")
-        losses = trainer.fit(resume=self.resume)
-        print(f"checkpoint  {trainer.checkpoint_path}")
-        try:
-            save_loss_curve(out / "loss.png", losses, trainer.validation_losses)
-            print(f"loss curve  {out / 'loss.png'}")
-        except ImportError as error:
-            print(error)
+        return Trainer(model, schedule, data, out, self.training, device, about=about)
+
+    def _resumed(self, trainer: Trainer) -> bool | Path:
+        """What fit is to go on from: after a failure torchrun starts the same command again."""
+        again = restarted_by_torchrun() and trainer.checkpoint_path.exists()
+        return again or self.resume_from or self.resume
 
     def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:
         quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
@@ -133,3 +142,21 @@ class Train:
         model = load_trained(file_of(self.init_from), StateDictOptions(**quirks)).model
         print(f"weights     {self.init_from}")
         return model
+
+
+def _described(run: Trainer) -> str:
+    """What is trained on what, as a line."""
+    held_out = len(run.data) - len(run.images)
+    rest = f" and {held_out} held out" if held_out else ""
+    count = run.processes.count
+    where = f"on {run.device}" + (f", in {count} processes" if count > 1 else "")
+    size = "x".join(map(str, run.data.shape))
+    return f"training on {len(run.images)} images {size}{rest}, {where}"
+
+
+def _save_curve(path: Path, losses: list[float], validation_losses: list[float]) -> None:
+    try:
+        save_loss_curve(path, losses, validation_losses)
+        print(f"loss curve  {path}")
+    except ImportError as error:
+        print(error)

@@ -35,6 +35,8 @@ class NoiseSchedule:
     _digest: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("beta", "alpha_bar"):
+            _check_table(name, getattr(self, name), np.shape(self.beta))
         tables = {
             "beta": self.beta.copy(),
             "alpha_bar": self.alpha_bar.copy(),
@@ -201,6 +203,17 @@ def is_lasting(tensor: torch.Tensor) -> bool:
 def check_schedule(schedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
+
+
+def _check_table(name: str, table, shape: tuple[int, ...]) -> None:
+    if not isinstance(table, np.ndarray) or table.dtype != np.float64:
+        raise TypeError(
+            f"{name}: wanted a float64 array, got {getattr(table, 'dtype', type(table))}"
+        )
+    if table.ndim != 1 or len(table) < 2 or table.shape != shape:
+        raise ValueError(f"{name}: wanted shape [T+1] with T >= 1, got {list(table.shape)}")
+    if not ((table >= 0) & (table <= 1)).all():
+        raise ValueError(f"{name}: wanted values in [0, 1], got {table.min()} to {table.max()}")
 
 
 def _check_timesteps(timesteps: int) -> None:

@@ -1,11 +1,14 @@
 """Checkpoints: a whole run in one safetensors file, replaced atomically.
 
 Tensors are named `model.*`, `ema.*`, `optimizer.*` and `schedule.*`; the rest is JSON in the
-file's metadata. One file cannot be half new and half old, and loading it executes nothing.
+file's metadata, and so is a digest of it all. One file cannot be half new and half old, loading it
+executes nothing, and a file that was damaged is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -19,8 +22,13 @@ from torch import Tensor, nn
 from ..nn.context_unet import ContextUnet
 from ..samplers.schedules import NoiseSchedule
 
-METADATA_KEY = "diffusion_ext"
+METADATA_KEY, DIGEST_KEY = "diffusion_ext", "sha256"
 TENSOR_GROUPS = ("model", "ema", "optimizer")
+KINDS = {
+    "model_configuration": dict, "training": dict, "class_names": list, "losses": list,
+    "validation_losses": list, "steps": int, "samples_seen": int, "epoch_batches": int,
+    "epoch_images": int, "skipped_steps": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +48,7 @@ class Checkpoint:
         epoch_batches, epoch_loss, epoch_images: how many batches of the next epoch were trained
             already, the sum of their images' losses, and how many images that were.
         optimizer_numbers: what of the optimizer's state is no tensor. scaler: of float16.
+        skipped_steps: steps left out because their loss or gradient was not finite.
     """
 
     model: dict[str, Tensor]
@@ -58,6 +67,7 @@ class Checkpoint:
     epoch_images: int = 0
     optimizer_numbers: dict[str, float] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0
 
     @property
     def prediction(self) -> str:
@@ -88,12 +98,25 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     }
     tensors["schedule.beta"] = torch.tensor(checkpoint.schedule.beta)
     tensors["schedule.alpha_bar"] = torch.tensor(checkpoint.schedule.alpha_bar)
-    rest = {
-        name: value
-        for name, value in vars(checkpoint).items()
-        if name not in (*TENSOR_GROUPS, "schedule")
-    }
-    write_whole(path, save(_apart(tensors), metadata={METADATA_KEY: json.dumps(rest)}))
+    rest = json.dumps(
+        {
+            name: value
+            for name, value in vars(checkpoint).items()
+            if name not in (*TENSOR_GROUPS, "schedule")
+        }
+    )
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    metadata = {METADATA_KEY: rest, DIGEST_KEY: _digest(tensors, rest)}
+    write_whole(path, save(_apart(tensors), metadata=metadata))
+
+
+def _digest(tensors: dict[str, Tensor], rest: str) -> str:
+    """SHA-256 of names, kinds, shapes and contents; rest: the JSON beside the tensors."""
+    digest = hashlib.sha256(rest.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,32 +131,62 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes or replaces a file so that a kill at any moment leaves the old one or the new one."""
+    """Writes or replaces a file so that a kill at any moment leaves the old one or the new one.
+
+    Raises: OSError, naming the file; the old one is whole then, and no part of the new one is left.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # the content reaches the disk before the name does
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the content reaches the disk before the name does
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise type(error)(error.errno, reason, str(path)) from error
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU.
 
-    Raises: FileNotFoundError; ValueError for a file that is not a checkpoint.
+    Raises: FileNotFoundError; ValueError for a file that is not a checkpoint, was cut short, or is
+    not as it was written.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            rest = json.loads((file.metadata() or {})[METADATA_KEY])
+            metadata = file.metadata() or {}
+            rest = metadata[METADATA_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError) as error:
+    except KeyError as error:
         raise ValueError(f"checkpoint: {path} is not a diffusion_ext checkpoint") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"checkpoint: {path} is not a diffusion_ext checkpoint, or was cut short: {error}"
+        ) from error
+    # Checkpoints of versions before this one have no digest.
+    if metadata.get(DIGEST_KEY, "") not in ("", _digest(tensors, rest)):
+        raise ValueError(f"checkpoint: {path} is damaged: its content is not what was written")
+    return _checkpoint_of(tensors, rest, path)
+
+
+def _checkpoint_of(tensors: dict[str, Tensor], rest: str, path: str | Path) -> Checkpoint:
+    """Raises: ValueError where tables or the JSON's fields are not a checkpoint's."""
     groups = {group: _with_prefix(tensors, group) for group in (*TENSOR_GROUPS, "schedule")}
-    tables = {name: table.numpy() for name, table in groups.pop("schedule").items()}
-    rest["class_names"] = tuple(rest["class_names"])
-    return Checkpoint(**groups, schedule=NoiseSchedule(**tables), **rest)
+    try:
+        fields = json.loads(rest)
+        for name, kind in KINDS.items():
+            if not isinstance(fields.get(name, kind()), kind):
+                raise TypeError(f"{name} is {fields[name]!r}")
+        fields["class_names"] = tuple(fields["class_names"])
+        tables = {name: table.numpy() for name, table in groups.pop("schedule").items()}
+        return Checkpoint(**groups, schedule=NoiseSchedule(**tables), **fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} has not what a checkpoint has: {error}") from error
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ ABOVE_0 = ("learning_rate", "huber", "min_snr", "clip_gradient", "checkpoint_min
 # What a run may be resumed with another value of: its length, and what is written on the way.
 FREE = {
     "epochs", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "samples_every",
-    "compile",
+    "compile", "skip_bad_steps",
 }  # fmt: skip
 
 
@@ -80,6 +80,9 @@ class TrainingConfig:
     """steps in which the learning rate rises from 0"""
     clip_gradient: float | None = None
     """the largest norm of the gradient; a longer one is shortened to it"""
+    skip_bad_steps: bool = False
+    """leave out, and count, the steps whose loss or gradient is infinite or NaN, in place of ending
+    the run; each step then waits for the device"""
     precision: Precision = "float32"
     """of the network's arithmetic, by torch's autocast; weights and losses stay float32"""
     compile: bool = False
@@ -96,7 +99,7 @@ class TrainingConfig:
     """epochs between checkpoints; the last epoch always writes one"""
     checkpoint_minutes: float | None = None
     """minutes after which there is one within an epoch too"""
-    keep: int = 1
+    keep: int = 2
     """how many of the last checkpoints stay, beside the best where images are held out"""
     log_every: int = 50
     """steps between lines of the log"""

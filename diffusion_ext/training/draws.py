@@ -32,8 +32,8 @@ class BatchDraws:
     keep: Tensor
     flip: Tensor
 
-    def of(self, kept: Tensor) -> BatchDraws:
-        """Those of some of the images: kept, int64 on the device."""
+    def of(self, kept: Tensor | slice) -> BatchDraws:
+        """Those of some of the images: kept, int64 on the device, or a slice."""
         return BatchDraws(self.t[kept], self.seeds[kept], self.keep[kept], self.flip[kept])
 
 
@@ -51,8 +51,8 @@ class Draws:
         self.config, self.timesteps = config, timesteps
         self.draw_timesteps = draw_timesteps or self._by_config
 
-    def _generator(self, what: int, number: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, what, number))
+    def _generator(self, what: int, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, what, *numbers))
 
     def split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(the images to train on, those held out), int64: `validation` of `count`."""
@@ -78,9 +78,9 @@ class Draws:
         t, seeds, keep, flip = torch.from_numpy(drawn).to(device)  # one transfer
         return BatchDraws(t, seeds, keep.bool(), flip.bool())
 
-    def torch_seed(self, number: int) -> int:
-        """For what draws inside the network in a batch, such as dropout."""
-        return int(self._generator(MODEL, number).integers(MAX_SEED))
+    def torch_seed(self, number: int, process: int) -> int:
+        """For what draws inside the network in a batch, such as dropout, in each process."""
+        return int(self._generator(MODEL, number, process).integers(MAX_SEED))
 
     def _by_config(self, random: np.random.Generator, count: int) -> np.ndarray:
         if self.config.timestep_sampling == "uniform":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .draws import BatchDraws
 from .ema import ExponentialMovingAverage
 from .objective import Objective
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
+from .processes import GradientSum, Processes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +26,7 @@ class Learner:
     Attributes:
         model: on the device, in channels_last. average: its moving average.
         optimizer, scaler: the latter of float16.
+        sum: of the gradients over several processes; None in one alone.
     """
 
     def __init__(
@@ -32,15 +35,26 @@ class Learner:
         config: TrainingConfig,
         schedule: NoiseSchedule,
         device: torch.device,
+        processes: Processes | None = None,
     ):
         self.config, self.device, self.timesteps = config, device, schedule.timesteps
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model = model.to(device, memory_format=torch.channels_last)
+        self.sum, self._network = None, model
+        if processes is not None and processes.count > 1:
+            self.sum = GradientSum(model, device)  # all start from the first one's weights
+            self._network = self.sum.network
         self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
         self.optimizer = build_optimizer(model, config)
         self.objective = Objective(config, schedule, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self._autocast = DTYPES.get(config.precision)
-        self._network = torch.compile(model) if config.compile else model
+        if config.compile:
+            self._network = torch.compile(self._network)
+
+    def adding_up(self, last: bool):
+        """The context of a batch's `backward` or `stand_in`; after the last batch of a step the
+        gradients of several processes are summed."""
+        return nullcontext() if self.sum is None else self.sum.adding_up(last)
 
     def backward(self, batch: Batch, draws: BatchDraws, of: int) -> tuple[Tensor, Tensor]:
         """Adds a batch's gradients to those that the next `update` will use, as part of `of`
@@ -57,24 +71,42 @@ class Learner:
         output.backward(gradient)
         return self.objective.weighted(losses, t), losses
 
+    def stand_in(self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None) -> None:
+        """In place of `backward` where this process has no image of a batch: it takes part in the
+        sum of the gradients with zeros. Args: of an image, and of its context."""
+        if self.sum is None:
+            return
+        x = torch.zeros(1, *shape, device=self.device).to(memory_format=torch.channels_last)
+        context = None if context_shape is None else x.new_zeros(1, *context_shape)
+        output = self._predict(self._network, x, torch.ones(1, device=self.device), context)
+        output.backward(torch.zeros_like(output))
+
     def update(self, step: int, learning_rate: float, want_norm: bool) -> Tensor | None:
         """The optimizer's step, the run's `step`-th, counted from 1.
 
         Returns: the norm of the gradient before it was shortened, [] on the device, where it is
-        wanted or was needed.
+        wanted or was needed; `was_taken` tells what it means for the step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
-        if self.config.clip_gradient is not None or want_norm:
+        if self.config.clip_gradient is not None or want_norm or self.config.skip_bad_steps:
             self.scaler.unscale_(self.optimizer)
             limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        good = self.was_taken(norm)
+        if good or self.scaler.is_enabled():  # a scaler steps where it can, and learns from this
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
-        self.average.update(self.model, step)
+        if good:
+            self.average.update(self.model, step)
         return norm
+
+    def was_taken(self, norm: Tensor | None) -> bool:
+        """Whether `update` changed the weights: with skip_bad_steps only for a finite gradient. A
+        bad loss of any process is in the sum that all of them have."""
+        return not self.config.skip_bad_steps or math.isfinite(norm)
 
     def predict_averaged(self, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """What the average makes of x_t; t: int64 [B]."""

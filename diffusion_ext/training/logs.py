@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +16,14 @@ import torch
 from torch import Tensor
 
 from .checkpoints import write_whole
+from .processes import Processes
 
 LOG_NAME, TENSORBOARD_NAME = "log.csv", "tensorboard"
 QUARTERS = 4
 COLUMNS = (
     "step", "epoch", "images", "seconds", "loss", "loss_quarter_1", "loss_quarter_2",
     "loss_quarter_3", "loss_quarter_4", "validation_loss", "learning_rate", "gradient_norm",
-    "images_per_second",
+    "images_per_second", "communication_ms", "skipped_steps",
 )  # fmt: skip
 
 
@@ -77,29 +81,39 @@ class RunLog:
     """A run's log: a line of log.csv every so many steps, and the same numbers in TensorBoard.
 
     A line's numbers are copied from the device when it is due and written when the next one is, so
-    that nobody waits for them.
+    that nobody waits for them. A line that cannot be written is a warning, once: the weights
+    matter more.
 
     Args:
         folder: the run's. step: that it goes on from: lines beyond it are another life's.
         meter: of the run; what it has gathered goes into each line.
+        processes: of the run, the first of which writes what all have gathered.
     """
 
-    def __init__(self, folder: Path, step: int, meter: LossMeter):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.meter, self._began = meter, (time.perf_counter(), 0)
+    def __init__(self, folder: Path, step: int, meter: LossMeter, processes: Processes):
+        self.meter, self.processes = meter, processes
+        self._began = (time.perf_counter(), 0)
+        self._start, self.before = time.perf_counter(), 0.0
+        self._pending: _Pending | None = None
+        self._file, self._board = None, None
+        self._warned = False
         self.path = folder / LOG_NAME
+        if processes.first:
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        """The log, less the lines beyond a step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_log(self.path) if int(row["step"]) <= step] if step else []
         self.before = float(rows[-1]["seconds"]) if rows else 0.0
-        self._start = time.perf_counter()
         kept = io.StringIO(newline="")
         writer = csv.DictWriter(kept, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
         write_whole(self.path, kept.getvalue().encode())
-        self._file = self.path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._board = _tensorboard(folder / TENSORBOARD_NAME, step)
-        self._pending: _Pending | None = None
+        # Not buffered: what could not be written is known at once, and not tried again.
+        self._file = self.path.open("ab", buffering=0)
+        self._board = _tensorboard(self.path.parent / TENSORBOARD_NAME, step)
 
     @property
     def seconds(self) -> float:
@@ -117,7 +131,7 @@ class RunLog:
         speed = (known["images"] - images) / (time.perf_counter() - start)
         known = {**known, "images_per_second": speed, "seconds": round(self.seconds, 3)}
         self.begin(known["images"])
-        sums, event = self.meter.take(), None
+        sums, event = self.processes.sum(self.meter.take()), None
         if sums.device.type == "cuda":
             sums = sums.to("cpu", non_blocking=True)
             norm = None if norm is None else norm.to("cpu", non_blocking=True)
@@ -133,21 +147,59 @@ class RunLog:
 
     def write(self, row: dict[str, float]) -> None:
         """A line of numbers that the host knows."""
-        self._writer.writerow({key: _short(value) for key, value in row.items()})
-        self._file.flush()
-        for name in row.keys() - {"step", "epoch", "images", "seconds"} if self._board else ():
-            self._board.add_scalar(name, row[name], int(row["step"]))
+        if not self.processes.first:
+            return
+        try:
+            if not self.path.exists():  # somebody removed the folder
+                self._close_files()
+                self._open(0)
+            self._write_line({key: _short(value) for key, value in row.items()})
+            for name in row.keys() - {"step", "epoch", "images", "seconds"} if self._board else ():
+                self._board.add_scalar(name, row[name], int(row["step"]))
+        except OSError as error:
+            self._warn(error)
+
+    def _write_line(self, row: dict) -> None:
+        """Whole or not at all."""
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writerow(row)
+        line, end = text.getvalue().encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) == len(line):
+                return
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"log: {self.path} misses lines, which cannot be written: {error}", stacklevel=3
+            )
+        self._warned = True
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """uint8 [H, W, 3], for TensorBoard."""
-        if self._board:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+        try:
+            if self._board:
+                self._board.add_image(name, pixels, step, dataformats="HWC")
+        except OSError as error:
+            self._warn(error)
 
     def close(self) -> None:
         self.flush()
-        self._file.close()
-        if self._board:
-            self._board.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        try:
+            if self._file:
+                self._file.close()
+            if self._board:
+                self._board.close()
+        except OSError as error:
+            self._warn(error)
 
 
 def read_log(path: str | Path) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .checkpoints import Checkpoint, save_checkpoint, write_whole
+from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
 
 CHECKPOINT_NAME, BEST_NAME, CONFIG_NAME = (
     "checkpoint.safetensors", "best.safetensors", "config.json",
@@ -19,7 +19,7 @@ class RunFolder:
     """The files of a run.
 
     config.json, checkpoint.safetensors (the last), checkpoint-<step>.safetensors (those before),
-    best.safetensors, log.csv, tensorboard/, samples/.
+    best.safetensors, log.csv, tensorboard/, samples/; .lock, while a run is at it.
 
     Args: keep: how many of the last checkpoints stay.
     """
@@ -29,34 +29,91 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT_NAME
         self.best = self.path / BEST_NAME
         self._step: int | None = None  # of the last checkpoint
+        self._config: dict = {}
 
     def write_config(self, config: dict) -> None:
         """What the run is made of, for people to read; checkpoints hold it too."""
+        self._config = config
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / CONFIG_NAME, json.dumps(config, indent=2).encode())
 
-    def went_on_from(self, step: int) -> None:
-        """The last checkpoint is of this step."""
+    def load(self, path: Path | None = None) -> Checkpoint:
+        """The last checkpoint, or another of this run.
+
+        Raises: FileNotFoundError; ValueError, which names the one before where there is one.
+        """
+        path = path or self.checkpoint
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            others = [str(other) for other in [*self._earlier()[::-1], self.best]]
+            offered = [other for other in others if other != str(path) and _is_whole(other)]
+            hint = f"; the one before it is {offered[0]}: resume from it" if offered else ""
+            raise ValueError(f"{error}{hint}") from error
+
+    def go_on_from(self, step: int, path: Path | None = None) -> None:
+        """The last checkpoint is of this step; path: where it is not checkpoint.safetensors, in
+        whose place it comes. What was there is set aside."""
+        if path is not None and path.resolve() != self.checkpoint.resolve():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint.exists():
+                os.replace(self.checkpoint, self.checkpoint.with_suffix(".replaced"))
+            _link(path, self.checkpoint)
         self._step = step
 
     def save(self, checkpoint: Checkpoint, best: bool = False) -> None:
-        """The last checkpoint, and where it is the best, the best as well."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.keep > 1 and self._step is not None and self._step != checkpoint.steps:
+        """The last checkpoint, and where it is the best, the best as well. A folder that vanished
+        is made anew.
+
+        Raises: OSError where it cannot be written, telling what is left.
+        """
+        try:
+            if not (self.path / CONFIG_NAME).exists():
+                self.write_config(self._config)
+            if self.keep > 1 and self._step not in (None, checkpoint.steps):
+                self._keep_last()
+            save_checkpoint(checkpoint, self.checkpoint)
+            self._step = checkpoint.steps
+            for old in self._earlier(checkpoint.steps)[: 1 - self.keep or None]:
+                old.unlink()
+            if best:
+                _link(self.checkpoint, self.best)
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"checkpoint: step {checkpoint.steps} cannot be written to {self.path} "
+                f"({error.strerror or error}). {self.last()}",
+            ) from error
+
+    def last(self) -> str:
+        """What there is to go back to, as a sentence."""
+        if self._step is None or not self.checkpoint.exists():
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint, of step {self._step}, is {self.checkpoint}."
+
+    def _earlier(self, step: int = 10**8) -> list[Path]:
+        """The checkpoints before a step that have names of their own, in the order of theirs."""
+        found = sorted(self.path.glob(EARLIER.format(0).replace("0" * 8, "*")))
+        return [path for path in found if path.name < EARLIER.format(step)]
+
+    def _keep_last(self) -> None:
+        """The last checkpoint gets a name of its own."""
+        if self.checkpoint.exists():
             _link(self.checkpoint, self.path / EARLIER.format(self._step))
-        save_checkpoint(checkpoint, self.checkpoint)
-        self._step = checkpoint.steps
-        earlier = sorted(self.path.glob(EARLIER.format(0).replace("0" * 8, "*")))
-        for old in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
-            old.unlink()
-        if best:
-            _link(self.checkpoint, self.best)
 
     def picture(self, epoch: int) -> Path:
         """Where the samples after an epoch go."""
         folder = self.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"epoch-{epoch:04d}.png"
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        load_checkpoint(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _link(file: Path, name: Path) -> None:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..samplers.schedules import NoiseSchedule
-from ..version import __version__
-from .checkpoints import Checkpoint, load_checkpoint
+from .checkpoints import Checkpoint
+from .clock import Clock
 from .compatibility import check_fit, check_same_run, configuration_of
 from .config import TrainingConfig
-from .data import Batch, ImageData, LazyData
-from .draws import Draws, DrawTimesteps, batches_of
+from .data import ImageData, LazyData
+from .draws import Draws, DrawTimesteps
+from .folder_lock import FolderLock
+from .interrupts import Interrupts, exit_by
 from .learner import Learner
 from .logs import LossMeter, RunLog
-from .optimizers import learning_rate
+from .loss_watch import LossWatch
 from .preview import Preview
+from .processes import Processes
 from .progress import Progress
+from .reporting import description, epoch_label, epoch_line
 from .run_folder import RunFolder
+from .steps import Steps
 from .validation import Validation
+
+SAVE = 1  # a wish of a process; the others are the numbers of signals, which are larger
 
 
 class Trainer:
@@ -73,16 +80,20 @@ class Trainer:
         self.device = torch.device(device or first.device)
         self.schedule, self.data = schedule, data
         self.folder = RunFolder(folder, self.config.keep)
-        self.learner = Learner(model, self.config, schedule, self.device)
+        self.processes = Processes()
+        self.learner = Learner(model, self.config, schedule, self.device, self.processes)
         self.draws = Draws(self.config, schedule.timesteps, draw_timesteps)
         self.images, held_out = self.draws.split(len(data))
         if not len(self.images):
             raise ValueError(f"validation: {self.config.validation} leaves no image to train on")
         objective, size = self.learner.objective, self.config.batch_size
-        self.validation = Validation(data, held_out, objective, schedule.timesteps, size)
+        self.validation = Validation(
+            data, held_out, objective, schedule.timesteps, size, self.processes
+        )
         self.preview = Preview(self.config, schedule, data)
         self.progress = Progress()
         self.about = about or {}
+        self._watch = LossWatch(data.name_of, self.folder.last)
         self._speed = math.nan  # images a second in the last epoch
 
     @property
@@ -123,135 +134,143 @@ class Trainer:
     def batches_per_epoch(self) -> int:
         return -(-len(self.images) // self.config.batch_size)
 
-    def fit(self, resume: bool = False, progress: bool = True) -> list[float]:
+    def fit(self, resume: bool | str | Path = False, progress: bool = True) -> list[float]:
         """Trains to the last epoch, writing checkpoints on the way.
 
+        Ctrl-C and SIGTERM end it after a step and a checkpoint; a second one ends the process at
+        once. In processes that torchrun started, each trains its share of every batch.
+
         Args:
-            resume: continue from the folder's checkpoint.
+            resume: continue from the folder's checkpoint; or the path of another one of this run.
             progress: show a bar for each epoch (on a terminal), and a line at each checkpoint.
 
         Returns: the mean loss of each epoch.
 
         Raises:
             FileExistsError: where there is a checkpoint and resume is False.
-            FileNotFoundError, ValueError: where there is none to resume, or one of another run.
-            FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+            BlockingIOError: where another run writes into the folder.
+            FileNotFoundError, ValueError: where there is none to resume, one of another run, or a
+                damaged one.
+            FloatingPointError: a step's loss was infinite or NaN; the last checkpoint stays.
+            OSError: a checkpoint cannot be written; the last one stays.
+            KeyboardInterrupt, SystemExit: after SIGINT, SIGTERM.
         """
+        progress = progress and self.processes.first
+        with contextlib.ExitStack() as stack:
+            if self.processes.first:
+                stack.enter_context(contextlib.closing(FolderLock(self.folder.path)))
+            self._begin(resume)
+            meter = LossMeter(self.schedule.timesteps, self.device)
+            log = RunLog(self.folder.path, self.steps, meter, self.processes)
+            stack.enter_context(contextlib.closing(log))
+            devices = [self.device] if self.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+            interrupts = stack.enter_context(Interrupts())
+            steps = Steps(
+                self.config, self.data, self.images, self.draws, self.learner, self.progress,
+                self.processes, self._watch,
+            )  # fmt: skip
+            while self.epoch < self.config.epochs:
+                self._train_epoch(steps, log, interrupts, progress)
+                self._end_epoch(log, progress)
+            self.processes.settle()
+            self.processes.wait()
+            if interrupts.signal:
+                raise exit_by(interrupts.signal)
+        return self.losses
+
+    def _begin(self, resume: bool | str | Path) -> None:
         if resume:
-            self.restore(load_checkpoint(self.checkpoint_path))
+            path = None if resume is True else Path(resume)
+            self.restore(self.folder.load(path), path)
         elif self.checkpoint_path.exists():
             raise FileExistsError(
                 f"{self.checkpoint_path} is there already: resume it, or choose another folder"
             )
-        self.folder.write_config(self._description())
-        meter = LossMeter(self.schedule.timesteps, self.device)
-        log = RunLog(self.folder.path, self.steps, meter)
-        devices = [self.device] if self.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices):
-                batches = self.data.batches(self._remaining(), self.device)
-                while self.epoch < self.config.epochs:
-                    self._train_epoch(batches, log, progress)
-                    self._end_epoch(log, progress)
-        finally:
-            log.close()
-        return self.losses
+        if self.processes.first:
+            self.folder.write_config(description(self))
 
-    def _remaining(self) -> Iterator[np.ndarray]:
-        """The images of every batch that is still to come, in this epoch and the later ones."""
-        skipped = self.progress.batches
-        for epoch in range(self.epoch, self.config.epochs):
-            order = self.draws.order(epoch, self.images)
-            yield from list(batches_of(order, self.config.batch_size))[skipped:]
-            skipped = 0
-
-    def _train_epoch(self, batches: Iterator[Batch], log: RunLog, progress: bool) -> None:
+    def _train_epoch(
+        self, steps: Steps, log: RunLog, interrupts: Interrupts, progress: bool
+    ) -> None:
         state, config = self.progress, self.config
         self.model.train()
         bar = tqdm(
             total=len(self.images),
             initial=state.batches * config.batch_size,
-            desc=self._label(self.epoch + 1),
+            desc=epoch_label(self, self.epoch + 1),
             unit=" images",
             leave=False,
             mininterval=0.5,
             disable=None if progress else True,  # None: only where stderr is a terminal
         )
-        saved = start = time.perf_counter()
-        before = state.images
+        start, before = time.perf_counter(), state.images
+        clock = Clock(config.checkpoint_minutes)
         log.begin(state.images)
         with bar:
             while state.batches < self.batches_per_epoch:
                 images = state.images
-                norm = self._step(batches, log.meter)
+                norm = steps.step(log.meter)
                 if state.steps % config.log_every == 0:
-                    rate = self.learner.optimizer.param_groups[0]["lr"]
-                    log.line({**self._known(), "learning_rate": rate}, norm)
+                    log.line(self._known(), norm)
                 if bar.update(state.images - images):  # only then the loss is read, which waits
                     bar.set_postfix(loss=f"{state.mean_loss:.4f}")
-                minutes = (time.perf_counter() - saved) / 60
-                if config.checkpoint_minutes and minutes > config.checkpoint_minutes:
-                    self.folder.save(self.checkpoint())
-                    saved = time.perf_counter()
+                wish = self.processes.agree(interrupts.signal or clock.rings() * SAVE)
+                if wish:
+                    self._save()
+                if wish > SAVE:
+                    raise exit_by(wish)
         self._speed = (state.images - before) / (time.perf_counter() - start)
 
-    def _step(self, batches: Iterator[Batch], meter: LossMeter) -> Tensor | None:
-        """One update of the weights. Returns the gradient's norm, where it is known."""
-        config, state = self.config, self.progress
-        first, last = state.batches, min(state.batches + config.accumulate, self.batches_per_epoch)
-        sizes = [
-            min(config.batch_size, len(self.images) - i * config.batch_size)
-            for i in range(first, last)
-        ]
-        for size in sizes:
-            number = self.epoch * self.batches_per_epoch + state.batches
-            draws = self.draws.batch(number, state.images, size, self.device)
-            batch = next(batches)
-            state.batches += 1
-            state.images += size
-            if batch.kept is not None:
-                draws = draws.of(batch.kept)
-            if not len(batch):
-                continue
-            torch.manual_seed(self.draws.torch_seed(number))
-            trained, losses = self.learner.backward(batch, draws, sum(sizes))
-            state.loss = state.loss + trained.sum()
-            state.loss_images += len(batch)
-            meter.add(trained, losses, draws.t)
-        lr = learning_rate(config, state.steps, -(-self.batches_per_epoch // config.accumulate))
-        state.steps += 1
-        return self.learner.update(state.steps, lr, state.steps % config.log_every == 0)
-
     def _known(self) -> dict[str, float]:
-        """Where the run is, for a line of the log."""
+        """What the host knows, for a line of the log."""
+        known = {**self._place(), "learning_rate": self.learner.optimizer.param_groups[0]["lr"]}
+        if self.learner.sum is not None:
+            seconds = self.learner.sum.take_seconds()
+            known["communication_ms"] = round(1000 * seconds / self.config.log_every, 3)
+        if self.config.skip_bad_steps:
+            known["skipped_steps"] = self.progress.skipped
+        return known
+
+    def _place(self) -> dict[str, float]:
+        """Where the run is."""
         state = self.progress
         epoch = round(self.epoch + state.batches / self.batches_per_epoch, 4)
         return {"step": state.steps, "epoch": epoch, "images": state.images}
 
     def _end_epoch(self, log: RunLog, progress: bool) -> None:
         state, config = self.progress, self.config
-        loss = state.mean_loss
-        if not math.isfinite(loss):
+        self._watch.settle()
+        loss = state.over(self.processes, self.device).mean_loss
+        if math.isnan(loss):
             raise FloatingPointError(
-                f"the loss of epoch {self.epoch + 1} is {loss}: try a lower learning rate"
+                f"epoch {self.epoch + 1} trained no image: {state.skipped} steps were skipped, and "
+                f"other images cannot be read. {self.folder.last()}"
             )
         state.end_epoch(loss)
         if len(self.validation):
             loss = self.validation.loss(self.learner.predict_averaged, self.device)
             state.validation_losses.append(loss)
             log.flush()
-            log.write({**self._known(), "seconds": log.seconds, "validation_loss": loss})
+            log.write({**self._place(), "seconds": log.seconds, "validation_loss": loss})
         if self.epoch == 1 and progress and isinstance(self.data, LazyData):
             for line in self.data.left_out():
                 tqdm.write(line)
-        if config.samples_every and self._due(config.samples_every):
+        if config.samples_every and self._due(config.samples_every) and self.processes.first:
             picture = self.preview.draw(self.ema_model, self.device)
             picture.save(self.folder.picture(self.epoch))
             log.picture("samples", np.asarray(picture), self.steps)
         if self._due(config.checkpoint_every):
-            self.folder.save(self.checkpoint(), self._is_best())
+            self._save(self._is_best())
             if progress:
-                tqdm.write(self._line())
+                tqdm.write(epoch_line(self, self._speed))
+
+    def _save(self, best: bool = False) -> None:
+        """A checkpoint of finite weights; every process has to come here."""
+        self._watch.settle()
+        checkpoint = self.checkpoint()
+        if self.processes.first:
+            self.folder.save(checkpoint, best)
 
     def _due(self, every: int, epoch: int | None = None) -> bool:
         epoch = epoch or self.epoch
@@ -263,52 +282,25 @@ class Trainer:
         due = [v for i, v in enumerate(earlier, 1) if self._due(self.config.checkpoint_every, i)]
         return last <= min(due, default=math.inf)
 
-    def _line(self) -> str:
-        """What an epoch came to, and how long the others will take."""
-        parts = [self._label(self.epoch), f"loss {self.losses[-1]:.4f}"]
-        if self.validation_losses:
-            parts.append(f"held out {self.validation_losses[-1]:.4f}")
-        left = (self.config.epochs - self.epoch) * len(self.images) / self._speed
-        if self.epoch < self.config.epochs:
-            parts.append(f"{tqdm.format_interval(left)} left")
-        return "  ".join([*parts, f"{self._speed:.0f} images/s"])
-
-    def _label(self, epoch: int) -> str:
-        return f"epoch {epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
-
-    def _description(self) -> dict:
-        """What config.json tells."""
-        return {
-            "diffusion_ext": __version__,
-            "torch": torch.__version__,
-            "model": {"class": type(self.model).__name__, **configuration_of(self.model)},
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "timesteps": self.schedule.timesteps,
-            "training": asdict(self.config),
-            "images": len(self.images),
-            "held_out": len(self.data) - len(self.images),
-            "shape": list(self.data.shape),
-            "classes": list(self.data.class_names),
-            **self.about,
-        }
-
     def checkpoint(self) -> Checkpoint:
-        """The state of the run."""
+        """The state of the run; of several processes, each has to ask."""
         return Checkpoint(
             **self.learner.state(),
-            **self.progress.state(),
+            **self.progress.over(self.processes, self.device).state(),
             schedule=self.schedule,
             model_configuration=configuration_of(self.model),
             training=asdict(self.config),
             class_names=self.data.class_names,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, path: Path | None = None) -> None:
         """Continues from a checkpoint of the same model, schedule and training, of any length.
 
+        Args: path: where it is, if that is not the folder's last one.
         Raises: ValueError naming what differs.
         """
         check_same_run(checkpoint, self.model, self.config, self.schedule)
         self.learner.restore(checkpoint)
-        self.progress = Progress.of(checkpoint, self.device)
-        self.folder.went_on_from(checkpoint.steps)
+        self.progress = Progress.of(checkpoint, self.device, self.processes.first)
+        if self.processes.first:
+            self.folder.go_on_from(checkpoint.steps, path)

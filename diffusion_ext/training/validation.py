@@ -9,6 +9,7 @@ import torch
 
 from .draws import batches_of
 from .objective import Objective
+from .processes import Processes
 
 LEAST_DRAWS = 256  # images are noised several times where fewer are held out
 FIRST_SEED = 1 << 62  # beyond the seeds of training
@@ -20,13 +21,22 @@ class Validation:
     Args:
         data: of the run. images: int64, those held out.
         timesteps: T, through which the images of the split are spread evenly.
-        batch_size: as in training.
+        batch_size: as in training, that of all processes together.
+        processes: each takes its share of the images.
     """
 
     def __init__(
-        self, data, images: np.ndarray, objective: Objective, timesteps: int, batch_size: int
+        self,
+        data,
+        images: np.ndarray,
+        objective: Objective,
+        timesteps: int,
+        batch_size: int,
+        processes: Processes | None = None,
     ):
-        self.data, self.objective, self.batch_size = data, objective, batch_size
+        self.data, self.objective = data, objective
+        self.processes = processes or Processes()
+        self.batch_size = -(-batch_size // self.processes.count)
         times = -(-LEAST_DRAWS // max(len(images), 1))
         self.order = np.tile(images, times)
         count = len(self.order)
@@ -42,8 +52,9 @@ class Validation:
     def loss(self, predict: Callable, device: torch.device) -> float:
         """The mean loss, not weighted. predict(x_t, t, context): in evaluation mode."""
         total, count = torch.zeros((), device=device, dtype=torch.float64), 0
-        first = 0
-        batches = list(batches_of(self.order, self.batch_size))
+        mine = self.processes.share(len(self.order))
+        first = mine.start
+        batches = list(batches_of(self.order[mine], self.batch_size))
         for index, batch in zip(batches, self.data.batches(batches, device), strict=True):
             places = slice(first, first + len(index))
             first += len(index)
@@ -56,4 +67,5 @@ class Validation:
             losses = self.objective.losses(predict(x_t, t, batch.context), batch.images, t, seeds)
             total += losses.double().sum()
             count += len(batch)
+        total, count = self.processes.sum(total), self.processes.sum_int(count)
         return total.item() / count if count else float("nan")

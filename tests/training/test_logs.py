@@ -11,6 +11,7 @@ from small_runs import SCHEDULE, fit_stopping_at, tiny_trainer
 from diffusion_ext.training import TrainingConfig, logs, read_log
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.logs import LossMeter, RunLog, means
+from diffusion_ext.training.processes import Processes
 
 CONFIG = TrainingConfig(
     epochs=4, batch_size=4, checkpoint_every=1, log_every=2, validation=0.2, samples_every=2
@@ -72,7 +73,7 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path, monkeypatch):
 
 def test_a_line_is_written_when_the_next_one_is_due(tmp_path):
     """Its numbers are on their way from the device until then."""
-    log = RunLog(tmp_path, 0, LossMeter(20, torch.device("cpu")))
+    log = RunLog(tmp_path, 0, LossMeter(20, torch.device("cpu")), Processes())
     for step in (1, 2):
         ones = torch.ones(3)
         log.meter.add(step * ones, step * ones, torch.tensor([1, 10, 20]))

@@ -204,7 +204,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, monkeypatch):
         return (trained * torch.nan if run.epoch == 2 else trained), plain
 
     monkeypatch.setattr(Learner, "backward", diverging)
-    with pytest.raises(FloatingPointError, match="loss of epoch 3 is nan: try a lower learning"):
+    with pytest.raises(FloatingPointError, match="the loss of step 7 is nan, at learning rate"):
         run.fit(progress=False)
     assert load_checkpoint(run.checkpoint_path).losses == run.losses
     assert len(run.losses) == 2

@@ -66,9 +66,8 @@ def load_image_folder(
     if not len(read):
         raise ValueError("\n".join([f"data: no images in {folder}", *reader.notes]))
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    if classes is None:
-        return ImageData(images, notes=reader.notes)
-    return ImageData(images, torch.from_numpy(classes[kept]), names, reader.notes)
+    contexts = None if classes is None else torch.from_numpy(classes[kept])
+    return ImageData(images, contexts, names, reader.notes, tuple(map(str, read)))
 
 
 class PictureFiles:
@@ -100,9 +99,11 @@ class PictureFiles:
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
+    def name_of(self, index: int) -> str:
+        return os.fsdecode(self._files[index].item())
+
     def read(self, index: int) -> tuple[Tensor, int | None]:
-        file = Path(os.fsdecode(self._files[index].item()))
-        pixels = self._reader.read_one(file, self.shape[0])
+        pixels = self._reader.read_one(Path(self.name_of(index)), self.shape[0])
         label = None if self._classes is None else int(self._classes[index])
         return torch.from_numpy(np.moveaxis(pixels, 2, 0).copy()), label
 

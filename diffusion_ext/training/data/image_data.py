@@ -38,6 +38,7 @@ class ImageData:
         class_names: a name for each label or context feature; default their numbers, or none
             where there is no context.
         notes: lines for people to read, of what the files were taken for.
+        files: the name of each image's file, where it has one.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -47,6 +48,7 @@ class ImageData:
     contexts: Tensor | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     conditional: bool = field(default=False, init=False)
     _there: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False
@@ -81,6 +83,10 @@ class ImageData:
     def context_shape(self) -> tuple[int, ...] | None:
         """Of one image's context; None where there is none."""
         return tuple(self.contexts.shape[1:]) if self.conditional else None
+
+    def name_of(self, index: int) -> str:
+        """What people call an image."""
+        return self.files[index] if self.files else f"image {index}"
 
     def batches(self, indices: Iterable[np.ndarray], device: torch.device) -> Iterator[Batch]:
         """A batch for each array of indices. The images are brought to the device whole, once."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ...checks import moved
+from ..interrupts import outlive_interrupts
 from .image_data import Batch
 
 LISTED = 20  # of the files left out
@@ -68,6 +69,11 @@ class LazyData:
     def context_shape(self) -> tuple[int, ...] | None:
         return (len(self.class_names),) if self.class_names else None
 
+    def name_of(self, index: int) -> str:
+        """What people call an image: its file, where the source tells it."""
+        named = getattr(self.source, "name_of", None)
+        return named(index) if named else f"image {index}"
+
     def batches(self, indices: Iterable[np.ndarray], device: torch.device) -> Iterator[Batch]:
         """A batch for each array of indices, less what cannot be read."""
         for images, labels, kept, whole in self.read(indices, device.type == "cuda"):
@@ -87,6 +93,7 @@ class LazyData:
             batch_sampler=_Once(indices),
             collate_fn=_as_it_is,
             num_workers=self.workers,
+            worker_init_fn=_begin_worker,
             pin_memory=pin_memory,
         )
         for images, labels, kept, failures in loader:
@@ -168,3 +175,7 @@ class _Reader(Dataset):
 
 def _as_it_is(batch):
     return batch
+
+
+def _begin_worker(_: int) -> None:
+    outlive_interrupts()

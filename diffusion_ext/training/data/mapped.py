@@ -76,10 +76,14 @@ class CachedSource:
     def __init__(self, path: Path, record: dict):
         self._pixels = np.load(path, mmap_mode="r")
         self._labels, self._failures = record["labels"], record["failures"]
+        self._names = record.get("names")
         self.shape = self._pixels.shape[1:]
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    def name_of(self, index: int) -> str:
+        return self._names[index] if self._names else f"image {index}"
 
     def read(self, index: int) -> tuple[Tensor, int | None]:
         if str(index) in self._failures:
@@ -134,5 +138,8 @@ def _decode(data: LazyData, path: Path, progress: bool) -> dict:
             bar.update(len(index))
     pixels.flush()
     partial.replace(path)
-    failures = {str(i): why for i, why in data.failures.items()}
-    return {"labels": labels if any(x is not None for x in labels) else None, "failures": failures}
+    return {
+        "labels": labels if any(x is not None for x in labels) else None,
+        "failures": {str(i): why for i, why in data.failures.items()},
+        "names": [data.name_of(i) for i in range(len(data))],
+    }
