@@ -47,7 +47,13 @@ def exit_by(number: int) -> BaseException:
 def outlive_interrupts() -> None:
     """For a process that reads data ahead: what is sent to the whole group is not for it.
 
-    The run that it reads for still finishes a step and saves; SIGTERM is therefore obeyed late.
+    The run that it reads for still finishes a step and saves. A first SIGTERM is therefore obeyed
+    late, and a second one, which may be that run's own, at once.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, _end_late)
+
+
+def _end_late(*_) -> None:
+    signal.alarm(GRACE_SECONDS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

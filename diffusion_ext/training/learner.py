@@ -23,6 +23,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Learner:
     """The network of a run, trained batch by batch.
 
+    Args: processes: of the run; several want the shapes of an image and of its context.
     Attributes:
         model: on the device, in channels_last. average: its moving average.
         optimizer, scaler: the latter of float16.
@@ -36,18 +37,25 @@ class Learner:
         schedule: NoiseSchedule,
         device: torch.device,
         processes: Processes | None = None,
+        shape: tuple[int, ...] = (),
+        context_shape: tuple[int, ...] | None = None,
     ):
         self.config, self.device, self.timesteps = config, device, schedule.timesteps
         self.model = model = model.to(device, memory_format=torch.channels_last)
         self.sum, self._network = None, model
+        self._shapes = shape, context_shape
+        self._autocast = DTYPES.get(config.precision)
         if processes is not None and processes.count > 1:
-            self.sum = GradientSum(model, device)  # all start from the first one's weights
+            if device.type == "cuda":  # statistics of the whole batch; torch has it for GPUs alone
+                self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            # In evaluation, which leaves running statistics alone; all start as the first one.
+            self.sum = GradientSum(model, device, self._of_nothing(model.eval()))
             self._network = self.sum.network
         self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
         self.optimizer = build_optimizer(model, config)
         self.objective = Objective(config, schedule, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-        self._autocast = DTYPES.get(config.precision)
+        self._keep_buffers()
         if config.compile:
             self._network = torch.compile(self._network)
 
@@ -71,15 +79,19 @@ class Learner:
         output.backward(gradient)
         return self.objective.weighted(losses, t), losses
 
-    def stand_in(self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None) -> None:
+    def stand_in(self) -> None:
         """In place of `backward` where this process has no image of a batch: it takes part in the
-        sum of the gradients with zeros. Args: of an image, and of its context."""
-        if self.sum is None:
-            return
+        sum of the gradients with zeros."""
+        if self.sum is not None:
+            output = self._of_nothing(self._network)
+            output.backward(torch.zeros_like(output))
+
+    def _of_nothing(self, network) -> Tensor:
+        """What a network makes of an image of zeros: [1, C, S, S]."""
+        shape, context_shape = self._shapes
         x = torch.zeros(1, *shape, device=self.device).to(memory_format=torch.channels_last)
         context = None if context_shape is None else x.new_zeros(1, *context_shape)
-        output = self._predict(self._network, x, torch.ones(1, device=self.device), context)
-        output.backward(torch.zeros_like(output))
+        return self._predict(network, x, x.new_ones(1), context)
 
     def update(self, step: int, learning_rate: float, want_norm: bool) -> Tensor | None:
         """The optimizer's step, the run's `step`-th, counted from 1.
@@ -101,7 +113,16 @@ class Learner:
         self.optimizer.zero_grad()
         if good:
             self.average.update(self.model, step)
+            self._keep_buffers()
+        else:
+            for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
+                buffer.copy_(kept)
         return norm
+
+    def _keep_buffers(self) -> None:
+        """As they are before a step: what is not finite would stay in running statistics."""
+        if self.config.skip_bad_steps:
+            self._buffers = [buffer.clone() for buffer in self.model.buffers()]
 
     def was_taken(self, norm: Tensor | None) -> bool:
         """Whether `update` changed the weights: with skip_bad_steps only for a finite gradient. A
@@ -136,6 +157,7 @@ class Learner:
         """Takes up what `state` told."""
         self.model.load_state_dict(checkpoint.model)
         self.average.model.load_state_dict(checkpoint.ema)
+        self._keep_buffers()
         restore_optimizer(
             self.optimizer, self.model, checkpoint.optimizer, checkpoint.optimizer_numbers
         )

@@ -85,26 +85,34 @@ class RunLog:
     matter more.
 
     Args:
-        folder: the run's. step: that it goes on from: lines beyond it are another life's.
+        folder: the run's. step, epoch: that it goes on from: what is beyond is another life's.
         meter: of the run; what it has gathered goes into each line.
         processes: of the run, the first of which writes what all have gathered.
     """
 
-    def __init__(self, folder: Path, step: int, meter: LossMeter, processes: Processes):
-        self.meter, self.processes = meter, processes
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        meter: LossMeter,
+        processes: Processes | None = None,
+        epoch: int = 0,
+    ):
+        self.meter, self.processes = meter, processes or Processes()
         self._began = (time.perf_counter(), 0)
         self._start, self.before = time.perf_counter(), 0.0
         self._pending: _Pending | None = None
         self._file, self._board = None, None
         self._warned = False
         self.path = folder / LOG_NAME
-        if processes.first:
-            self._open(step)
+        if self.processes.first:
+            self._open(step, epoch)
 
-    def _open(self, step: int) -> None:
-        """The log, less the lines beyond a step."""
+    def _open(self, step: int, epoch: int) -> None:
+        """The log, less the lines beyond a step, and the validation of epochs beyond."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_log(self.path) if int(row["step"]) <= step] if step else []
+        rows = [row for row in rows if not row["validation_loss"] or float(row["epoch"]) <= epoch]
         self.before = float(rows[-1]["seconds"]) if rows else 0.0
         kept = io.StringIO(newline="")
         writer = csv.DictWriter(kept, COLUMNS)
@@ -152,7 +160,7 @@ class RunLog:
         try:
             if not self.path.exists():  # somebody removed the folder
                 self._close_files()
-                self._open(0)
+                self._open(0, 0)
             self._write_line({key: _short(value) for key, value in row.items()})
             for name in row.keys() - {"step", "epoch", "images", "seconds"} if self._board else ():
                 self._board.add_scalar(name, row[name], int(row["step"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -98,25 +98,27 @@ class GradientSum:
     DistributedDataParallel with a sum in place of its mean: each process's gradient is that of its
     share in the mean over all images of a step. Bucket by bucket, while backward goes on.
 
+    Args: output: of the model, for any input; its graph tells whether all parameters are used.
     Attributes: network: called in the model's place.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device, output: Tensor):
+        wanted = {parameter for parameter in model.parameters() if parameter.requires_grad}
         self.network = DistributedDataParallel(
             model,
-            find_unused_parameters=True,  # a network without contexts leaves some alone
+            find_unused_parameters=not wanted <= _leaves(output),
             gradient_as_bucket_view=True,
         )
         self.network.register_comm_hook(device, self._sum)
         self._spans: list[tuple] = []  # (start, end) of each bucket's transfer
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
     def adding_up(self, last: bool):
         """The context of a forward and backward pass; unless it is the last of a step, the
         gradients stay here."""
         return nullcontext() if last else self.network.no_sync()
 
-    def _sum(self, device: torch.device, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _sum(self, device, bucket):
+        """The hook: a future of the bucket's sum. DDP reads annotations, and wants none as text."""
         start = _now(device)
         sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
 
@@ -136,6 +138,20 @@ class GradientSum:
             total += seconds if before is None else min(seconds, _between(before, end))
             before = end
         return total
+
+
+def _leaves(output: Tensor) -> set[Tensor]:
+    """What backward would give a gradient to."""
+    found, seen, nodes = set(), set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _now(device: torch.device):
@@ -166,7 +182,11 @@ def told_to_torchrun(function: Callable[[], None]) -> Callable[[], None]:
 
 def restarted_by_torchrun() -> bool:
     """Whether a process had failed, and this is torchrun's next try."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _try() > 0
+
+
+def _try() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @contextmanager
@@ -180,6 +200,10 @@ def joined(device: torch.device) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, count = next(rendezvous("env://"))
+    # torchrun's store outlives a failed try, and the addresses of its dead processes lie in it.
+    store = dist.PrefixStore(f"try-{_try()}-of-{count}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     yield Processes()
     dist.destroy_process_group()  # not where something failed: it would wait for the others

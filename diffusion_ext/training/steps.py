@@ -48,6 +48,10 @@ class Steps:
     def batches_per_epoch(self) -> int:
         return -(-len(self.images) // self.config.batch_size)
 
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
+        self._batches.close()
+
     def step(self, meter: LossMeter) -> Tensor | None:
         """One update of the weights. Returns the gradient's norm, where it is known.
 
@@ -91,7 +95,7 @@ class Steps:
             draws, index = draws.of(batch.kept), index[batch.kept.cpu().numpy()]
         torch.manual_seed(self.draws.torch_seed(number, self.processes.rank))
         if not len(batch):
-            self.learner.stand_in(self.data.shape, self.data.context_shape)
+            self.learner.stand_in()
             return []
         trained, losses = self.learner.backward(batch, draws, of)
         return [TrainedBatch(index, trained, losses, draws.t)]

@@ -81,7 +81,10 @@ class Trainer:
         self.schedule, self.data = schedule, data
         self.folder = RunFolder(folder, self.config.keep)
         self.processes = Processes()
-        self.learner = Learner(model, self.config, schedule, self.device, self.processes)
+        self.learner = Learner(
+            model, self.config, schedule, self.device, self.processes, data.shape,
+            data.context_shape,
+        )  # fmt: skip
         self.draws = Draws(self.config, schedule.timesteps, draw_timesteps)
         self.images, held_out = self.draws.split(len(data))
         if not len(self.images):
@@ -161,7 +164,7 @@ class Trainer:
                 stack.enter_context(contextlib.closing(FolderLock(self.folder.path)))
             self._begin(resume)
             meter = LossMeter(self.schedule.timesteps, self.device)
-            log = RunLog(self.folder.path, self.steps, meter, self.processes)
+            log = RunLog(self.folder.path, self.steps, meter, self.processes, self.epoch)
             stack.enter_context(contextlib.closing(log))
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
@@ -170,6 +173,7 @@ class Trainer:
                 self.config, self.data, self.images, self.draws, self.learner, self.progress,
                 self.processes, self._watch,
             )  # fmt: skip
+            stack.enter_context(contextlib.closing(steps))
             while self.epoch < self.config.epochs:
                 self._train_epoch(steps, log, interrupts, progress)
                 self._end_epoch(log, progress)
@@ -217,7 +221,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{state.mean_loss:.4f}")
                 wish = self.processes.agree(interrupts.signal or clock.rings() * SAVE)
                 if wish:
-                    self._save()
+                    self._save(log)
                 if wish > SAVE:
                     raise exit_by(wish)
         self._speed = (state.images - before) / (time.perf_counter() - start)
@@ -261,13 +265,14 @@ class Trainer:
             picture.save(self.folder.picture(self.epoch))
             log.picture("samples", np.asarray(picture), self.steps)
         if self._due(config.checkpoint_every):
-            self._save(self._is_best())
+            self._save(log, self._is_best())
             if progress:
                 tqdm.write(epoch_line(self, self._speed))
 
-    def _save(self, best: bool = False) -> None:
-        """A checkpoint of finite weights; every process has to come here."""
+    def _save(self, log: RunLog, best: bool = False) -> None:
+        """A checkpoint of finite weights, and the log so far; every process has to come here."""
         self._watch.settle()
+        log.flush()
         checkpoint = self.checkpoint()
         if self.processes.first:
             self.folder.save(checkpoint, best)

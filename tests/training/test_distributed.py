@@ -1,0 +1,123 @@
+"""Training in several processes that torchrun starts: the same run, whatever happens to them."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from many_processes import (
+    TINY,
+    assert_close_weights,
+    assert_same_weights,
+    begin,
+    run,
+    wait_for_step,
+    workers_of,
+    write_images,
+)
+
+from diffusion_ext.training import load_checkpoint, read_log
+
+EPOCHS = ("--epochs", "4")
+LONG = ("--epochs", "40")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "set.npz")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, images):
+    """The folder of the run in one process, without torchrun."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run(None, "train", "--data", images, "--out", folder, *TINY, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_processes_trains_the_same(tmp_path, images, alone, count):
+    done = run(count, "train", "--data", images, "--out", tmp_path, *TINY, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    (assert_same_weights if count == 1 else assert_close_weights)(alone, tmp_path)
+    assert done.stdout.count("training on 33 images 3x8x8 and 4 held out") == 1
+    assert done.stdout.count("epoch 4/4") == 1
+    rows, expected = (read_log(folder / "log.csv") for folder in (tmp_path, alone))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in ("loss", "loss_quarter_1", "gradient_norm", "validation_loss"):
+            assert (row[name] == "") == (wanted[name] == "")
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(wanted[name]), rel=1e-4)
+        assert (row["communication_ms"] != "") == (count > 1 and row["loss"] != "")
+    if count > 1:
+        assert sum(float(row["communication_ms"] or 0) for row in rows) > 0
+
+
+def test_resumed_with_another_number_of_processes(tmp_path, images, alone):
+    for count, epochs, *resume in ((2, 1), (3, 3, "--resume"), (None, 4, "--resume")):
+        done = run(
+            count, "train", "--data", images, "--out", tmp_path, *TINY, "--epochs", epochs, *resume
+        )
+        assert done.returncode == 0, done.stderr
+    assert_close_weights(alone, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, images):
+    """The folder of the long run in two processes."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run(2, "train", "--data", images, "--out", folder, *TINY, *LONG)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_schedulers_warning_saves_in_every_process(tmp_path, images, unbroken):
+    long = ("train", "--data", images, "--out", tmp_path, *TINY, *LONG, "--checkpoint-every", 40)
+    process = begin(2, *long)
+    wait_for_step(tmp_path, 20, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "saving after this step" in output
+    saved = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert saved.steps >= 20  # though none was due before the last epoch
+    done = run(2, *long, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(unbroken, tmp_path)
+
+
+def test_a_killed_process_ends_the_run_which_resumes(tmp_path, images, unbroken):
+    long = ("train", "--data", images, "--out", tmp_path, *TINY, *LONG)
+    process = begin(2, *long)
+    wait_for_step(tmp_path, 20, process)
+    start = time.monotonic()
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert process.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9", output)
+    done = run(2, *long, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(unbroken, tmp_path)
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path, images, unbroken):
+    process = begin(
+        2, "train", "--data", images, "--out", tmp_path, *TINY, *LONG,
+        options=("--max-restarts=1",),
+    )  # fmt: skip
+    wait_for_step(tmp_path, 20, process)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert_same_weights(unbroken, tmp_path)
+
+
+def test_a_failing_process_is_named_with_its_error(tmp_path, images):
+    diverging = ("--learning-rate", "1e30", "--clip-gradient", "1e30")
+    done = run(2, "train", "--data", images, "--out", tmp_path, *TINY, *diverging)
+    assert done.returncode != 0
+    assert re.search(r"(?s)Root Cause.*FloatingPointError: the loss of step \d is", done.stderr)
