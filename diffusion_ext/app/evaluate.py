@@ -26,7 +26,8 @@ from ..training.run_folder import CONFIG_NAME
 from ..training.validation import Validation
 from .places import device_of, file_of
 from .report import write_report
-from .sample import SamplerOptions
+from .sample import SamplerOptions, options_of
+from .sample_set import RECORD_NAME, read_samples
 from .train import DataOptions
 
 BATCH = 100  # images sampled at once
@@ -44,6 +45,8 @@ class Evaluate(SamplerOptions):
     """folder for evaluation.json and report.html; default `evaluation` in the run's"""
     images: int = 1000
     """samples to draw, of the classes as often as the data has them"""
+    samples: Path | None = None
+    """measure these in place of drawn ones: a folder that `sample --count` wrote, or of pictures"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
 
@@ -60,15 +63,18 @@ class Evaluate(SamplerOptions):
         data = _data_of(path.parent)
         kept, held = Draws(config, checkpoint.schedule.timesteps).split(len(data))
         real = _real_images(data, kept, held)
-        labels = real.labels_for(self.images)
         start = time.perf_counter()
-        samples = self._samples(trained, labels)
+        if self.samples is None:
+            labels = real.labels_for(self.images)
+            samples = self._samples(trained, labels)
+        else:
+            samples, labels = read_samples(self.samples, data.shape, trained.class_names)
         seconds = time.perf_counter() - start
         found = evaluate(samples, labels, real, train_judge(real))
         numbers = {
             "run": str(self.run_folder),
             "epochs": len(checkpoint.losses),
-            "sampler": {**_options(self), "seconds": round(seconds, 1)},
+            "sampler": {**self._sampler(), "seconds": round(seconds, 1)},
             "validation_loss": _validation_loss(checkpoint, config, data, held, self.device),
             **{k: v for k, v in asdict(found).items() if k != "nearest"},
             "data": list(data.notes),
@@ -81,6 +87,14 @@ class Evaluate(SamplerOptions):
         print("\n".join(lines))
         print(f"report      {out / 'report.html'}")
         return found
+
+    def _sampler(self) -> dict:
+        """What the samples were drawn by, as far as it is known."""
+        if self.samples is None:
+            return options_of(self)
+        record = self.samples / RECORD_NAME
+        told = json.loads(record.read_text())["sampler"] if record.is_file() else {}
+        return {**told, "samples": str(self.samples)}
 
     def _samples(self, trained, labels: Tensor | None) -> Tensor:
         """[N,C,S,S] on the CPU, of seeds that count up from this command's."""
@@ -139,10 +153,6 @@ def _validation_loss(
     timesteps = checkpoint.schedule.timesteps
     validation = Validation(data, held, learner.objective, timesteps, config.batch_size)
     return validation.loss(learner.predict_averaged, place)
-
-
-def _options(options: SamplerOptions) -> dict:
-    return {name: getattr(options, name) for name in SamplerOptions.__dataclass_fields__}
 
 
 def _grids(samples, labels, names, real: RealImages, found: Evaluation) -> dict:

@@ -60,12 +60,7 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
         f"<td><small>{why}</small></td></tr>\n"
         for name, ours, real, why in rows
     )
-    sampler = numbers["sampler"]
-    how = (
-        f"{numbers['images']} samples after {numbers['epochs']} epochs, by "
-        f"{sampler['sampler'] or 'the default sampler'} in {sampler['steps']} steps, guidance "
-        f"{sampler['guidance']:g}, {sampler['seconds']:g} s."
-    )
+    how = _how(numbers)
     note = f"Features: {numbers['feature_network']}. They compare runs on the same data alone."
     credit = html.escape(". ".join(["", *numbers["data"]]))
     shown = "".join(
@@ -78,6 +73,19 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
     )
     path.write_text(page)
     return [how, *(f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows), note]
+
+
+def _how(numbers: dict) -> str:
+    """How many samples, and what drew them, as a sentence."""
+    sampler = numbers["sampler"]
+    parts = [f"{numbers['images']} samples after {numbers['epochs']} epochs"]
+    if "steps" in sampler:
+        name = sampler["sampler"] or "the default sampler"
+        parts.append(f"by {name} in {sampler['steps']} steps, guidance {sampler['guidance']:g}")
+    parts.append(
+        f"from {sampler['samples']}" if "samples" in sampler else f"{sampler['seconds']:g} s"
+    )
+    return ", ".join(parts) + "."
 
 
 def _rows(numbers: dict) -> list[tuple[str, str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,12 +13,16 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
 from ..sampling import SampleResult, sample
 from ..sampling.pictures import sample_grid, save_denoising_animation
 from ..training import StateDictOptions, TrainedModel, load_trained
+from ..training.folder_lock import FolderLock
+from ..training.processes import Processes, joined
 from .places import device_of, file_of
+from .sample_set import SampleSet, digest_of
 
 UNLABELLED_COLUMNS = 10
 ANIMATED_PER_CLASS = 3
@@ -73,9 +78,15 @@ class SamplerOptions:
         return make(trained.schedule, self.steps, clip=self.clip, prediction=prediction, **options)
 
 
+def options_of(options: SamplerOptions) -> dict:
+    """The sampler's options, as JSON has them."""
+    return {name: getattr(options, name) for name in SamplerOptions.__dataclass_fields__}
+
+
 @dataclass(frozen=True)
 class Sample(SamplerOptions):
-    """Draw samples from a checkpoint: a grid, and the denoising as an animation."""
+    """Draw samples from a checkpoint: a grid, and the denoising as an animation; or, with --count,
+    a set of them in files, by the processes that torchrun starts."""
 
     checkpoint: Path = Path("runs/digits")
     """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
@@ -83,7 +94,13 @@ class Sample(SamplerOptions):
     out: Path | None = None
     """folder for the pictures; default the checkpoint's"""
     per_class: int = 10
-    """samples of each class"""
+    """samples of each class, in the grid"""
+    count: int | None = None
+    """write so many samples as files to --out, the classes in turn; what is there already stays"""
+    format: Literal["npz", "png"] = "npz"
+    """of --count: an .npz for each batch, or a picture for each sample in its class's folder"""
+    batch: int = 100
+    """of --count: samples drawn at once"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
     state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
@@ -91,7 +108,10 @@ class Sample(SamplerOptions):
     )
 
     def run(self) -> None:
-        self.draw()
+        if self.count is None:
+            self.draw()
+        else:
+            self.draw_set(self.count)
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
         """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
@@ -118,6 +138,54 @@ class Sample(SamplerOptions):
         self._save_grid(out / "samples.png", result, names)
         self._save_animation(out / "denoising.gif", result, table, names)
         return result.images, labels
+
+    def draw_set(self, count: int) -> None:
+        """Writes samples as files: the batches go round the processes, and the images are
+        the same whatever their number."""
+        for name, value in (("count", count), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {value}")
+        if self.out is None:
+            raise ValueError("out: wanted a folder for the samples of --count, got none")
+        path, device = file_of(self.checkpoint), device_of(self.device)
+        trained = load_trained(path, self.state_dict)
+        files = SampleSet(self.out, trained.class_names, self.format == "png")
+        record = {
+            "checkpoint": digest_of(path), "format": self.format, "batch": self.batch,
+            "classes": list(trained.class_names), "sampler": options_of(self),
+        }  # fmt: skip
+        with joined(device) as processes, ExitStack() as stack:
+            if processes.first:
+                stack.enter_context(closing(FolderLock(self.out)))
+                files.begin(record)
+            processes.wait()
+            parts = [range(i, min(i + self.batch, count)) for i in range(0, count, self.batch)]
+            self._draw_parts(files, trained, parts[processes.rank :: processes.count], processes)
+            processes.wait()
+            if processes.first:
+                print(f"samples     {count} in {self.out}")
+
+    def _draw_parts(
+        self, files: SampleSet, trained: TrainedModel, parts: list[range], processes: Processes
+    ) -> None:
+        model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
+        table, classes = self.table(trained), trained.class_names
+        shape = (self.batch, model.in_channels, model.height, model.height)
+        for numbers in tqdm(parts, "sampling", unit="batch", disable=not processes.first or None):
+            if files.has(numbers):
+                continue
+            # Always a whole batch: the rounding of a network's sums may depend on its size.
+            drawn = range(numbers[0], numbers[0] + self.batch)
+            result = sample(
+                model,
+                shape,
+                table,
+                context=files.labels(drawn),
+                guidance_scale=self.guidance if classes else 1.0,
+                seeds=self.seed + numbers[0],
+                progress=False,
+            )
+            files.write(numbers, result.images[: len(numbers)])
 
     def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
         columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)
