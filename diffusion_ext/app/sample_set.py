@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..training.checkpoints import write_whole
+from ..training.data.array_files import check_array_file
 from ..training.data.folders import image_files
 from ..training.data.image_files import PictureReader
 
@@ -65,11 +67,11 @@ class SampleSet:
         """Whether a part is there, whole."""
         if self.pictures:
             return all(self._picture(i).exists() for i in numbers)
-        file = self.path / SHARD.format(numbers[0])
-        if not file.exists():
+        try:
+            with np.load(self.path / SHARD.format(numbers[0]), allow_pickle=False) as found:
+                return len(found["numbers"]) >= len(numbers)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # none, or a damaged one
             return False
-        with np.load(file) as found:
-            return len(found["numbers"]) >= len(numbers)
 
     def write(self, numbers: range, images: Tensor) -> None:
         """images: [n, C, S, S], clipped to [-1, 1]; each file whole or not at all."""
@@ -122,6 +124,7 @@ def read_samples(
 def _of_shards(files: list[Path]) -> tuple[np.ndarray, np.ndarray | None]:
     images, labels = [], []
     for file in files:
+        check_array_file(file, fits_in_memory=True)
         with np.load(file, allow_pickle=False) as found:
             images.append(found["images"])
             labels.append(found.get("labels"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -37,9 +38,17 @@ def load_context_unet(path: str | Path, **options) -> ContextUnet:
 
 
 def read_state_dict(path: Path):
-    """What a file holds, unpickling nothing but tensors."""
+    """What a file holds, unpickling nothing but tensors.
+
+    Raises: ValueError for a compressed file, which torch.save does not write: what it would grow
+    to is not known; pickle.UnpicklingError for one that holds more than tensors.
+    """
     if path.suffix == ".safetensors":
         return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError(f"path: {path.name} is compressed; torch.save writes no such file")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -64,9 +73,42 @@ def context_unet_of(state, name: str, **options) -> ContextUnet:
     arguments = {size: sizes[size] for size in ("in_channels", "n_feat", "n_cfeat")}
     norm = "batch" if "init_conv.conv1.1.running_mean" in state else "group"
     arguments |= {"height": 4 * sizes["bottom"], "norm": norm}
-    model = ContextUnet(**arguments | options)
+    return filled_context_unet(state, name, arguments | options)
+
+
+def filled_context_unet(state: dict[str, Tensor], name: str, arguments: dict) -> ContextUnet:
+    """ContextUnet(**arguments) with a state dict's values, in evaluation mode.
+
+    The sizes come from a file that may lie, so no memory is taken before its tensors are seen to
+    have them, and to lie in the file.
+
+    Args: name: of the file.
+    Raises: ValueError for arguments that ContextUnet does not take, or another network's state.
+    """
     try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"path: {name} is not a ContextUnet's state dict: {error}") from error
+        with torch.device("meta"):
+            shapes = {
+                key: value.shape for key, value in ContextUnet(**arguments).state_dict().items()
+            }
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"path: {name} describes no ContextUnet: {error}") from error
+    for key in sorted(shapes.keys() | state.keys()):
+        wanted, found = (list(s[key]) if key in s else None for s in (shapes, _shapes_of(state)))
+        if wanted != found:
+            raise ValueError(
+                f"path: {name} is not a ContextUnet's state dict: wanted {key} of shape {wanted}, "
+                f"got {found}"
+            )
+    model = ContextUnet(**arguments)
+    model.load_state_dict(state, strict=True)
     return model.eval()
+
+
+def _shapes_of(state: dict[str, Tensor]) -> dict:
+    """Of its tensors; None of one that is larger than the memory it was read into."""
+    return {
+        key: value.shape
+        if isinstance(value, Tensor) and value.nbytes <= value.untyped_storage().nbytes()
+        else (None,)
+        for key, value in state.items()
+    }

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..nn.context_unet import ContextUnet
+from ..nn.loading import filled_context_unet
 from ..samplers.schedules import NoiseSchedule
 
 METADATA_KEY, DIGEST_KEY = "diffusion_ext", "sha256"
@@ -78,12 +78,12 @@ class Checkpoint:
         """A new ContextUnet with the averaged weights, in evaluation mode.
 
         Args: model: where another network was trained, one like it, which takes the weights.
-        Raises: ValueError where there is neither.
+        Raises: ValueError where there is neither, or the weights are of another network.
         """
         if model is None:
             if not self.model_configuration:
                 raise ValueError("model: this checkpoint is of your own network; hand one over")
-            model = ContextUnet(**self.model_configuration)
+            return filled_context_unet(self.ema, "this checkpoint", self.model_configuration)
         model.load_state_dict(self.ema)
         return model.eval()
 
@@ -179,6 +179,8 @@ def _checkpoint_of(tensors: dict[str, Tensor], rest: str, path: str | Path) -> C
     groups = {group: _with_prefix(tensors, group) for group in (*TENSOR_GROUPS, "schedule")}
     try:
         fields = json.loads(rest)
+        if not isinstance(fields, dict):
+            raise TypeError(f"its fields are {fields!r}")
         for name, kind in KINDS.items():
             if not isinstance(fields.get(name, kind()), kind):
                 raise TypeError(f"{name} is {fields[name]!r}")

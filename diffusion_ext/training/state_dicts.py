@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,6 +76,11 @@ def _context_unet(path: Path, options: StateDictOptions) -> ContextUnet:
     """A state dict's network, as the options say."""
     try:
         state = read_state_dict(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read: it is no file of tensors alone, and what else it "
+            "holds is refused, for it might be code"
+        ) from error
     except Exception as error:  # unpickling raises whatever the bytes make it stumble over
         raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
     window = options.pool_window

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_ext.app import cli
 from diffusion_ext.app.sample_set import SampleSet, read_samples
+from diffusion_ext.training.evaluation import features
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,11 @@ def trained(tmp_path_factory):
     images = write_images(folder / "set.npz", 300)
     assert run(None, "train", "--data", images, "--out", folder / "run", *TINY).returncode == 0
     return folder / "run"
+
+
+@pytest.fixture
+def quick_judge(monkeypatch):
+    monkeypatch.setattr(features, "STEPS", 5)
 
 
 def draw(trained, out, *options):
@@ -94,8 +100,9 @@ def test_samples_of_another_kind_are_not_mixed(tmp_path, trained, capsys):
     assert "are of another sampler: wanted {" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_judge")
 @pytest.mark.parametrize("kind", ["npz", "png"])
-def test_evaluate_takes_them(tmp_path, monkeypatch, trained, alone, kind):
+def test_evaluate_takes_them(tmp_path, trained, alone, kind):
     measure = ["evaluate", trained, "--samples", alone[kind], "--out", tmp_path]
     assert cli.main([str(a) for a in measure]) == 0
     numbers = json.loads((tmp_path / "evaluation.json").read_text())
@@ -104,7 +111,8 @@ def test_evaluate_takes_them(tmp_path, monkeypatch, trained, alone, kind):
     assert numbers["sampler"]["steps"] == 3
 
 
-def test_evaluate_takes_pictures_of_any_origin(tmp_path, monkeypatch, trained, alone):
+@pytest.mark.usefixtures("quick_judge")
+def test_evaluate_takes_pictures_of_any_origin(tmp_path, trained, alone):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for path in alone["png"].rglob("*.png"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .array_files import check_array_file
 from .image_data import ImageData, checked_contexts
 from .value_range import described, parse_range, recognised_range, to_unit_range
 
@@ -58,6 +59,7 @@ def read_arrays(path: Path, mmap: bool = False) -> tuple[np.ndarray, np.ndarray 
     """(images, labels or None) of an .npy, which is mapped where mmap, or an .npz."""
     if not path.exists():
         raise FileNotFoundError(f"data: no file {path}")
+    check_array_file(path, fits_in_memory=not mmap)
     try:
         loaded = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,14 @@ GREY = ("1", "L", "LA", "La")
 NUMBERS = ("I", "F")  # modes of numbers, and "I;16" in either byte order
 SIXTEEN_BITS = (0, 65535)
 SCALED_BY_PILLOW = ("PNG", "PPM")  # formats whose mode "I" is of 16 bits too
+
+
+def _opened(file: Path) -> Image.Image:
+    """A picture, not read yet. Raises: what Pillow raises, also for one whose size it warns of:
+    PIL.Image.MAX_IMAGE_PIXELS is the limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 @dataclass
@@ -70,7 +79,7 @@ class PictureReader:
     def is_colour(self, file: Path) -> bool:
         """Whether it has a colour; a file that cannot be read has none."""
         try:
-            with Image.open(file) as picture:
+            with _opened(file) as picture:
                 return self._square(picture)[0].ndim == 3
         except Exception:  # reading it later says why
             return False
@@ -82,7 +91,7 @@ class PictureReader:
         range is not known.
         """
         try:
-            with Image.open(file) as picture:
+            with _opened(file) as picture:
                 return self.pixels_of(picture, channels)
         except Exception as error:  # decoders raise whatever a broken file makes them stumble over
             raise ValueError(f"cannot read the image {file}: {error}") from error
@@ -118,7 +127,7 @@ class PictureReader:
     def _read(self, file: Path):
         """(pixels [S, S] or [S, S, 3], their range, or None where others tell it), or None."""
         try:
-            with Image.open(file) as picture:
+            with _opened(file) as picture:
                 if getattr(picture, "n_frames", 1) > 1:
                     self.animated.append(file)
                 return self._square(picture)

@@ -1,0 +1,83 @@
+"""What an .npy or .npz file says that it holds, checked before any memory is taken for it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+FLOAT_BYTES = 4  # of each value, once it is an image
+
+
+def check_array_file(path: Path, fits_in_memory: bool) -> None:
+    """A file whose arrays are as long as their headers say.
+
+    Args: fits_in_memory: their values, and as float32 too, have to fit into free memory.
+    Raises: ValueError for another file, or one that does not fit.
+    """
+    try:
+        needed = _needed_of_npz(path) if zipfile.is_zipfile(path) else _needed_of_npy(path)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"data: cannot read the array {path}: {error}") from error
+    free = memory_available()
+    if fits_in_memory and needed > free:
+        raise ValueError(
+            f"data: {path} wants {needed / 2**30:.3g} GiB of memory, of which {free / 2**30:.3g} "
+            "are free; --lazy True reads an .npy as needed"
+        )
+
+
+def _needed_of_npy(path: Path) -> int:
+    with open(path, "rb") as file:
+        return _needed(file, path.stat().st_size)
+
+
+def _needed_of_npz(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive:
+        needed = 0
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                needed += _needed(file, member.file_size)
+        return needed
+
+
+def _needed(file: BinaryIO, length: int) -> int:
+    """Bytes for an array and its float32 form. Raises: ValueError where its values are more than
+    the rest of the file."""
+    version = np.lib.format.read_magic(file)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if version[0] not in read:
+        raise ValueError(f"its format {version} is not known")
+    shape, _, dtype = read[version[0]](file)
+    count = math.prod(shape)
+    if not dtype.hasobject and count * dtype.itemsize > length - file.tell():
+        raise ValueError(
+            f"its header promises {dtype} {list(shape)}, {count * dtype.itemsize} bytes, of which "
+            f"it has {length - file.tell()}"
+        )
+    return count * (dtype.itemsize + FLOAT_BYTES)
+
+
+def memory_available() -> int:
+    """Bytes that this process can take without pushing others out, as the kernel, its control group
+    and its own limit tell."""
+    limits = []
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits.append(own - pages * resource.getpagesize())
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            limits.append(1024 * int(line.split()[1]))
+    try:
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            limits.append(int(most) - int((group / "memory.current").read_text()))
+    except OSError:
+        pass
+    return max(min(limits), 0)
