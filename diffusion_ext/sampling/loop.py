@@ -16,6 +16,7 @@ from ..samplers import StepTable
 from .conditioning import as_context, doubled
 from .engines import ENGINES, check_engine
 from .engines import start as start_run
+from .evaluation import evaluation
 from .frames import Frames
 from .inputs import as_known, check_options, initial, memory_format_of, placement
 from .stepping import NoiseSource, draws, is_guided
@@ -126,7 +127,7 @@ def sample(
         context = doubled(context, null_context)
 
     grad = contextlib.nullcontext() if differentiable else torch.no_grad()
-    with grad, _evaluation(model):
+    with grad, evaluation(model):
         x = initial(x_T, shape, seeds, dtype, device)
         known = as_known(start, mask, first_step, x, table)
         stepper = start_run(
@@ -149,18 +150,3 @@ def sample(
             if callback is not None:
                 callback(i, timestep, stepper.x)
         return SampleResult(stepper.result(), *frames.result())
-
-
-@contextlib.contextmanager
-def _evaluation(model):
-    """A module in evaluation mode, as it was afterwards."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
