@@ -132,7 +132,7 @@ class Train:
 
     def _resumed(self, trainer: Trainer) -> bool | Path:
         """What fit is to go on from: after a failure torchrun starts the same command again."""
-        again = restarted_by_torchrun() and trainer.checkpoint_path.exists()
+        again = restarted_by_torchrun() and trainer.folder.last_checkpoint() is not None
         return again or self.resume_from or self.resume
 
     def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:

@@ -69,6 +69,28 @@ class Checkpoint:
     scaler: dict[str, float] = field(default_factory=dict)
     skipped_steps: int = 0
 
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], fields: dict, path: str | Path) -> Checkpoint:
+        """Of tensors by `<group>.<name>` and of the rest, both read from a file.
+
+        Raises: ValueError where they are not a checkpoint's.
+        """
+        groups = {group: _with_prefix(tensors, group) for group in (*TENSOR_GROUPS, "schedule")}
+        try:
+            if not isinstance(fields, dict):
+                raise TypeError(f"its fields are {fields!r}")
+            for name, kind in KINDS.items():
+                if not isinstance(fields.get(name, kind()), kind):
+                    raise TypeError(f"{name} is {fields[name]!r}")
+            names = tuple(fields["class_names"])
+            tables = {name: table.numpy() for name, table in groups.pop("schedule").items()}
+            rest = {**fields, "class_names": names, "schedule": NoiseSchedule(**tables)}
+            return cls(**groups, **rest)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint: {path} has not what a checkpoint has: {error}"
+            ) from error
+
     @property
     def prediction(self) -> str:
         """What the network predicts."""
@@ -96,18 +118,22 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         for group in TENSOR_GROUPS
         for name, tensor in getattr(checkpoint, group).items()
     }
-    tensors["schedule.beta"] = torch.tensor(checkpoint.schedule.beta)
-    tensors["schedule.alpha_bar"] = torch.tensor(checkpoint.schedule.alpha_bar)
-    rest = json.dumps(
-        {
-            name: value
-            for name, value in vars(checkpoint).items()
-            if name not in (*TENSOR_GROUPS, "schedule")
-        }
-    )
+    tensors |= {f"schedule.{name}": t for name, t in tables_of(checkpoint.schedule).items()}
+    rest = json.dumps(fields_of(checkpoint))
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     metadata = {METADATA_KEY: rest, DIGEST_KEY: _digest(tensors, rest)}
     write_whole(path, save(_apart(tensors), metadata=metadata))
+
+
+def tables_of(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """float64 [T+1], by their names."""
+    return {"beta": torch.tensor(schedule.beta), "alpha_bar": torch.tensor(schedule.alpha_bar)}
+
+
+def fields_of(checkpoint: Checkpoint) -> dict:
+    """What of a checkpoint is no tensor, as JSON has it."""
+    tensors = (*TENSOR_GROUPS, "schedule")
+    return {name: value for name, value in vars(checkpoint).items() if name not in tensors}
 
 
 def _digest(tensors: dict[str, Tensor], rest: str) -> str:
@@ -171,23 +197,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     # Checkpoints of versions before this one have no digest.
     if metadata.get(DIGEST_KEY, "") not in ("", _digest(tensors, rest)):
         raise ValueError(f"checkpoint: {path} is damaged: its content is not what was written")
-    return _checkpoint_of(tensors, rest, path)
-
-
-def _checkpoint_of(tensors: dict[str, Tensor], rest: str, path: str | Path) -> Checkpoint:
-    """Raises: ValueError where tables or the JSON's fields are not a checkpoint's."""
-    groups = {group: _with_prefix(tensors, group) for group in (*TENSOR_GROUPS, "schedule")}
     try:
-        fields = json.loads(rest)
-        if not isinstance(fields, dict):
-            raise TypeError(f"its fields are {fields!r}")
-        for name, kind in KINDS.items():
-            if not isinstance(fields.get(name, kind()), kind):
-                raise TypeError(f"{name} is {fields[name]!r}")
-        fields["class_names"] = tuple(fields["class_names"])
-        tables = {name: table.numpy() for name, table in groups.pop("schedule").items()}
-        return Checkpoint(**groups, schedule=NoiseSchedule(**tables), **fields)
-    except (TypeError, KeyError, ValueError) as error:
+        return Checkpoint.of(tensors, json.loads(rest), path)
+    except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint: {path} has not what a checkpoint has: {error}") from error
 
 

@@ -37,7 +37,7 @@ ABOVE_0 = ("learning_rate", "huber", "min_snr", "clip_gradient", "checkpoint_min
 # What a run may be resumed with another value of: its length, and what is written on the way.
 FREE = {
     "epochs", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "samples_every",
-    "compile", "skip_bad_steps",
+    "compile", "skip_bad_steps", "shard",
 }  # fmt: skip
 
 
@@ -87,6 +87,9 @@ class TrainingConfig:
     """of the network's arithmetic, by torch's autocast; weights and losses stay float32"""
     compile: bool = False
     """train the network under torch.compile"""
+    shard: bool = False
+    """of several processes: each holds a part of the weights and of the optimizer's state alone
+    (FSDP), for networks beyond one GPU's memory"""
 
     ema_decay: float = 0.995
     """decay of the moving average of the weights, the longest; it warms up"""
@@ -125,6 +128,8 @@ class TrainingConfig:
             raise ValueError(f"validation: wanted a share below 1, got {self.validation}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed: wanted 0 to {MAX_SEED}, got {self.seed}")
+        if self.shard and self.precision == "float16":
+            raise ValueError("precision: wanted bfloat16 or float32 with shard, got float16")
         if self.prediction == "flow" and self.noising != "standard":
             raise ValueError(f"noising: a flow has its own, got {self.noising!r}")
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .sharding import local
+
 
 class ExponentialMovingAverage:
     """Keeps `model`, an averaged copy of the model given, in evaluation mode.
@@ -41,7 +43,8 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average towards `model`, whose weights have been updated `step` times."""
         current = model.state_dict()
-        pairs = [(average, current[name]) for name, average in self.model.state_dict().items()]
+        averages = self.model.state_dict()
+        pairs = [(local(average), local(current[name])) for name, average in averages.items()]
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         averages, values = map(list, zip(*floating, strict=True))
         get_ema_multi_avg_fn(self.decay_at(step))(averages, values, step)

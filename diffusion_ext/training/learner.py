@@ -16,6 +16,7 @@ from .ema import ExponentialMovingAverage
 from .objective import Objective
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
 from .processes import GradientSum, Processes
+from .sharding import Shards, laid_as
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +28,8 @@ class Learner:
     Attributes:
         model: on the device, in channels_last. average: its moving average.
         optimizer, scaler: the latter of float16.
-        sum: of the gradients over several processes; None in one alone.
+        sum: of the gradients over several processes, which have the network whole; else None.
+        sharded: whether each process has a part of the network.
     """
 
     def __init__(
@@ -41,17 +43,25 @@ class Learner:
         context_shape: tuple[int, ...] | None = None,
     ):
         self.config, self.device, self.timesteps = config, device, schedule.timesteps
-        self.model = model = model.to(device, memory_format=torch.channels_last)
-        self.sum, self._network = None, model
         self._shapes = shape, context_shape
         self._autocast = DTYPES.get(config.precision)
-        if processes is not None and processes.count > 1:
-            if device.type == "cuda":  # statistics of the whole batch; torch has it for GPUs alone
-                self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model = model.to(device, memory_format=torch.channels_last)
+        self.processes = processes or Processes()
+        several = self.processes.count > 1
+        if (
+            several and device.type == "cuda"
+        ):  # whole batches' statistics; torch's is for GPUs alone
+            self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.sharded = several and config.shard
+        self.sum = None
+        if several and not self.sharded:
             # In evaluation, which leaves running statistics alone; all start as the first one.
             self.sum = GradientSum(model, device, self._of_nothing(model.eval()))
-            self._network = self.sum.network
+        self._network = model if self.sum is None else self.sum.network
         self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
+        if self.sharded:
+            cut = Shards(model, lambda: self._of_nothing(model.eval()), device, self.processes).cut
+            cut(model), cut(self.average.model)
         self.optimizer = build_optimizer(model, config)
         self.objective = Objective(config, schedule, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -62,6 +72,8 @@ class Learner:
     def adding_up(self, last: bool):
         """The context of a batch's `backward` or `stand_in`; after the last batch of a step the
         gradients of several processes are summed."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
         return nullcontext() if self.sum is None else self.sum.adding_up(last)
 
     def backward(self, batch: Batch, draws: BatchDraws, of: int) -> tuple[Tensor, Tensor]:
@@ -82,9 +94,14 @@ class Learner:
     def stand_in(self) -> None:
         """In place of `backward` where this process has no image of a batch: it takes part in the
         sum of the gradients with zeros."""
-        if self.sum is not None:
+        if self.processes.count > 1:
             output = self._of_nothing(self._network)
             output.backward(torch.zeros_like(output))
+
+    def stand_in_averaged(self) -> None:
+        """In place of `predict_averaged`, where this process has no image of a batch."""
+        if self.sharded:
+            self._of_nothing(self.average.model)
 
     def _of_nothing(self, network) -> Tensor:
         """What a network makes of an image of zeros: [1, C, S, S]."""
@@ -106,6 +123,7 @@ class Learner:
             self.scaler.unscale_(self.optimizer)
             limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            norm = norm.full_tensor() if self.sharded else norm
         good = self.was_taken(norm)
         if good or self.scaler.is_enabled():  # a scaler steps where it can, and learns from this
             self.scaler.step(self.optimizer)
@@ -153,10 +171,24 @@ class Learner:
             "scaler": self.scaler.state_dict(),
         }
 
+    def like(self, group: str, name: str) -> Tensor | None:
+        """A tensor of the shape and cut of that of a name in `state`; None where it is not one of
+        the network's or a moment's."""
+        if group == "optimizer":
+            return dict(self.model.named_parameters()).get(name.rpartition(".")[0])
+        network = {"model": self.model, "ema": self.average.model}.get(group)
+        return None if network is None else network.state_dict().get(name)
+
     def restore(self, checkpoint) -> None:
         """Takes up what `state` told."""
-        self.model.load_state_dict(checkpoint.model)
-        self.average.model.load_state_dict(checkpoint.ema)
+        for network, state in (
+            (self.model, checkpoint.model),
+            (self.average.model, checkpoint.ema),
+        ):
+            if self.sharded:
+                laid = network.state_dict()
+                state = {name: laid_as(value, laid[name]) for name, value in state.items()}
+            network.load_state_dict(state)
         self._keep_buffers()
         restore_optimizer(
             self.optimizer, self.model, checkpoint.optimizer, checkpoint.optimizer_numbers

@@ -7,8 +7,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import TrainingConfig
+from .sharding import laid_as
 
 # Those that want a closure, sparse gradients or matrices alone are left out.
 _OTHERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -17,6 +19,7 @@ OPTIMIZERS = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in _OTHERS
 }
+FUSED_WHEN_CUT = {"Adam", "AdamW"}  # whose fused kernels torch has for DTensors
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -35,7 +38,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     known = inspect.signature(build).parameters.keys() - {"params", "lr"}
     for name in config.optimizer_options.keys() - known:
         raise ValueError(f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}")
-    fused = {"fused": True} if "fused" in known else {}
+    cut = any(isinstance(parameter, DTensor) for parameter in parameters)
+    can_fuse = "fused" in known and (not cut or build.__name__ in FUSED_WHEN_CUT)
+    fused = {"fused": True} if can_fuse else {}
     try:
         return build(parameters, lr=config.learning_rate, **{**fused, **config.optimizer_options})
     except (TypeError, ValueError) as error:
@@ -82,8 +87,7 @@ def restore_optimizer(
         name, _, field = key.rpartition(".")
         parameter = parameters[name]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            # A moment, in the parameter's memory format.
-            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            value = laid_as(value, parameter)  # a moment
         state.setdefault(index[parameter], {})[field] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..version import __version__
 from .compatibility import configuration_of
+from .sharding import class_name
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -25,7 +26,7 @@ def description(run: Trainer) -> dict:
         "host": socket.gethostname(),
         "process": os.getpid(),
         "processes": run.processes.count,
-        "model": {"class": type(run.model).__name__, **configuration_of(run.model)},
+        "model": {"class": class_name(run.model), **configuration_of(run.model)},
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "timesteps": run.schedule.timesteps,
         "training": asdict(run.config),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
+from .processes import Processes
+from .sharded_checkpoints import load_sharded, save_sharded, sharded_checkpoints
 
 CHECKPOINT_NAME, BEST_NAME, CONFIG_NAME = (
     "checkpoint.safetensors", "best.safetensors", "config.json",
@@ -19,7 +23,8 @@ class RunFolder:
     """The files of a run.
 
     config.json, checkpoint.safetensors (the last), checkpoint-<step>.safetensors (those before),
-    best.safetensors, log.csv, tensorboard/, samples/; .lock, while a run is at it.
+    best.safetensors, sharded-<step>/ (of a cut network, until the run has ended), log.csv,
+    tensorboard/, samples/; .lock, while a run is at it.
 
     Args: keep: how many of the last checkpoints stay.
     """
@@ -37,24 +42,29 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / CONFIG_NAME, json.dumps(config, indent=2).encode())
 
-    def load(self, path: Path | None = None) -> Checkpoint:
-        """The last checkpoint, or another of this run.
+    def last_checkpoint(self) -> Path | None:
+        """A file, or the folder of a cut network's, which is there until the run has ended."""
+        cut = sharded_checkpoints(self.path)
+        return cut[-1] if cut else self.checkpoint if self.checkpoint.exists() else None
+
+    def load(self, like: Callable, path: Path | None = None) -> Checkpoint:
+        """The last checkpoint, or another of this run. Args: like: see `load_sharded`.
 
         Raises: FileNotFoundError; ValueError, which names the one before where there is one.
         """
-        path = path or self.checkpoint
+        path = path or self.last_checkpoint() or self.checkpoint
         try:
-            return load_checkpoint(path)
+            return load_sharded(path, like) if path.is_dir() else load_checkpoint(path)
         except ValueError as error:
-            others = [str(other) for other in [*self._earlier()[::-1], self.best]]
-            offered = [other for other in others if other != str(path) and _is_whole(other)]
+            others = [*sharded_checkpoints(self.path)[::-1], *self._earlier()[::-1], self.best]
+            offered = [other for other in others if other != path and _is_whole(other)]
             hint = f"; the one before it is {offered[0]}: resume from it" if offered else ""
             raise ValueError(f"{error}{hint}") from error
 
     def go_on_from(self, step: int, path: Path | None = None) -> None:
-        """The last checkpoint is of this step; path: where it is not checkpoint.safetensors, in
-        whose place it comes. What was there is set aside."""
-        if path is not None and path.resolve() != self.checkpoint.resolve():
+        """The last checkpoint is of this step; path: where it is another file than
+        checkpoint.safetensors, in whose place it comes. What was there is set aside."""
+        if path and not path.is_dir() and path.resolve() != self.checkpoint.resolve():
             self.path.mkdir(parents=True, exist_ok=True)
             if self.checkpoint.exists():
                 os.replace(self.checkpoint, self.checkpoint.with_suffix(".replaced"))
@@ -67,9 +77,7 @@ class RunFolder:
 
         Raises: OSError where it cannot be written, telling what is left.
         """
-        try:
-            if not (self.path / CONFIG_NAME).exists():
-                self.write_config(self._config)
+        with self._telling_what_is_left(checkpoint.steps):
             if self.keep > 1 and self._step not in (None, checkpoint.steps):
                 self._keep_last()
             save_checkpoint(checkpoint, self.checkpoint)
@@ -78,18 +86,34 @@ class RunFolder:
                 old.unlink()
             if best:
                 _link(self.checkpoint, self.best)
+            for cut in sharded_checkpoints(self.path):  # the run has ended: this one has it all
+                shutil.rmtree(cut)
+
+    def save_sharded(self, checkpoint: Checkpoint, processes: Processes) -> None:
+        """`save` of a cut network: every process writes its part."""
+        with self._telling_what_is_left(checkpoint.steps):
+            save_sharded(checkpoint, self.path, self.keep, processes)
+            self._step = checkpoint.steps
+
+    @contextmanager
+    def _telling_what_is_left(self, step: int) -> Iterator[None]:
+        try:
+            if self._config and not (self.path / CONFIG_NAME).exists():
+                self.write_config(self._config)
+            yield
         except OSError as error:
             raise type(error)(
                 error.errno,
-                f"checkpoint: step {checkpoint.steps} cannot be written to {self.path} "
+                f"checkpoint: step {step} cannot be written to {self.path} "
                 f"({error.strerror or error}). {self.last()}",
             ) from error
 
     def last(self) -> str:
         """What there is to go back to, as a sentence."""
-        if self._step is None or not self.checkpoint.exists():
+        path = self.last_checkpoint()
+        if self._step is None or path is None:
             return "There is no checkpoint yet."
-        return f"The last good checkpoint, of step {self._step}, is {self.checkpoint}."
+        return f"The last good checkpoint, of step {self._step}, is {path}."
 
     def _earlier(self, step: int = 10**8) -> list[Path]:
         """The checkpoints before a step that have names of their own, in the order of theirs."""
@@ -108,7 +132,9 @@ class RunFolder:
         return folder / f"epoch-{epoch:04d}.png"
 
 
-def _is_whole(path: str) -> bool:
+def _is_whole(path: Path) -> bool:
+    if path.is_dir():
+        return True  # as far as one process can tell
     try:
         load_checkpoint(path)
     except (ValueError, OSError):

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..samplers.schedules import NoiseSchedule
-from .checkpoints import Checkpoint
+from .checkpoints import TENSOR_GROUPS, Checkpoint
 from .clock import Clock
 from .compatibility import check_fit, check_same_run, configuration_of
 from .config import TrainingConfig
@@ -30,6 +30,7 @@ from .processes import Processes
 from .progress import Progress
 from .reporting import description, epoch_label, epoch_line
 from .run_folder import RunFolder
+from .sharding import whole
 from .steps import Steps
 from .validation import Validation
 
@@ -186,11 +187,9 @@ class Trainer:
     def _begin(self, resume: bool | str | Path) -> None:
         if resume:
             path = None if resume is True else Path(resume)
-            self.restore(self.folder.load(path), path)
-        elif self.checkpoint_path.exists():
-            raise FileExistsError(
-                f"{self.checkpoint_path} is there already: resume it, or choose another folder"
-            )
+            self.restore(self.folder.load(self.learner.like, path), path)
+        elif there := self.folder.last_checkpoint():
+            raise FileExistsError(f"{there} is there already: resume it, or choose another folder")
         if self.processes.first:
             self.folder.write_config(description(self))
 
@@ -253,17 +252,22 @@ class Trainer:
             )
         state.end_epoch(loss)
         if len(self.validation):
-            loss = self.validation.loss(self.learner.predict_averaged, self.device)
+            learner = self.learner
+            loss = self.validation.loss(
+                learner.predict_averaged, self.device, learner.stand_in_averaged
+            )
             state.validation_losses.append(loss)
             log.flush()
             log.write({**self._place(), "seconds": log.seconds, "validation_loss": loss})
         if self.epoch == 1 and progress and isinstance(self.data, LazyData):
             for line in self.data.left_out():
                 tqdm.write(line)
-        if config.samples_every and self._due(config.samples_every) and self.processes.first:
+        draws = self.processes.first or self.learner.sharded  # which takes all of them
+        if config.samples_every and self._due(config.samples_every) and draws:
             picture = self.preview.draw(self.ema_model, self.device)
-            picture.save(self.folder.picture(self.epoch))
-            log.picture("samples", np.asarray(picture), self.steps)
+            if self.processes.first:
+                picture.save(self.folder.picture(self.epoch))
+                log.picture("samples", np.asarray(picture), self.steps)
         if self._due(config.checkpoint_every):
             self._save(log, self._is_best())
             if progress:
@@ -273,6 +277,9 @@ class Trainer:
         """A checkpoint of finite weights, and the log so far; every process has to come here."""
         self._watch.settle()
         log.flush()
+        if self.learner.sharded and self.epoch < self.config.epochs:
+            self.folder.save_sharded(self._state(self.learner.state()), self.processes)
+            return
         checkpoint = self.checkpoint()
         if self.processes.first:
             self.folder.save(checkpoint, best)
@@ -288,9 +295,18 @@ class Trainer:
         return last <= min(due, default=math.inf)
 
     def checkpoint(self) -> Checkpoint:
-        """The state of the run; of several processes, each has to ask."""
+        """The state of the run; of several processes, each has to ask. Where they have parts of the
+        network, the first one gets it whole, and the others nothing of it."""
+        state = self.learner.state()
+        if self.learner.sharded:
+            for group in TENSOR_GROUPS:
+                state[group] = whole(state[group], self.processes)
+        return self._state(state)
+
+    def _state(self, learned: dict) -> Checkpoint:
+        """Args: learned: the Learner's part of it."""
         return Checkpoint(
-            **self.learner.state(),
+            **learned,
             **self.progress.over(self.processes, self.device).state(),
             schedule=self.schedule,
             model_configuration=configuration_of(self.model),

@@ -36,7 +36,7 @@ class Validation:
     ):
         self.data, self.objective = data, objective
         self.processes = processes or Processes()
-        self.batch_size = -(-batch_size // self.processes.count)
+        self.batch_size = batch_size
         times = -(-LEAST_DRAWS // max(len(images), 1))
         self.order = np.tile(images, times)
         count = len(self.order)
@@ -49,19 +49,29 @@ class Validation:
         return len(self.order)
 
     @torch.no_grad()
-    def loss(self, predict: Callable, device: torch.device) -> float:
-        """The mean loss, not weighted. predict(x_t, t, context): in evaluation mode."""
+    def loss(
+        self, predict: Callable, device: torch.device, stand_in: Callable = lambda: None
+    ) -> float:
+        """The mean loss, not weighted.
+
+        Args:
+            predict: (x_t, t, context), in evaluation mode.
+            stand_in: called in its place where a process has no image of a batch.
+        """
         total, count = torch.zeros((), device=device, dtype=torch.float64), 0
-        mine = self.processes.share(len(self.order))
-        first = mine.start
-        batches = list(batches_of(self.order[mine], self.batch_size))
-        for index, batch in zip(batches, self.data.batches(batches, device), strict=True):
-            places = slice(first, first + len(index))
-            first += len(index)
-            t, seeds = (torch.from_numpy(a[places]).to(device) for a in (self.t, self.seeds))
+        # Each process's share of every batch: all of them call the network equally often, which a
+        # cut one wants.
+        places = [
+            batch[self.processes.share(len(batch))]
+            for batch in batches_of(np.arange(len(self.order)), self.batch_size)
+        ]
+        batches = self.data.batches([self.order[p] for p in places], device)
+        for place, batch in zip(places, batches, strict=True):
+            t, seeds = (torch.from_numpy(a[place]).to(device) for a in (self.t, self.seeds))
             if batch.kept is not None:
                 t, seeds = t[batch.kept], seeds[batch.kept]
             if not len(batch):
+                stand_in()
                 continue
             x_t = self.objective.noised(batch.images, t, seeds)
             losses = self.objective.losses(predict(x_t, t, batch.context), batch.images, t, seeds)
