@@ -142,7 +142,10 @@ def main() -> int:
             f"tenth, {found[-1]:.1f} at the end: {growth(found):+.2f} MB",
             flush=True,
         )
-    result = {name: {"mb": [round(mb, 1) for mb in found], "growth_mb": growth(found)} for name, found in parts.items()}
+    result = {
+        name: {"mb": [round(mb, 1) for mb in found], "growth_mb": growth(found)}
+        for name, found in parts.items()
+    }
     if options.json:
         options.json.write_text(json.dumps({"processor": cpu_name(), **result}))
     if options.plot:

@@ -72,11 +72,44 @@ def check_number(name: str, value) -> None:
         raise TypeError(f"{name}: wanted a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # in torch.compile's symbols there is no isfinite
         raise ValueError(f"{name}: wanted a finite number, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: wanted a float, or an int of 64 bits, got {value}")
 
 
 def check_int(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+
+
+def check_bool(name: str, value) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: wanted True or False, got {type(value).__name__}")
+
+
+def is_infinite(value) -> bool:
+    """Whether it is the number +∞, where a check of finite ones comes next."""
+    return isinstance(value, float) and value == math.inf
+
+
+def check_at_least_1(name: str, value) -> None:
+    """value is an int from 1 on."""
+    check_int(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: wanted at least 1, got {value}")
+
+
+def check_dtype(dtype) -> None:
+    """dtype is one that the ops know."""
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def as_device(device) -> torch.device:
+    """A device, as torch names it."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: wanted a torch device like cpu, got {device!r}") from error
 
 
 def check_eta(eta) -> None:
@@ -94,8 +127,10 @@ def check_at_least_0(name: str, value) -> None:
 
 
 def check_choice(name: str, value, choices: tuple) -> None:
-    """value is one of the choices."""
-    if value not in choices or isinstance(value, bool):
+    """value is one of the choices: strings, ints, None. A tensor or an array is none of them, and
+    is not asked whether it is equal."""
+    scalar = isinstance(value, (str, int, np.integer, type(None))) and not isinstance(value, bool)
+    if not scalar or value not in choices:
         raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
 
 
@@ -104,7 +139,7 @@ def check_interval(name: str, value) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: wanted (low, high), got {value!r}")
     check_at_least_0(name, value[0])
-    if value[1] != math.inf:
+    if not is_infinite(value[1]):
         check_at_least_0(name, value[1])
     if value[0] > value[1]:
         raise ValueError(f"{name}: wanted low <= high, got {value}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import as_device
 from ..training import CHECKPOINT_NAME
 
 
@@ -17,7 +18,4 @@ def file_of(checkpoint: Path) -> Path:
 def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: wanted a torch device like cpu, got {name!r}") from error
+    return as_device(name)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_choice, check_int
 from .batch_norm_act import BatchNormAct
 from .group_norm_act import GroupNormAct
 from .winograd_conv2d import WinogradConv2d
 
 RESIDUAL_SCALE = 1.414  # not sqrt(2): the checkpoints were trained with this number
 NORM_GROUPS = 8
+MOST_SIZE = 2**20
 
 NORMS = ("batch", "group")
 NORM_CLASSES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -189,10 +191,13 @@ class UnetForward(nn.Module):
     def check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
         """Raises: TypeError, ValueError for arguments that are not as `forward` wants them."""
         for name, tensor in {"x": x, "t": t, "c": c}.items():
-            if tensor is not None and not tensor.is_floating_point():
-                raise TypeError(f"{name}: wanted a floating point tensor, got {tensor.dtype}")
-        batch, image = x.shape[0], [self.in_channels, self.height, self.height]
-        if list(x.shape[1:]) != image:
+            if tensor is None and name == "c":
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name}: wanted a floating point tensor, got {found}")
+        batch, image = len(x) if x.dim() else 0, [self.in_channels, self.height, self.height]
+        if x.dim() != 4 or list(x.shape[1:]) != image:
             raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
         if t.numel() != 1 and list(t.shape) != [batch]:
             raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
@@ -233,6 +238,7 @@ class ContextUnet(UnetForward):
         _check_configuration(in_channels, n_feat, n_cfeat, height, norm, shortcut)
         bottom = height // 4  # side of the smallest map
         pool_window = bottom if pool_window is None else pool_window
+        check_int("pool_window", pool_window)
         if not (pool_window > 0 and bottom // pool_window == 1):
             raise ValueError(
                 f"pool_window: wanted a window that pools the {bottom}x{bottom} map to 1x1, "
@@ -289,10 +295,10 @@ def _check_configuration(
         "height": (height, 4),
     }
     for name, (value, factor) in sizes.items():
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+        check_int(name, value)
         if value < 1 or value % factor:
             raise ValueError(f"{name}: wanted a positive multiple of {factor}, got {value}")
-    for name, value, wanted in (("norm", norm, NORMS), ("shortcut", shortcut, SHORTCUTS)):
-        if value not in wanted:
-            raise ValueError(f"{name}: wanted one of {wanted}, got {value!r}")
+        if value > MOST_SIZE:
+            raise ValueError(f"{name}: wanted at most {MOST_SIZE}, got {value}")
+    check_choice("norm", norm, NORMS)
+    check_choice("shortcut", shortcut, SHORTCUTS)

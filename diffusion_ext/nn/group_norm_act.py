@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..checks import check_at_least_1, check_bool, check_choice, check_number
 from ..ops import group_norm_act
 from ..ops.group_norm_act import ACTIVATIONS
 
@@ -32,8 +33,11 @@ class GroupNormAct(nn.GroupNorm):
         device=None,
         dtype=None,
     ) -> None:
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act: wanted one of {ACTIVATIONS}, got {act!r}")
+        check_choice("act", act, ACTIVATIONS)
+        check_at_least_1("num_groups", num_groups)
+        check_at_least_1("num_channels", num_channels)
+        check_number("eps", eps)
+        check_bool("affine", affine)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.act = act
 

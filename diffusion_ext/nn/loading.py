@@ -43,6 +43,8 @@ def read_state_dict(path: Path):
     Raises: ValueError for a compressed file, which torch.save does not write: what it would grow
     to is not known; pickle.UnpicklingError for one that holds more than tensors.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
     if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path):

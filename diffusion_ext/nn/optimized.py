@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..checks import FLOATING
+from ..checks import check_dtype
 from ..ops.layouts import layout_of
 from .context_unet import RESIDUAL_SCALE, ContextUnet, ResidualConvBlock, UnetForward, UnetUp
 from .convolutions import Conv3x3, Unpool
@@ -52,8 +52,7 @@ def optimize_for_sampling(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: wanted an int of at least 1, got {batch!r}")
     dtype = model.out[0].weight.dtype if dtype is None else dtype
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype: wanted one of {FLOATING}, got {dtype}")
+    check_dtype(dtype)
     if memory_format is not None and memory_format not in LAYOUTS:
         raise ValueError(f"memory_format: wanted one of {LAYOUTS} or None, got {memory_format!r}")
     with torch.inference_mode(False), torch.no_grad():

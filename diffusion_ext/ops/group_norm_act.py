@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_device, check_floating, check_number
+from ..checks import check_choice, check_device, check_floating, check_number
 from . import reference
 from .backend import kernels, needs_grad, recorded, register_fake, serves
 
@@ -142,8 +142,7 @@ def _check(x, num_groups, weight, bias, eps, act, modulation) -> None:
     check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps: wanted a number above 0, got {eps}")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act: wanted one of {ACTIVATIONS}, got {act!r}")
+    check_choice("act", act, ACTIVATIONS)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check_parameter(name, tensor, (channels,), "[C]", x)

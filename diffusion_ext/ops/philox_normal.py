@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, as_seeds, check_sizes
+from ..checks import as_device, as_seeds, check_dtype, check_int, check_sizes
 from . import reference
 from .backend import kernels, register_fake, serves
 
@@ -35,16 +34,14 @@ def philox_normal(
     Returns: [B, *] of `dtype`, contiguous. Raises: TypeError, ValueError for bad arguments.
     """
     shape = check_sizes(shape, "(B, *)")
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+    check_dtype(dtype)
     for name, word in (("step", step), ("stream", stream)):
-        if isinstance(word, bool) or not isinstance(word, (int, np.integer)):
-            raise TypeError(f"{name}: wanted an int, got {type(word).__name__}")
+        check_int(name, word)
         if not 0 <= word < 2**32:
             raise ValueError(f"{name}: wanted from 0 to 2^32 - 1, got {word}")
     if device is None:
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
-    seeds = as_seeds(seeds, shape[0], torch.device(device))
+    seeds = as_seeds(seeds, shape[0], as_device(device))
     out = torch.empty(shape, dtype=dtype, device=seeds.device)
     if not serves(out):
         return reference.philox_normal(seeds, shape, step, stream, dtype)

@@ -14,12 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from ..checks import check_int, check_number
-from .schedules import NoiseSchedule, check_schedule
+from ..checks import check_at_least_1, check_choice, check_int, check_number
+from .schedules import MOST_TIMESTEPS, NoiseSchedule, check_schedule
 
 BY_TIMESTEP = ("leading", "trailing", "linspace", "simple")
 BETWEEN_TIMESTEPS = ("normal", "sgm_uniform", "beta")
 BY_RATIO = ("karras", "exponential", "kl_optimal")
+MOST_SHIFT = 1e6
 SPACINGS = (*BY_TIMESTEP, *BETWEEN_TIMESTEPS, *BY_RATIO)
 
 
@@ -115,7 +116,8 @@ def spaced(schedule: NoiseSchedule, steps: int, spacing: str) -> Grid:
     or a grid between timesteps where alpha_bar[T] is 0.
     """
     check_schedule(schedule)
-    if spacing in BY_TIMESTEP or spacing not in SPACINGS:
+    check_choice("spacing", spacing, SPACINGS)
+    if spacing in BY_TIMESTEP:
         t = spaced_timesteps(schedule.timesteps, steps, spacing)
         return between(schedule, t, np.append(t[1:], 0))
     last = _check_steps(schedule.timesteps, steps)
@@ -202,12 +204,14 @@ def flow(steps: int, shift: float = 1.0) -> Grid:
     shift: s·t/(1 + (s-1)·t) in place of t, more steps at high noise (Esser et al. 2024, eq. 23).
     Raises: TypeError, ValueError for steps below 1 or shift not above 0.
     """
-    check_int("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps: wanted at least 1, got {steps}")
+    check_at_least_1("steps", steps)
+    if steps > MOST_TIMESTEPS:
+        raise ValueError(f"steps: wanted at most {MOST_TIMESTEPS}, got {steps}")
     check_number("shift", shift)
     if shift <= 0:
         raise ValueError(f"shift: wanted a number above 0, got {shift}")
+    if not 1 / MOST_SHIFT <= shift <= MOST_SHIFT:
+        raise ValueError(f"shift: wanted from {1 / MOST_SHIFT:g} to {MOST_SHIFT:g}, got {shift}")
     t = 1 - np.arange(steps + 1) / steps
     t = shift * t / (1 + (shift - 1) * t)
     counters = np.arange(steps, 0, -1)

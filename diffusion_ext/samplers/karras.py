@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from ..checks import check_at_least_0, check_eta
+from ..checks import check_at_least_0, check_eta, is_infinite
 from . import grids
 from .forms import EPS, X0, Form, X, Z, carried, held, landed, slot
 from .grids import Grid, Level
@@ -287,7 +287,7 @@ class Churn:
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
             check_at_least_0(name, getattr(self, name))
-        if self.s_tmax != math.inf:
+        if not is_infinite(self.s_tmax):
             check_at_least_0("s_tmax", self.s_tmax)
 
     def steps(self, grid: Grid) -> Iterator:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..checks import check_clip
+from ..checks import check_choice, check_clip
 from ..ops.row_shape import MOST_SLOTS, MOST_WRITES, RowShape
 from .forms import Form
 from .grids import Grid, Level
@@ -133,8 +133,7 @@ def _stacked(forms: list[Form]) -> Form:
 
 def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> StepTable:
     """A StepTable of forms: next, and for each write (slot numbers [n], the form)."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: wanted one of {PREDICTIONS}, got {prediction!r}")
+    check_choice("prediction", prediction, PREDICTIONS)
     check_clip(clip)
     if prediction == "epsilon" and (run.signal == 0).any():
         t = run.timesteps[run.signal == 0][0]

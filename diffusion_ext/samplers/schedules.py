@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..checks import check_at_least_0, check_at_least_1, check_number
+
 __all__ = ["NoiseSchedule"]
+
+MOST_TIMESTEPS = 2**24  # beyond, t/T is no float32 of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +147,11 @@ class NoiseSchedule:
 
         Args: offset is s; β is clipped at `beta_max`, so that ᾱ_T stays above 0.
 
-        Raises: ValueError for timesteps < 1.
+        Raises: ValueError for timesteps < 1, offset < 0, and beta_max outside of (0, 1].
         """
         _check_timesteps(timesteps)
+        check_at_least_0("offset", offset)
+        check_number("beta_max", beta_max)
         t = np.arange(timesteps + 1) / timesteps
         f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1 - f[1:] / f[:-1], beta_max))
@@ -159,6 +165,8 @@ class NoiseSchedule:
         Raises: TypeError for what is not numbers; ValueError for another shape or range.
         """
         if isinstance(betas, torch.Tensor):
+            if betas.layout is not torch.strided or betas.is_complex() or betas.is_meta:
+                raise TypeError(f"betas: wanted numbers [T], got {betas.dtype}, {betas.layout}")
             betas = betas.detach().cpu().double().numpy()
         try:
             betas = np.array(betas, dtype=np.float64)
@@ -217,14 +225,15 @@ def _check_table(name: str, table, shape: tuple[int, ...]) -> None:
 
 
 def _check_timesteps(timesteps: int) -> None:
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)):
-        raise TypeError(f"timesteps: wanted an int, got {type(timesteps).__name__}")
-    if timesteps < 1:
-        raise ValueError(f"timesteps: wanted at least 1, got {timesteps}")
+    check_at_least_1("timesteps", timesteps)
+    if timesteps > MOST_TIMESTEPS:
+        raise ValueError(f"timesteps: wanted at most {MOST_TIMESTEPS}, got {timesteps}")
 
 
 def _check_range(timesteps: int, beta_start: float, beta_end: float) -> None:
     _check_timesteps(timesteps)
+    check_number("beta_start", beta_start)
+    check_number("beta_end", beta_end)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             "beta_start, beta_end: wanted 0 < beta_start <= beta_end < 1, "

@@ -85,6 +85,9 @@ def _ddim_rows(x, t, t_prev, schedule, eta):
     """(table, row, needs_noise) of timesteps that are tensors, one for all samples or for each."""
     t, t_prev = (torch.as_tensor(i, device=x.device).reshape(-1) for i in (t, t_prev))
     t, t_prev = torch.broadcast_tensors(t, t_prev)
+    if not len(t):  # of no sample: any step
+        table = ddim_between(schedule, np.array([1]), np.array([0]), eta)
+        return table.tensors(x.device, x.dtype), t, False
     row = _row(0, x) if len(t) == 1 else torch.arange(len(t), device=x.device)
     if t.device.type != "cpu" or hides_its_values(t) or hides_its_values(t_prev):
         rows = _ddim_rows_unread(t, t_prev, schedule, eta)

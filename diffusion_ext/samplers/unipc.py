@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ..checks import check_choice
+from ..checks import check_bool, check_choice
 from . import grids
 from .forms import X0, Form, X, held, slot
 from .grids import Grid, Level
@@ -38,6 +38,7 @@ def unipc(
     Returns and raises as `ddim`.
     """
     check_choice("order", order, (1, 2, 3))
+    check_bool("corrector", corrector)
     check_choice("variant", variant, ("bh1", "bh2"))
     rule = partial(unipc_rule, order=order, variant=variant, corrector=corrector)
     return tabulate(rule, grids.spaced(schedule, steps, spacing), clip, prediction)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import check_choice
 from ..samplers import StepTable
 from . import graphs
 from .networks import CalledNetwork, PreparedNetwork, prepares
@@ -20,8 +21,7 @@ ENGINES = ("eager", "compile", "graph")
 
 
 def check_engine(engine, device: torch.device, noise, differentiable: bool) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"engine: wanted one of {ENGINES}, got {engine!r}")
+    check_choice("engine", engine, ENGINES)
     if engine != "graph":
         return
     if device.type not in graphs.DEVICES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check_number, moved
+from ..checks import as_device, check_dtype, check_number, moved
 from ..ops import philox_normal
 from ..ops.layouts import layout_of
 from ..samplers import StepTable
@@ -45,9 +45,8 @@ def placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
         device = "cpu" if parameter is None else parameter.device
     if dtype is None:
         dtype = torch.float32 if parameter is None else parameter.dtype
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
-    return torch.device(device), dtype
+    check_dtype(dtype)
+    return as_device(device), dtype
 
 
 def initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:

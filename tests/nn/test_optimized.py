@@ -227,7 +227,7 @@ def test_sampling(guidance_scale, memory_format):
     [
         ({"model": torch.nn.Linear(1, 1)}, TypeError, "model: wanted a ContextUnet, got Linear"),
         ({"batch": 0}, ValueError, "batch: wanted an int of at least 1, got 0"),
-        ({"dtype": torch.int8}, TypeError, "dtype: wanted one of .*, got torch.int8"),
+        ({"dtype": torch.int8}, TypeError, "dtype: wanted float16, .*, got torch.int8"),
         ({"memory_format": "NHWC"}, ValueError, "memory_format: wanted one of .* got 'NHWC'"),
     ],
 )

@@ -1,0 +1,386 @@
+"""Every public function with arguments right and odd: a result, or a documented error.
+
+DIFFUSION_EXT_FUZZ=500 python -m pytest tests/fuzzing: 500 cases of each function, for a few.
+"""
+
+import contextlib
+import inspect
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from odd import SCHEDULES, anything, call, floats, has_nan, is_finite, sample_shapes, sized
+
+import diffusion_ext as dx
+from diffusion_ext.samplers import SAMPLERS, SPACINGS
+
+CASES = int(os.environ.get("DIFFUSION_EXT_FUZZ", "12"))
+fuzzed = settings(
+    max_examples=CASES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=CASES <= 12,
+    database=None,
+)
+schedules = st.sampled_from(SCHEDULES)
+DOCUMENTED = (ValueError, TypeError)
+
+
+def survives(function, arguments):
+    """A call ends in a result, without NaN where what came was finite, or in a documented error
+    that says what is wrong."""
+    result, said = None, "a result"
+    try:
+        result = function(**arguments)
+    except DOCUMENTED as error:
+        said = str(error)
+    assert said
+    if all(map(is_finite, arguments.values())):
+        assert not has_nan(result)
+    return result
+
+
+def timesteps(batch, last, least=1):
+    """An int, or int64 [batch]."""
+    one = st.integers(least, last)
+    return one | st.lists(one, min_size=batch, max_size=batch).map(
+        lambda t: torch.tensor(t, dtype=torch.int64)
+    )
+
+
+def seeds(batch):
+    one = st.integers(-(2**63), 2**63 - 1)
+    return st.integers(0, 2**40) | st.lists(one, min_size=batch, max_size=batch).map(
+        lambda t: torch.tensor(t, dtype=torch.int64)
+    )
+
+
+@st.composite
+def noised(draw):
+    """x, schedule and t that go together: (shape, dtype, schedule)."""
+    shape = draw(sample_shapes)
+    return shape, draw(floats), draw(schedules)
+
+
+@fuzzed
+@given(st.data())
+def test_perturb(data):
+    shape, dtype, schedule = data.draw(noised())
+    arguments = {
+        "x0": sized(shape, dtype),
+        "t": timesteps(shape[0], schedule.timesteps, 0),
+        "schedule": st.just(schedule),
+        "noise": st.none() | sized(shape, dtype) | st.just(torch.Generator()),
+        "seeds": st.none() | seeds(shape[0]),
+        "target": st.sampled_from(["noise", "v", "x0", None]),
+        "noising": st.sampled_from(["standard", "course"]),
+    }
+    survives(dx.perturb, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_denoising_loss(data):
+    shape, dtype, schedule = data.draw(noised())
+    arguments = {
+        "model_output": sized(shape, dtype),
+        "x0": sized(shape, dtype),
+        "t": timesteps(shape[0], schedule.timesteps),
+        "schedule": st.just(schedule),
+        "noise": st.none() | sized(shape, dtype),
+        "seeds": st.none() | seeds(shape[0]),
+        "prediction": st.sampled_from(["epsilon", "v", "x0", "flow"]),
+        "delta": st.none() | st.floats(1e-3, 10),
+        "noising": st.sampled_from(["standard", "course"]),
+    }
+    survives(dx.denoising_loss, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_ddpm_step(data):
+    shape, dtype, schedule = data.draw(noised())
+    arguments = {
+        "x": sized(shape, dtype),
+        "model_output": sized(shape, dtype),
+        "t": timesteps(shape[0], schedule.timesteps),
+        "schedule": st.just(schedule),
+        "noise": st.none() | sized(shape, dtype) | st.just(torch.Generator()),
+        "seeds": st.none() | seeds(shape[0]),
+    }
+    survives(dx.ddpm_step, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_ddim_step(data):
+    shape, dtype, schedule = data.draw(noised())
+    arguments = {
+        "x": sized(shape, dtype),
+        "model_output": sized(shape, dtype),
+        "t": timesteps(shape[0], schedule.timesteps),
+        "t_prev": timesteps(shape[0], schedule.timesteps, 0),
+        "schedule": st.just(schedule),
+        "eta": st.floats(0, 1),
+        "noise": st.none() | sized(shape, dtype),
+        "seeds": st.none() | seeds(shape[0]),
+    }
+    survives(dx.ddim_step, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_sampler_step(data):
+    shape, dtype, _ = data.draw(noised())
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(4, 12))
+    per_sample = data.draw(st.booleans())
+    batch = (shape[0],) if per_sample else ()
+    arguments = {
+        "x": sized(shape, dtype),
+        "model_output": sized(shape, dtype),
+        "coefficients": sized((rows, columns), torch.float32, "normal"),
+        "timesteps": st.just(torch.arange(rows)),
+        "row": st.integers(0, rows - 1).map(lambda i: torch.full(batch, i)),
+        "noise": st.none() | sized(shape, dtype),
+        "seeds": st.none() | st.just(torch.arange(shape[0])),
+        "history": st.none() | st.integers(1, 3).flatmap(lambda k: sized((k, *shape), dtype)),
+        "clip": st.none() | st.floats(0.1, 3),
+        "guidance": st.just(1.0) | st.floats(0, 8),
+        "return_x0": st.booleans(),
+        "slots": st.none() | st.just(torch.zeros(3, 0, 4)),
+    }
+    survives(dx.sampler_step, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_group_norm_act(data):
+    groups, per_group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    channels, batch = groups * per_group, data.draw(st.integers(0, 3))
+    rest = data.draw(st.lists(st.integers(1, 9), max_size=3).map(tuple))
+    dtype = data.draw(floats)
+
+    def optional(*shape):
+        return st.none() | sized(shape, dtype)
+
+    arguments = {
+        "x": sized((batch, channels, *rest), dtype),
+        "num_groups": st.just(groups),
+        "weight": optional(channels),
+        "bias": optional(channels),
+        "eps": st.floats(1e-8, 1),
+        "act": st.sampled_from(["silu", "gelu", "none", "relu"]),
+        "scale": optional(batch, channels),
+        "shift": optional(batch, channels),
+        "post_scale": optional(batch, channels),
+        "post_shift": optional(batch, channels),
+        "pre_shift": optional(batch, channels),
+    }
+    survives(dx.group_norm_act, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_philox_normal(data):
+    shape = data.draw(sample_shapes)
+    arguments = {
+        "seeds": seeds(shape[0]),
+        "shape": st.just(shape),
+        "step": st.integers(0, 2**31),
+        "stream": st.integers(0, 3),
+        "dtype": floats,
+        "device": st.none() | st.just("cpu"),
+    }
+    result = survives(dx.philox_normal, data.draw(call(arguments)))
+    assert result is None or bool(result.isfinite().all())
+
+
+COMMON = {
+    "schedule": schedules,
+    "steps": st.integers(1, 30),
+    "spacing": st.sampled_from(SPACINGS),
+    "clip": st.none() | st.floats(0.1, 3),
+    "prediction": st.sampled_from(["epsilon", "v", "x0"]),
+}
+OWN = {
+    "eta": st.floats(0, 1),
+    "order": st.integers(1, 4),
+    "s_churn": st.floats(0, 40),
+    "s_tmin": st.floats(0, 1),
+    "s_tmax": st.floats(1, 100),
+    "s_noise": st.floats(0.9, 1.1),
+    "solver": st.sampled_from(["midpoint", "heun"]),
+    "r": st.floats(0.1, 0.9),
+    "original_steps": st.integers(1, 30),
+    "tau": st.floats(0, 1.5),
+    "corrector_order": st.integers(0, 3),
+    "interval": st.just((0.1, 0.9)),
+    "variant": st.sampled_from(["bh1", "bh2"]),
+    "corrector": st.booleans(),
+    "shift": st.floats(0.5, 5),
+}
+TABLES = {
+    **SAMPLERS,
+    "ddpm": dx.ddpm,
+    "ddim_inversion": dx.ddim_inversion,
+    "flow_euler": dx.flow_euler,
+    "flow_heun": dx.flow_heun,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    known = inspect.signature(TABLES[name]).parameters
+    options = {key: value for key, value in {**COMMON, **OWN}.items() if key in known}
+
+    @fuzzed
+    @given(call(options))
+    def check(arguments):
+        table = survives(TABLES[name], arguments)
+        if table is not None and len(table.timesteps) <= 30:
+            finite = all(map(is_finite, arguments.values()))
+            images = dx.sample(
+                lambda x, t, c: 0.1 * x, (1, 1, 2, 2), table, progress=False, dtype=torch.float64
+            ).images
+            assert not finite or bool(images.isfinite().all())
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear", "course", "constant"])
+def test_schedules(name):
+    make = getattr(dx.NoiseSchedule, name)
+    right = {
+        "timesteps": st.integers(1, 40),
+        "beta_start": st.floats(1e-5, 1e-2),
+        "beta_end": st.floats(1e-2, 0.5),
+        "beta": st.floats(1e-3, 0.5),
+        "offset": st.floats(1e-4, 0.1),
+        "beta_max": st.floats(0.5, 0.999),
+    }
+    known = inspect.signature(make).parameters
+    options = {key: right.get(key, anything) for key in known}
+
+    @fuzzed
+    @given(call(options))
+    def check(arguments):
+        survives(make, arguments)
+
+    check()
+
+
+@fuzzed
+@given(anything)
+def test_betas(betas):
+    survives(dx.NoiseSchedule.from_betas, {"betas": betas})
+
+
+@fuzzed
+@given(anything, anything)
+def test_a_schedule_of_tables(beta, alpha_bar):
+    survives(dx.NoiseSchedule, {"beta": beta, "alpha_bar": alpha_bar})
+
+
+MODEL = dx.nn.ContextUnet(3, 8, 4, 8, norm="group").eval()
+
+
+@fuzzed
+@given(st.data())
+def test_sample(data):
+    batch = data.draw(st.integers(1, 3))
+    shape = (batch, 3, 8, 8)
+    table = dx.ddim(SCHEDULES[1], 2, eta=0.5)
+    arguments = {
+        "model": st.just(MODEL),
+        "shape": st.just(shape),
+        "table": st.just(table),
+        "context": st.none() | st.just(torch.zeros(batch, dtype=torch.int64)),
+        "guidance_scale": st.just(1.0) | st.floats(0, 4),
+        "seeds": seeds(batch),
+        "x_T": st.none() | sized(shape, torch.float32, "normal"),
+        "noise": st.none() | st.just(lambda i, t: torch.zeros(shape)),
+        "save_rate": st.none() | st.integers(1, 4),
+        "engine": st.just("eager"),
+        "progress": st.just(False),
+        "callback": st.none() | st.just(lambda *_: None),
+        "device": st.none() | st.just("cpu"),
+        "dtype": st.none() | st.just(torch.float32),
+        "null_context": st.none(),
+        "start": st.none() | sized(shape, torch.float32, "normal"),
+        "first_step": st.integers(0, 1),
+        "mask": st.none() | st.just(torch.ones(1, 1, 8, 8)),
+    }
+    survives(lambda **given: dx.sample(**given).images, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
+def test_context_unet(data):
+    batch = data.draw(st.integers(0, 3))
+    arguments = {
+        "x": sized((batch, 3, 8, 8), torch.float32, "normal"),
+        "t": sized((batch,), torch.float32, "normal"),
+        "c": st.none() | sized((batch, 4), torch.float32, "normal"),
+    }
+    with torch.no_grad():
+        survives(MODEL, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(
+    call(
+        {
+            "in_channels": st.integers(1, 3),
+            "n_feat": st.just(8),
+            "n_cfeat": st.integers(1, 4),
+            "height": st.sampled_from([4, 8]),
+            "norm": st.sampled_from(["batch", "group"]),
+            "shortcut": st.sampled_from(["scaled", "zero", "random"]),
+            "pool_window": st.none() | st.just(2),
+        }
+    )
+)
+def test_building_a_context_unet(arguments):
+    with torch.device("meta"):
+        survives(dx.nn.ContextUnet, arguments)
+
+
+@fuzzed
+@given(
+    call(
+        {
+            "num_groups": st.integers(1, 4),
+            "num_channels": st.just(12),
+            "act": st.sampled_from(["silu", "gelu", "none"]),
+            "eps": st.floats(1e-6, 1),
+            "affine": st.booleans(),
+        }
+    )
+)
+def test_building_a_group_norm(arguments):
+    survives(dx.nn.GroupNormAct, arguments)
+
+
+@fuzzed
+@given(
+    call(
+        {"table": st.just(dx.ddim(SCHEDULES[1], 4)), "scale": st.floats(0, 9), "interval": anything}
+    )
+)
+def test_guided(arguments):
+    survives(dx.guided, arguments)
+
+
+@pytest.mark.parametrize(
+    "function", [dx.fuse, dx.unfuse, dx.optimize_for_sampling, dx.nn.load_context_unet]
+)
+def test_one_argument(function):
+    @fuzzed
+    @given(anything)
+    def check(argument):
+        with contextlib.suppress(*DOCUMENTED, FileNotFoundError):
+            function(argument)
+
+    check()
