@@ -2,7 +2,8 @@
 # make test   sets up, builds, lints, runs every test
 # make bench  sets up, builds, times every implementation beside the others, judges the ratios
 # make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
-# make sanitized  runs the kernels there under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitized  runs the kernels there, and fuzzes the CPU's, under AddressSanitizer and
+#                 UndefinedBehaviorSanitizer
 # make gpu-check  proves, tunes and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
 #                 (CALL=first, CALL=second; RESULTS=folder; GPU_CHECK=stage,stage)
 # make gpu-wheels puts what a GPU's machine without network lacks into .wheels
@@ -26,7 +27,7 @@ demo: build
 
 # A process of tests on each core, at most four: a thread of torch for each, which has little to do.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest \
+PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(abspath $(BIN))/python -m pytest \
     -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:cacheprovider
 
 test: build lint emulated
@@ -73,12 +74,15 @@ emulated: $(VENV)/ready
 	$(BIN)/cmake --build build/emulated --target cuda_emulated planted_bugs
 
 # Python itself is not sanitized, so the runtime is loaded first.
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 DIFFUSION_EXT_EMULATED=$(abspath build/sanitized)
+
 sanitized: build
 	$(CMAKE) -B build/sanitized -DDIFFUSION_EXT_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 DIFFUSION_EXT_EMULATED=$(abspath build/sanitized) \
-	    $(PYTEST) --dist load -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
+	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs _C
+	$(SANITIZED) $(PYTEST) --dist load -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
+	cd build/sanitized && $(SANITIZED) PYTHONPATH=$(abspath build/sanitized/python) \
+	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check:

@@ -106,9 +106,11 @@ def check_dtype(dtype) -> None:
 
 def as_device(device) -> torch.device:
     """A device, as torch names it."""
+    if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+        raise TypeError(f"device: wanted a torch device like cpu, got {type(device).__name__}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, OverflowError) as error:
         raise ValueError(f"device: wanted a torch device like cpu, got {device!r}") from error
 
 
@@ -156,9 +158,13 @@ def check_clip(clip) -> None:
 
 def check_sizes(shape, wanted: str) -> tuple[int, ...]:
     """shape as a tuple of at least one int, each >= 0."""
-    if isinstance(shape, (int, str)):
+    try:
+        sizes = None if isinstance(shape, str) else tuple(shape)
+    except TypeError:  # arrays and tensors without axes say so only when they are iterated over
+        sizes = None
+    if sizes is None:
         raise TypeError(f"shape: wanted {wanted}, got {shape!r}")
-    shape = tuple(shape)
+    shape = sizes
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in shape):
         raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
     if not shape or min(shape) < 0:

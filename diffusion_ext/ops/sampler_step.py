@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import (
+    check_bool,
     check_clip,
     check_device,
     check_floating,
@@ -63,6 +64,7 @@ def sampler_step(
     """
     check_clip(clip)
     check_number("guidance", guidance)
+    check_bool("return_x0", return_x0)
     remembered = history if slots is None else slots
     if slots is not None and history is not None:
         raise ValueError("history, slots: wanted one of them, got both")

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..checks import check_eta
+from ..checks import check_choice, check_eta
 from . import grids
 from .forms import EPS, X0, X, Z
 from .grids import Grid, spaced_timesteps
-from .rows import table_of
+from .rows import PREDICTIONS, table_of
 from .schedules import NoiseSchedule, check_schedule
 from .step_table import StepTable
 
@@ -106,6 +106,7 @@ def ddim_inversion(
     Args: as `ddim`; prediction: "epsilon" or "v". Returns: StepTable of n rows, t ascending.
     """
     check_schedule(schedule)
+    check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "x0":
         raise ValueError("prediction: 'x0' says nothing of the noise in a clean image")
     t = spaced_timesteps(schedule.timesteps, steps, spacing)[::-1]

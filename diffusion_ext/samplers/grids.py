@@ -228,6 +228,7 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     Returns: int64 [n]. Raises: ValueError for steps outside 1..T or an unknown spacing.
     """
     _check_steps(timesteps, steps)
+    check_choice("spacing", spacing, BY_TIMESTEP)
     i = np.arange(steps)
     if spacing == "trailing":
         grid = timesteps - i * timesteps / steps
@@ -235,10 +236,8 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
         grid = 1 + (steps - 1 - i) * (timesteps // steps)
     elif spacing == "linspace":
         grid = np.linspace(timesteps, 1, steps)
-    elif spacing == "simple":
-        grid = timesteps - i * timesteps // steps
     else:
-        raise ValueError(f"spacing: wanted one of {SPACINGS}, got {spacing!r}")
+        grid = timesteps - i * timesteps // steps
     return np.round(grid).astype(np.int64)
 
 

@@ -39,7 +39,10 @@ def guided(table: StepTable, scale, interval: tuple[float, float] | None = None)
 
 
 def _scales(scale, rows: int) -> np.ndarray:
-    scales = np.asarray(scale)
+    try:
+        scales = np.asarray(scale)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"scale: wanted a number or {rows}: {error}") from error
     if scales.dtype.kind not in "iuf":
         raise TypeError(f"scale: wanted a number or {rows}, got {type(scale).__name__}")
     if scales.shape not in ((), (rows,)):

@@ -152,9 +152,14 @@ class NoiseSchedule:
         _check_timesteps(timesteps)
         check_at_least_0("offset", offset)
         check_number("beta_max", beta_max)
+        if not 0 < beta_max <= 1:
+            raise ValueError(f"beta_max: wanted a number in (0, 1], got {beta_max}")
         t = np.arange(timesteps + 1) / timesteps
         f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
-        return cls.from_betas(np.minimum(1 - f[1:] / f[:-1], beta_max))
+        beta = np.minimum(1 - f[1:] / f[:-1], beta_max)
+        if not (beta > 0).all():
+            raise ValueError(f"offset: {offset} leaves timesteps without noise")
+        return cls.from_betas(beta)
 
     @classmethod
     def from_betas(cls, betas):
@@ -215,9 +220,8 @@ def check_schedule(schedule) -> None:
 
 def _check_table(name: str, table, shape: tuple[int, ...]) -> None:
     if not isinstance(table, np.ndarray) or table.dtype != np.float64:
-        raise TypeError(
-            f"{name}: wanted a float64 array, got {getattr(table, 'dtype', type(table))}"
-        )
+        kind = f"{table.dtype} array" if isinstance(table, np.ndarray) else type(table).__name__
+        raise TypeError(f"{name}: wanted a float64 array, got {kind}")
     if table.ndim != 1 or len(table) < 2 or table.shape != shape:
         raise ValueError(f"{name}: wanted shape [T+1] with T >= 1, got {list(table.shape)}")
     if not ((table >= 0) & (table <= 1)).all():

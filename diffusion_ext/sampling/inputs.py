@@ -12,7 +12,9 @@ from ..samplers import StepTable
 from .stepping import Known
 
 
-def check_options(table, save_rate, guidance_scale, noise, first_step) -> None:
+def check_options(model, table, save_rate, guidance_scale, noise, first_step) -> None:
+    if not callable(model):
+        raise TypeError(f"model: wanted a module or another callable, got {type(model).__name__}")
     if not isinstance(table, StepTable):
         raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
     if save_rate is not None and (not isinstance(save_rate, int) or save_rate < 1):

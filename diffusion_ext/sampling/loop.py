@@ -110,7 +110,7 @@ def sample(
     cannot capture the model.
     """
     shape = check_sizes(shape, "(B, C, H, W)")
-    check_options(table, save_rate, guidance_scale, noise, first_step)
+    check_options(model, table, save_rate, guidance_scale, noise, first_step)
     check_bool("differentiable", differentiable)
     device, dtype = placement(model, device, dtype)
     check_engine(engine, device, noise, differentiable)
