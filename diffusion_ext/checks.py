@@ -96,6 +96,8 @@ def check_at_least_1(name: str, value) -> None:
     check_int(name, value)
     if value < 1:
         raise ValueError(f"{name}: wanted at least 1, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: wanted an int of 64 bits, got {value}")
 
 
 def check_dtype(dtype) -> None:
@@ -159,7 +161,7 @@ def check_clip(clip) -> None:
 def check_sizes(shape, wanted: str) -> tuple[int, ...]:
     """shape as a tuple of at least one int, each >= 0."""
     try:
-        sizes = None if isinstance(shape, str) else tuple(shape)
+        sizes = None if isinstance(shape, (str, bytes)) else tuple(shape)
     except TypeError:  # arrays and tensors without axes say so only when they are iterated over
         sizes = None
     if sizes is None:
@@ -169,6 +171,8 @@ def check_sizes(shape, wanted: str) -> tuple[int, ...]:
         raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
     if not shape or min(shape) < 0:
         raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shape}")
+    if math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shape}")
     return tuple(int(n) for n in shape)
 
 

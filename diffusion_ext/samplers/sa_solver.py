@@ -15,6 +15,8 @@ from .rows import Row, tabulate
 from .schedules import NoiseSchedule
 from .step_table import StepTable
 
+MOST_TAU = 1e3  # whose noise drowns all else
+
 
 def sa_solver(
     schedule: NoiseSchedule,
@@ -41,6 +43,8 @@ def sa_solver(
     check_choice("order", order, (1, 2, 3, 4))
     check_choice("corrector_order", corrector_order, (0, 1, 2, 3, 4))
     check_at_least_0("tau", tau)
+    if tau > MOST_TAU:
+        raise ValueError(f"tau: wanted at most {MOST_TAU:g}, got {tau}")
     check_interval("interval", interval)
     rule = partial(
         sa_solver_rule, order=order, corrector_order=corrector_order, tau=tau, interval=interval

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import as_device, check_dtype, check_number, moved
+from ..checks import as_device, check_bool, check_dtype, check_number, moved
 from ..ops import philox_normal
 from ..ops.layouts import layout_of
 from ..samplers import StepTable
 from .stepping import Known
 
 
-def check_options(model, table, save_rate, guidance_scale, noise, first_step) -> None:
+def check_options(
+    model, table, save_rate, guidance_scale, noise, first_step, callback, **flags: bool
+) -> None:
     if not callable(model):
         raise TypeError(f"model: wanted a module or another callable, got {type(model).__name__}")
     if not isinstance(table, StepTable):
@@ -26,6 +28,10 @@ def check_options(model, table, save_rate, guidance_scale, noise, first_step) ->
         )
     if not isinstance(first_step, int) or not 0 <= first_step < len(table):
         raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: wanted a callable or None, got {type(callback).__name__}")
+    for name, flag in flags.items():
+        check_bool(name, flag)
     if noise is not None and not callable(noise) and not isinstance(noise, torch.Generator):
         raise TypeError(
             f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import as_seeds, check_bool, check_sizes
+from ..checks import as_seeds, check_sizes
 from ..samplers import StepTable
 from .conditioning import as_context, doubled
 from .engines import ENGINES, check_engine
@@ -110,8 +110,10 @@ def sample(
     cannot capture the model.
     """
     shape = check_sizes(shape, "(B, C, H, W)")
-    check_options(model, table, save_rate, guidance_scale, noise, first_step)
-    check_bool("differentiable", differentiable)
+    check_options(
+        model, table, save_rate, guidance_scale, noise, first_step, callback,
+        differentiable=differentiable, progress=progress,
+    )  # fmt: skip
     device, dtype = placement(model, device, dtype)
     check_engine(engine, device, noise, differentiable)
     if isinstance(noise, torch.Generator):

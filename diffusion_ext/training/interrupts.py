@@ -16,11 +16,14 @@ class Interrupts:
 
     In a thread other than the main one, where Python has no signals, it notes nothing.
 
+    Args:
+        patient: a second one changes nothing. torchrun passes on to its processes what a scheduler
+            has sent to all of them already, and ends them itself where it takes them too long.
     Attributes: signal: the number of the one that came; 0 before.
     """
 
-    def __init__(self):
-        self.signal = 0
+    def __init__(self, patient: bool = False):
+        self.signal, self.patient = 0, patient
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -33,6 +36,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
+        if self.signal and self.patient:
+            return
         if self.signal:
             os._exit(128 + number)
         self.signal = number
@@ -47,8 +52,7 @@ def exit_by(number: int) -> BaseException:
 def outlive_interrupts() -> None:
     """For a process that reads data ahead: what is sent to the whole group is not for it.
 
-    The run that it reads for still finishes a step and saves. A first SIGTERM is therefore obeyed
-    late, and a second one, which may be that run's own, at once.
+    The run that it reads for still finishes a step and saves, so SIGTERM is obeyed late.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_late)
@@ -56,4 +60,4 @@ def outlive_interrupts() -> None:
 
 def _end_late(*_) -> None:
     signal.alarm(GRACE_SECONDS)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

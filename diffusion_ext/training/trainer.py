@@ -26,7 +26,7 @@ from .learner import Learner
 from .logs import LossMeter, RunLog
 from .loss_watch import LossWatch
 from .preview import Preview
-from .processes import Processes
+from .processes import Processes, started_by_torchrun
 from .progress import Progress
 from .reporting import description, epoch_label, epoch_line
 from .run_folder import RunFolder
@@ -169,7 +169,7 @@ class Trainer:
             stack.enter_context(contextlib.closing(log))
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
-            interrupts = stack.enter_context(Interrupts())
+            interrupts = stack.enter_context(Interrupts(patient=started_by_torchrun()))
             steps = Steps(
                 self.config, self.data, self.images, self.draws, self.learner, self.progress,
                 self.processes, self._watch,

@@ -374,7 +374,8 @@ def test_building_a_context_unet(arguments):
     )
 )
 def test_building_a_group_norm(arguments):
-    survives(dx.nn.GroupNormAct, arguments)
+    with torch.device("meta"):
+        survives(dx.nn.GroupNormAct, arguments)
 
 
 @fuzzed

@@ -78,6 +78,8 @@ def test_a_schedulers_warning_saves_in_every_process(tmp_path, images, unbroken)
     long = ("train", "--data", images, "--out", tmp_path, *TINY, *LONG, "--checkpoint-every", 40)
     process = begin(2, *long)
     wait_for_step(tmp_path, 20, process)
+    for worker in workers_of(process):  # as Slurm does; torchrun then passes its own on
+        os.kill(worker, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0
