@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
-from ..training.processes import told_to_torchrun
+from ..training.torchrun import told_to_torchrun
 from .evaluate import Evaluate
 from .information import info
 from .places import file_of

@@ -20,7 +20,8 @@ from ..sampling import SampleResult, sample
 from ..sampling.pictures import sample_grid, save_denoising_animation
 from ..training import StateDictOptions, TrainedModel, load_trained
 from ..training.folder_lock import FolderLock
-from ..training.processes import Processes, joined
+from ..training.processes import Processes
+from ..training.torchrun import joined
 from .places import device_of, file_of
 from .sample_set import SampleSet, digest_of
 

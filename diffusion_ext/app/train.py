@@ -21,7 +21,7 @@ from ..training import (
     load_data,
     load_trained,
 )
-from ..training.processes import joined, restarted_by_torchrun
+from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
 from .places import device_of, file_of
 

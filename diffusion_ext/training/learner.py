@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +14,11 @@ from .config import TrainingConfig
 from .data import Batch
 from .draws import BatchDraws
 from .ema import ExponentialMovingAverage
+from .gradient_sum import GradientSum
 from .objective import Objective
 from .optimizers import build_optimizer, optimizer_state, restore_optimizer
-from .processes import GradientSum, Processes
-from .sharding import Shards, laid_as
+from .processes import Processes
+from .sharding import Shards, laid_as, local
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,9 +50,7 @@ class Learner:
         self.model = model = model.to(device, memory_format=torch.channels_last)
         self.processes = processes or Processes()
         several = self.processes.count > 1
-        if (
-            several and device.type == "cuda"
-        ):  # whole batches' statistics; torch's is for GPUs alone
+        if several and device.type == "cuda":  # torch has whole batches' statistics for GPUs alone
             self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.sharded = several and config.shard
         self.sum = None
@@ -60,8 +60,9 @@ class Learner:
         self._network = model if self.sum is None else self.sum.network
         self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
         if self.sharded:
-            cut = Shards(model, lambda: self._of_nothing(model.eval()), device, self.processes).cut
-            cut(model), cut(self.average.model)
+            shards = Shards(model, lambda: self._of_nothing(model.eval()), device, self.processes)
+            shards.cut(model)
+            shards.cut(self.average.model)
         self.optimizer = build_optimizer(model, config)
         self.objective = Objective(config, schedule, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -146,6 +147,12 @@ class Learner:
         """Whether `update` changed the weights: with skip_bad_steps only for a finite gradient. A
         bad loss of any process is in the sum that all of them have."""
         return not self.config.skip_bad_steps or math.isfinite(norm)
+
+    def is_finite(self) -> bool:
+        """Whether every weight of this process is; it is read off the device."""
+        parts = [local(p.detach()) for p in self.model.parameters()]
+        largest = torch._foreach_norm([part for part in parts if part.numel()], math.inf)
+        return bool(np.isfinite(torch.stack(largest).float().cpu().numpy()).all())
 
     def predict_averaged(self, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """What the average makes of x_t; t: int64 [B]."""

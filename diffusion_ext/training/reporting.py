@@ -45,14 +45,14 @@ def epoch_label(run: Trainer, epoch: int) -> str:
 def epoch_line(run: Trainer, speed: float) -> str:
     """What the last epoch came to, and how long the others will take.
 
-    Args: speed: images a second.
+    Args: speed: images a second; 0 where a resumed run found the epoch trained.
     """
     parts = [epoch_label(run, run.epoch), f"loss {run.losses[-1]:.4f}"]
     if run.validation_losses:
         parts.append(f"held out {run.validation_losses[-1]:.4f}")
     if run.progress.skipped:
         parts.append(f"{run.progress.skipped} of {run.steps} steps skipped")
-    left = (run.config.epochs - run.epoch) * len(run.images) / speed
-    if run.epoch < run.config.epochs:
+    if run.epoch < run.config.epochs and speed:
+        left = (run.config.epochs - run.epoch) * len(run.images) / speed
         parts.append(f"{tqdm.format_interval(left)} left")
     return "  ".join([*parts, f"{speed:.0f} images/s"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
 from .processes import Processes
-from .sharded_checkpoints import load_sharded, save_sharded, sharded_checkpoints
+from .sharded_checkpoints import SHARDED, load_sharded, save_sharded, sharded_checkpoints
 
 CHECKPOINT_NAME, BEST_NAME, CONFIG_NAME = (
     "checkpoint.safetensors", "best.safetensors", "config.json",
@@ -62,14 +62,21 @@ class RunFolder:
             raise ValueError(f"{error}{hint}") from error
 
     def go_on_from(self, step: int, path: Path | None = None) -> None:
-        """The last checkpoint is of this step; path: where it is another file than
-        checkpoint.safetensors, in whose place it comes. What was there is set aside."""
-        if path and not path.is_dir() and path.resolve() != self.checkpoint.resolve():
+        """The last checkpoint is of this step; path: where the user said so. What came after it is
+        set aside, and a file is then checkpoint.safetensors."""
+        self._step = step
+        if path is None:
+            return
+        for cut in sharded_checkpoints(self.path):
+            if cut.name > SHARDED.format(step):
+                aside = cut.with_name(f"replaced-{cut.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                cut.replace(aside)
+        if not path.is_dir() and path.resolve() != self.checkpoint.resolve():
             self.path.mkdir(parents=True, exist_ok=True)
             if self.checkpoint.exists():
                 os.replace(self.checkpoint, self.checkpoint.with_suffix(".replaced"))
             _link(path, self.checkpoint)
-        self._step = step
 
     def save(self, checkpoint: Checkpoint, best: bool = False) -> None:
         """The last checkpoint, and where it is the best, the best as well. A folder that vanished

@@ -30,7 +30,7 @@ METADATA_KINDS = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # since Python 3.13
 }  # fmt: skip
-NAME = "sharded-{:08d}"  # by the steps of the run
+SHARDED = "sharded-{:08d}"  # by the steps of the run
 
 
 def sharded_checkpoints(folder: Path) -> list[Path]:
@@ -43,7 +43,7 @@ def save_sharded(checkpoint: Checkpoint, folder: Path, keep: int, processes: Pro
 
     Args: folder: the run's. keep: how many of the last ones stay.
     """
-    path = folder / NAME.format(checkpoint.steps)
+    path = folder / SHARDED.format(checkpoint.steps)
     partial = path.with_name(f"partial-{path.name}")
     if processes.first:
         shutil.rmtree(partial, ignore_errors=True)

@@ -32,8 +32,8 @@ class Shards:
             watch.remove()
         self.units = _units(network, called)
 
-    def cut(self, network: nn.Module) -> nn.Module:
-        """The network, or a copy of it, whose tensors are DTensors from here on."""
+    def cut(self, network: nn.Module) -> None:
+        """Makes DTensors of the parameters of the network, or of a copy of it."""
         network.to(memory_format=torch.contiguous_format)  # all that torch can cut
         for name in self.units:
             fully_shard(network.get_submodule(name), mesh=self.mesh)
@@ -41,7 +41,6 @@ class Shards:
         for module in (network, *map(network.get_submodule, self.units)):
             module.set_gradient_divide_factor(1.0)  # a sum, as GradientSum has
             module.set_force_sum_reduction_for_comms(True)
-        return network
 
 
 def _units(network: nn.Module, called: set[nn.Module]) -> list[str]:

@@ -26,12 +26,13 @@ from .learner import Learner
 from .logs import LossMeter, RunLog
 from .loss_watch import LossWatch
 from .preview import Preview
-from .processes import Processes, started_by_torchrun
+from .processes import Processes
 from .progress import Progress
 from .reporting import description, epoch_label, epoch_line
 from .run_folder import RunFolder
 from .sharding import whole
 from .steps import Steps
+from .torchrun import started_by_torchrun
 from .validation import Validation
 
 SAVE = 1  # a wish of a process; the others are the numbers of signals, which are larger
@@ -276,6 +277,11 @@ class Trainer:
     def _save(self, log: RunLog, best: bool = False) -> None:
         """A checkpoint of finite weights, and the log so far; every process has to come here."""
         self._watch.settle()
+        if not self.learner.is_finite():
+            raise FloatingPointError(
+                f"the weights after step {self.steps} are not finite, though its loss was. "
+                f"{self.folder.last()}"
+            )
         log.flush()
         if self.learner.sharded and self.epoch < self.config.epochs:
             self.folder.save_sharded(self._state(self.learner.state()), self.processes)

@@ -21,6 +21,7 @@ TINY = [
     "--clip-gradient", "1", "--batch-size", "8", "--accumulate", "2", "--validation", "0.1",
     "--log-every", "1", "--checkpoint-every", "1",
 ]  # fmt: skip
+EPOCHS = ("--epochs", "4", "--samples-every", "2")
 
 
 def write_images(path: Path, count: int = 37) -> Path:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from many_processes import (
+    EPOCHS,
     TINY,
     assert_close_weights,
     assert_same_weights,
@@ -14,27 +15,11 @@ from many_processes import (
     run,
     wait_for_step,
     workers_of,
-    write_images,
 )
 
 from diffusion_ext.training import load_checkpoint, read_log
 
-EPOCHS = ("--epochs", "4")
 LONG = ("--epochs", "40")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "set.npz")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, images):
-    """The folder of the run in one process, without torchrun."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = run(None, "train", "--data", images, "--out", folder, *TINY, *EPOCHS)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -1,7 +1,6 @@
 """Networks of which each process holds a part (FSDP2), and their checkpoints."""
 
 import json
-import os
 import pickle
 import re
 import signal
@@ -10,33 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from malice import Evil
 from many_processes import (
     ENVIRONMENT,
+    EPOCHS,
     TINY,
     assert_close_weights,
     begin,
     run,
     wait_for_step,
-    write_images,
 )
 
 from diffusion_ext.training import TrainingConfig, load_checkpoint, read_log
 
-EPOCHS = ("--epochs", "4", "--samples-every", "2")
 ADAM = ("--optimizer", "AdamW", "--learning-rate", "0.002", "--warmup", "3")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "set.npz")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, images):
-    folder = tmp_path_factory.mktemp("alone")
-    done = run(None, "train", "--data", images, "--out", folder, *TINY, *EPOCHS)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_sharded_processes_train_the_same(tmp_path, images, alone):
@@ -122,14 +108,6 @@ def test_each_process_holds_its_part(tmp_path):
     assert all(0.45 < float(share) < 0.55 for share in shares)
 
 
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
 def test_a_damaged_part_is_named(tmp_path, images):
     train = ("train", "--data", images, "--out", tmp_path, *TINY, "--epochs", 40, "--shard")
     process = begin(2, *train)
@@ -151,6 +129,8 @@ def test_a_damaged_part_is_named(tmp_path, images):
     assert not evil.exists()
     done = run(None, *train, "--resume-from", before)
     assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("sharded-*"))
+    assert (tmp_path / f"replaced-{last.name}").is_dir()  # what came after is set aside
 
 
 def test_float16_is_not_for_shards():

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import resource
 import struct
@@ -12,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from malice import Evil
 from safetensors.torch import save_file
 from small_runs import tiny_trainer
 
@@ -134,14 +134,6 @@ def test_safetensors_that_lie(tmp_path, load, lie):
     path = tmp_path / "a.safetensors"
     path.write_bytes(LIES[lie])
     refused(load, path, "checkpoint: ")
-
-
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "npy", "npz", "safetensors"])

@@ -21,7 +21,6 @@ from many_processes import (
     begin,
     run,
     wait_for_step,
-    write_images,
 )
 from PIL import Image
 from small_runs import assert_same_run, tiny_trainer
@@ -35,11 +34,6 @@ from diffusion_ext.training import (
 from diffusion_ext.training.learner import Learner
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "set.npz")
 
 
 def test_killed_at_twenty_random_moments(tmp_path):
@@ -258,6 +252,50 @@ def test_an_infinite_loss_names_the_step_the_files_and_the_checkpoint(tmp_path, 
             message,
         )
         assert load_checkpoint(run.checkpoint_path).steps == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The gradient overflowed in a step whose loss was finite, and a checkpoint is due."""
+    config = TrainingConfig(epochs=4, batch_size=4, checkpoint_every=1, seed=7)
+    run = tiny_trainer(tmp_path, config)
+    update = run.learner.update
+
+    def overflowing(step, *rest):
+        norm = update(step, *rest)
+        if step == 6:
+            next(run.model.parameters()).data.view(-1)[3] = torch.inf
+        return norm
+
+    run.learner.update = overflowing
+    message = (
+        "weights after step 6 are not finite, though its loss was. The last good checkpoint, of"
+    )
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
+        run.fit(progress=False)
+    assert load_checkpoint(run.checkpoint_path).steps == 3
+
+
+def test_resumed_where_an_epoch_was_trained_but_not_ended(tmp_path, monkeypatch, capsys):
+    """A signal in the last step of an epoch."""
+    config = TrainingConfig(epochs=4, batch_size=4, checkpoint_every=1, validation=0.2, seed=7)
+    whole = tiny_trainer(tmp_path / "whole", config)
+    whole.fit(progress=False)
+    run = tiny_trainer(tmp_path / "parts", config)
+    update = run.learner.update
+
+    def interrupted(step, *rest):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return update(step, *rest)
+
+    run.learner.update = interrupted
+    with pytest.raises(SystemExit):
+        run.fit(progress=False)
+    assert load_checkpoint(run.checkpoint_path).epoch_batches == run.batches_per_epoch
+    again = tiny_trainer(tmp_path / "parts", config)
+    again.fit(resume=True)
+    assert_same_run(whole, again)
+    assert "epoch 2/4  loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
