@@ -35,8 +35,8 @@ def command(processes: int | None, *arguments, options: tuple = ()) -> list[str]
     """A command of diffusion_ext's; None: without torchrun."""
     start = [sys.executable, "-m"]
     if processes is not None:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start += [*options, "-m"]
+        where = () if any("--nnodes" in option for option in options) else ("--standalone",)
+        start += ["torch.distributed.run", *where, f"--nproc-per-node={processes}", *options, "-m"]
     return [*start, "diffusion_ext", *map(str, arguments)]
 
 

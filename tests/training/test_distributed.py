@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
@@ -39,6 +40,20 @@ def test_any_number_of_processes_trains_the_same(tmp_path, images, alone, count)
         assert (row["communication_ms"] != "") == (count > 1 and row["loss"] != "")
     if count > 1:
         assert sum(float(row["communication_ms"] or 0) for row in rows) > 0
+
+
+def test_two_nodes(tmp_path, images, alone):
+    """A torchrun for each, which meet at an address."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+    train = ("train", "--data", images, "--out", tmp_path, *TINY, *EPOCHS)
+    nodes = [begin(1, *train, options=meet) for _ in range(2)]
+    outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("epoch 4/4" in output for output in outputs) == 1
+    assert_close_weights(alone, tmp_path)
 
 
 def test_resumed_with_another_number_of_processes(tmp_path, images, alone):
