@@ -105,13 +105,13 @@ Command = (
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 2 for what the user can put right, 130 after Ctrl-C;
     SIGTERM ends training with 143."""
-    command = tyro.cli(Command, prog="diffusion-ext", args=args)
     try:
+        command = tyro.cli(Command, prog="diffusion-ext", args=args)
         told_to_torchrun(command.run)()
     except USER_ERRORS as error:
         print(f"diffusion-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("diffusion-ext: interrupted; what was saved is whole", file=sys.stderr)
+        print("diffusion-ext: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
     return 0
