@@ -171,7 +171,10 @@ def check_sizes(shape, wanted: str) -> tuple[int, ...]:
         raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
     if not shape or min(shape) < 0:
         raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shape}")
-    if math.prod(max(n, 1) for n in shape) >= 2**60:
+    elements = 1
+    for n in shape:  # a loop, which torch.compile follows
+        elements *= max(n, 1)
+    if elements >= 2**60:
         raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shape}")
     return tuple(int(n) for n in shape)
 

@@ -196,9 +196,10 @@ class UnetForward(nn.Module):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name}: wanted a floating point tensor, got {found}")
-        batch, image = len(x) if x.dim() else 0, [self.in_channels, self.height, self.height]
+        image = [self.in_channels, self.height, self.height]
         if x.dim() != 4 or list(x.shape[1:]) != image:
             raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
+        batch = x.shape[0]
         if t.numel() != 1 and list(t.shape) != [batch]:
             raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
         if c is not None and list(c.shape) != [batch, self.n_cfeat]:
