@@ -157,17 +157,20 @@ def by_diffusers(tick) -> None:
 def by_ours(tick, network: nn.Module | None = None, **options) -> None:
     """Trainer, as it is."""
 
-    class Timed(Trainer):
-        def _step(self, batches, meter):
-            norm = super()._step(batches, meter)
-            tick()
-            return norm
-
     network = network or dx.nn.ContextUnet(**SIZES)
     config = TrainingConfig(epochs=EPOCHS, batch_size=BATCH, checkpoint_every=EPOCHS, **options)
     schedule = dx.NoiseSchedule.linear(TIMESTEPS)
     with tempfile.TemporaryDirectory() as folder:
-        Timed(network, schedule, ImageData(*data()), folder, config).fit()
+        trainer = Trainer(network, schedule, ImageData(*data()), folder, config)
+        update = trainer.learner.update
+
+        def ticked(*arguments):
+            norm = update(*arguments)
+            tick()
+            return norm
+
+        trainer.learner.update = ticked
+        trainer.fit()
 
 
 def by_ours_with_their_network(tick) -> None:
