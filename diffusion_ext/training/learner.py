@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -178,13 +179,20 @@ class Learner:
             "scaler": self.scaler.state_dict(),
         }
 
-    def like(self, group: str, name: str) -> Tensor | None:
-        """A tensor of the shape and cut of that of a name in `state`; None where it is not one of
-        the network's or a moment's."""
-        if group == "optimizer":
-            return dict(self.model.named_parameters()).get(name.rpartition(".")[0])
-        network = {"model": self.model, "ema": self.average.model}.get(group)
-        return None if network is None else network.state_dict().get(name)
+    def likeness(self) -> Callable[[str, str], Tensor | None]:
+        """(group, name) -> a tensor of the shape and cut of that one in `state`; None where it is
+        not one of the network's or a moment's."""
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict(),
+            "optimizer": dict(self.model.named_parameters()),
+        }
+
+        def like(group: str, name: str) -> Tensor | None:
+            key = name.rpartition(".")[0] if group == "optimizer" else name
+            return tensors.get(group, {}).get(key)
+
+        return like
 
     def restore(self, checkpoint) -> None:
         """Takes up what `state` told."""

@@ -188,7 +188,7 @@ class Trainer:
     def _begin(self, resume: bool | str | Path) -> None:
         if resume:
             path = None if resume is True else Path(resume)
-            self.restore(self.folder.load(self.learner.like, path), path)
+            self.restore(self.folder.load(self.learner.likeness(), path), path)
         elif there := self.folder.last_checkpoint():
             raise FileExistsError(f"{there} is there already: resume it, or choose another folder")
         if self.processes.first:

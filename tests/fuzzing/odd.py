@@ -1,9 +1,11 @@
-"""Values that people and programs hand over, right ones and odd ones, as hypothesis draws them."""
+"""Values that people and programs hand over, right and odd, and what a call makes of them."""
 
 import math
+import os
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import diffusion_ext as dx
@@ -119,3 +121,29 @@ def has_nan(value) -> bool:
     if isinstance(value, dx.StepTable):
         return bool(np.isnan(value.weights).any())
     return False
+
+
+CASES = int(os.environ.get("DIFFUSION_EXT_FUZZ", "12"))
+fuzzed = settings(
+    max_examples=CASES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=CASES <= 12,
+    database=None,
+)
+schedules = st.sampled_from(SCHEDULES)
+DOCUMENTED = (ValueError, TypeError)
+
+
+def survives(function, arguments):
+    """A call ends in a result, without NaN where what came was finite, or in a documented error
+    that names an argument."""
+    result, said = None, " ".join(arguments)
+    try:
+        result = function(**arguments)
+    except DOCUMENTED as error:
+        said = str(error)
+    assert any(name in said for name in arguments), said
+    if all(map(is_finite, arguments.values())):
+        assert not has_nan(result)
+    return result

@@ -4,10 +4,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from many_processes import (
+    ENVIRONMENT,
     EPOCHS,
     TINY,
     assert_close_weights,
@@ -123,3 +127,45 @@ def test_a_failing_process_is_named_with_its_error(tmp_path, images):
     done = run(2, "train", "--data", images, "--out", tmp_path, *TINY, *diverging)
     assert done.returncode != 0
     assert re.search(r"(?s)Root Cause.*FloatingPointError: the loss of step \d is", done.stderr)
+
+
+BAD_STEP = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+import torch.distributed as dist
+from small_runs import tiny_trainer
+from diffusion_ext.training import TrainingConfig
+dist.init_process_group("gloo")
+config = TrainingConfig(epochs=2, batch_size=5, skip_bad_steps=True)
+run = tiny_trainer({folder!r}, config, norm="group")
+calls, losses_and_gradient = [], run.learner.objective.losses_and_gradient
+
+def bad(*arguments):
+    calls.append(1)
+    losses, gradient = losses_and_gradient(*arguments)
+    worse = torch.nan if dist.get_rank() == 1 and len(calls) == 2 else 1.0
+    return losses * worse, gradient * worse
+
+run.learner.objective.losses_and_gradient = bad
+run.fit(progress=False)
+total = sum(p.detach().double().abs().sum() for p in run.model.parameters()).item()
+line = f"skipped {{run.progress.skipped}} of {{run.steps}}, weights {{total}}\\n"
+print(line, end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_a_bad_step_of_one_process_is_skipped_by_all(tmp_path):
+    script = tmp_path / "bad_step.py"
+    here = str(Path(__file__).parent)
+    script.write_text(BAD_STEP.format(here=here, folder=str(tmp_path / "run")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", script],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"skipped 1 of 4, weights (\d+\.\d+)", done.stdout)
+    assert len(told) == 2
+    assert told[0] == told[1]
