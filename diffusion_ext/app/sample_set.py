@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..sampling.pictures import to_levels
 from ..training.checkpoints import write_whole
 from ..training.data.array_files import check_array_file
 from ..training.data.folders import image_files
@@ -75,8 +76,7 @@ class SampleSet:
 
     def write(self, numbers: range, images: Tensor) -> None:
         """images: [n, C, S, S], clipped to [-1, 1]; each file whole or not at all."""
-        levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-        pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pixels = to_levels(images)
         if not self.pictures:
             arrays = {"images": pixels, "numbers": np.array(numbers)}
             if self.classes:

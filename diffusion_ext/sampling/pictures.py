@@ -105,8 +105,13 @@ def _to_uint8(images: Tensor) -> np.ndarray:
         raise ValueError(
             f"images: wanted shape [B, 1 or 3, H, W], not empty, got {list(images.shape)}"
         )
+    return to_levels(images.expand(-1, 3, -1, -1))
+
+
+def to_levels(images: Tensor) -> np.ndarray:
+    """[B, C, H, W] in [-1, 1], clipped -> uint8 [B, H, W, C]"""
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _enlarge(pixels: np.ndarray) -> Image.Image:

@@ -59,9 +59,10 @@ class Learner:
             # In evaluation, which leaves running statistics alone; all start as the first one.
             self.sum = GradientSum(model, device, self._of_nothing(model.eval()))
         self._network = model if self.sum is None else self.sum.network
-        self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
         if self.sharded:
             shards = Shards(model, lambda: self._of_nothing(model.eval()), device, self.processes)
+        self.average = ExponentialMovingAverage(model, config.ema_decay, config.ema_std)
+        if self.sharded:
             shards.cut(model)
             shards.cut(self.average.model)
         self.optimizer = build_optimizer(model, config)

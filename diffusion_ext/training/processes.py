@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -71,6 +71,11 @@ class Processes:
         wish, work = posted
         work.wait()
         return int(wish)
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's contents of contiguous tensors."""
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
 
     def wait(self) -> None:
         """For all of them to come this far."""

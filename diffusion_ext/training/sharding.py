@@ -14,7 +14,7 @@ UNIT_SHARE = 1 / 8  # of the parameters, at most, that are gathered at once
 
 
 class Shards:
-    """How a network is cut, so that its average is cut alike.
+    """How a network is cut, so that its average is cut alike; all have the first one's weights.
 
     Parameters are gathered unit by unit, when one is called: each of the largest modules that have
     an eighth of the parameters at most and are called as such, and the rest.
@@ -31,10 +31,11 @@ class Shards:
         finally:
             watch.remove()
         self.units = _units(network, called)
+        network.to(memory_format=torch.contiguous_format)  # all that torch can send and cut
+        processes.copy_first([*network.parameters(), *network.buffers()])
 
     def cut(self, network: nn.Module) -> None:
         """Makes DTensors of the parameters of the network, or of a copy of it."""
-        network.to(memory_format=torch.contiguous_format)  # all that torch can cut
         for name in self.units:
             fully_shard(network.get_submodule(name), mesh=self.mesh)
         fully_shard(network, mesh=self.mesh)

@@ -75,13 +75,22 @@ SIZES = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
+import torch
 import torch.distributed as dist
-from small_runs import tiny_trainer
-from diffusion_ext.training import TrainingConfig
+from small_runs import SCHEDULE, tiny_data
+import diffusion_ext as dx
+from diffusion_ext.training import Trainer, TrainingConfig
 from diffusion_ext.training.sharding import local
 dist.init_process_group("gloo")
 config = TrainingConfig(epochs=1, batch_size=4, shard=True)
-run = tiny_trainer({folder!r}, config, norm="group")
+torch.manual_seed(dist.get_rank())  # other weights in each process, unless they are the first's
+model = dx.nn.ContextUnet(1, 8, 2, 4, norm="group")
+first = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}
+run = Trainer(model, SCHEDULE, tiny_data(), {folder!r}, config)
+begun = run.checkpoint()
+if dist.get_rank() == 0:
+    assert all(torch.equal(begun.model[name], first[name]) for name in first)
+    assert all(torch.equal(begun.ema[name], first[name]) for name in first)
 run.fit(progress=False)
 state = run.learner.state()
 shares = [
@@ -93,7 +102,7 @@ dist.destroy_process_group()
 """
 
 
-def test_each_process_holds_its_part(tmp_path):
+def test_each_process_holds_its_part_of_the_first_ones_weights(tmp_path):
     script = tmp_path / "sizes.py"
     here = str(Path(__file__).parent)
     script.write_text(SIZES.format(here=here, folder=str(tmp_path / "run")))
