@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/fingerprint.h"
 #include "cpu/simd.h"
 #include "cuda/group_norm_plan.h"
 #include "math/normal.h"
@@ -94,6 +95,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return dx::name_of(dx::best_isa()); },
       "The instruction set that the CPU kernels use: baseline, avx2 or avx512.");
+  m.def(
+      "fingerprint",
+      [](uintptr_t address, int64_t floats, int64_t lines) {
+        return dx::fingerprint(reinterpret_cast<const float*>(address), floats, lines);
+      },
+      py::arg("address"), py::arg("floats"), py::arg("lines"),
+      "64 bits of the float32 numbers at an address: of so many lines of 16, evenly apart.");
   m.def("philox4x32", &philox4x32, py::arg("counters"), py::arg("keys"),
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),

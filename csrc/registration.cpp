@@ -39,7 +39,11 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor dscale, Tensor dshift, Tensor dpost_scale, Tensor dpost_shift, Tensor dpre_shift)");
   m.def("has_code(int device) -> bool");
   m.def("conv3x3_filters(Tensor weight) -> Tensor");
-  m.def("conv3x3(Tensor x, Tensor filters, Tensor? bias, int out_channels, int act) -> Tensor");
+  m.def("conv2d_filters(Tensor weight, bool transposed) -> Tensor");
+  m.def(
+      "conv2d(Tensor x, Tensor? skip, Tensor filters, Tensor? bias, Tensor? residual, "
+      "int out_channels, int stride_high, int stride_wide, int padding_high, int padding_wide, "
+      "int repeat, int side, int act, float scale) -> Tensor");
   m.def("conv3x3_once(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy, Tensor weight) -> Tensor");
 }

@@ -12,7 +12,7 @@ namespace {
 
 // Of x [B, H, W, C] and dy [B, H, W, K].
 struct Gradient {
-  Images images;
+  Inputs images;
   ChannelRange x, dy;
 };
 
@@ -57,26 +57,27 @@ DX_INLINE void multiply_all(const Gradient& g, const float* v, const float* m, i
 }
 
 // Adds a block of tiles to u [36, C, K]; v is [36, kTiles, C] and m [36, kTiles, K].
-void add_block(const Gradient& g, int64_t first, int64_t tiles, const float* zeros, float* v,
+void add_block(const Gradient& g, int64_t first, int64_t count, const float* zeros, float* v,
                float* m, float* u) {
   const int64_t channels = g.x.count, columns = g.dy.count;
-  transform_inputs(g.images, first, tiles, g.x, zeros, v);
+  transform_inputs(g.images, first, count, g.x, zeros, v, channels);
+  const Tiles tiles(g.images);
   on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t t = 0; t < count; ++t)
       transform_pixels<kTileOut, 0>(
           [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
-          Tile(g.images, first + t), g.dy, zeros, m + t * columns);
+          Tile(tiles, first + t), g.dy, zeros, m + t * columns, columns);
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t p = 0; p < kPoints; ++p) {
-      const float *vp = v + p * kTiles * channels, *mp = m + p * kTiles * columns;
+      const float *vp = v + p * point_stride(channels), *mp = m + p * point_stride(columns);
       float* up = u + p * channels * columns;
       if (best_isa() != Isa::avx512)
-        multiply_all<4, kLanes>(g, vp, mp, tiles, up);
+        multiply_all<4, kLanes>(g, vp, mp, count, up);
       else if (columns == kColumns)
-        multiply_all<8, kColumns>(g, vp, mp, tiles, up);
+        multiply_all<8, kColumns>(g, vp, mp, count, up);
       else
-        multiply_all<8, kLanes>(g, vp, mp, tiles, up);
+        multiply_all<8, kLanes>(g, vp, mp, count, up);
     }
   });
 }
@@ -102,13 +103,13 @@ DX_INLINE void transform_back(const Gradient& g, const float* u, const Filters& 
 
 // v, m, u and zeros of `in` and `out` channels.
 int64_t scratch_size(int64_t in, int64_t out) {
-  return kPoints * (kTiles * (in + out) + in * out) + std::max(in, out);
+  return kPoints * (point_stride(in) + point_stride(out) + in * out) + std::max(in, out);
 }
 
 // The part of dweight that belongs to the channels of g.
 void run(const Gradient& g, const Filters& dweight, float* v) {
-  const int64_t channels = g.x.count, columns = g.dy.count, tiles = g.images.tiles();
-  float *m = v + kPoints * kTiles * channels, *u = m + kPoints * kTiles * columns,
+  const int64_t channels = g.x.count, columns = g.dy.count, tiles = Tiles(g.images).count;
+  float *m = v + kPoints * point_stride(channels), *u = m + kPoints * point_stride(columns),
         *zeros = u + kPoints * channels * columns;
   std::fill(u, v + scratch_size(channels, columns), 0.0f);
   for (int64_t first = 0; first < tiles; first += kTiles)
@@ -137,7 +138,8 @@ void run_all(const Gradient& g, const Filters& dweight) {
 Tensor conv3x3_weight_gradient(const Tensor& x_, const Tensor& dy_, const Tensor& weight) {
   const Tensor x = pixels_of("x", x_), dy = pixels_of("dy", dy_);
   check_float32("weight", weight);
-  const Images images(x);
+  check_lanes("x", x), check_lanes("dy", dy);
+  const Inputs images(x);
   const int64_t in = x.size(1), out = dy.size(1);
   STD_TORCH_CHECK(
       dy.size(0) == images.batch && dy.size(2) == images.height && dy.size(3) == images.width,

@@ -2,42 +2,33 @@
 // convolutions and their gradients walk over them.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <memory>
-
-#include "../common.h"
 #include "../math/winograd.h"
-#include "simd.h"
+#include "convolution.h"
 
 namespace dx {
 
-constexpr int kColumns = 32;  // output channels that are computed together
-constexpr int kLanes = 16;    // channels that are transformed together
-constexpr int kTiles = 32;    // of a block, at the most
+constexpr int kTiles = 32;  // of a block, at the most
 
-struct Images {
-  int64_t batch, height, width;
+// What lies between the transforms' 36 matrices [kTiles, row]. A line more than they take: at
+// powers of two, lines of all 36 would fall into the same few places of the first-level cache.
+constexpr int64_t point_stride(int64_t row) { return kTiles * row + 16; }
 
-  explicit Images(const Tensor& x) : batch(x.size(0)), height(x.size(2)), width(x.size(3)) {}
-  DX_INLINE int64_t tiles_high() const { return (height + kTileOut - 1) / kTileOut; }
-  DX_INLINE int64_t tiles_wide() const { return (width + kTileOut - 1) / kTileOut; }
-  DX_INLINE int64_t tiles() const { return batch * tiles_high() * tiles_wide(); }
+// The tiles of images, 4x4 pixels of the outputs each.
+struct Tiles {
+  int64_t high, wide, count;
+  explicit Tiles(const Inputs& x)
+      : high(rounded_up(x.height, kTileOut)),
+        wide(rounded_up(x.width, kTileOut)),
+        count(x.batch * high * wide) {}
 };
 
 // 4x4 pixels from (row, column) of image b on.
 struct Tile {
   int64_t b, row, column;
-  DX_INLINE Tile(const Images& x, int64_t i)
-      : b(i / (x.tiles_high() * x.tiles_wide())),
-        row(i / x.tiles_wide() % x.tiles_high() * kTileOut),
-        column(i % x.tiles_wide() * kTileOut) {}
-
-  // Where pixel (row + i, column + j) lies, in pixels; -1 outside the image.
-  DX_INLINE int64_t pixel(const Images& x, int64_t i, int64_t j) const {
-    const int64_t h = row + i, w = column + j;
-    return h < 0 || h >= x.height || w < 0 || w >= x.width ? -1 : (b * x.height + h) * x.width + w;
-  }
+  DX_INLINE Tile(const Tiles& tiles, int64_t i)
+      : b(i / (tiles.high * tiles.wide)),
+        row(i / tiles.wide % tiles.high * kTileOut),
+        column(i % tiles.wide * kTileOut) {}
 };
 
 // A one-dimensional transform f of From numbers to To, of the rows of a matrix and then of its
@@ -45,7 +36,7 @@ struct Tile {
 // numbers, store(i, j, lane, number) takes them.
 template <int From, int To, int Lanes, class T, class F, class Load, class Store>
 DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
-  T half[From][To][Lanes];
+  alignas(64) T half[From][To][Lanes];
   for (int i = 0; i < From; ++i)
 #pragma omp simd
     for (int lane = 0; lane < Lanes; ++lane) {
@@ -72,61 +63,33 @@ struct ChannelRange {
 };
 
 // The 36 numbers of each channel of Side x Side pixels, from `offset` of the tile's first on, to v
-// [36, kTiles, count]. Outside the image are zeros, `count` of them.
+// [36, kTiles, row]. Outside the image are zeros, `count` of them.
 template <int Side, int offset, class F>
-DX_INLINE void transform_pixels(const F& f, const Images& images, const Tile& tile,
-                                const ChannelRange& x, const float* zeros, float* v) {
+DX_INLINE void transform_pixels(const F& f, const Inputs& images, const Tile& tile,
+                                const ChannelRange& x, const float* zeros, float* v, int64_t row) {
   const float* pixels[Side][Side];
   for (int i = 0; i < Side; ++i)
     for (int j = 0; j < Side; ++j) {
-      const int64_t p = tile.pixel(images, i + offset, j + offset);
+      const int64_t p = images.pixel(tile.b, tile.row + i + offset, tile.column + j + offset);
       pixels[i][j] = p < 0 ? zeros : x.data + p * x.channels + x.first;
     }
+  const int64_t stride = point_stride(row);
   for (int64_t k = 0; k < x.count; k += kLanes)
     transform<Side, kTileIn, kLanes, float>(
         f, [&](int i, int j, int lane) DX_KERNEL { return pixels[i][j][k + lane]; },
         [&](int i, int j, int lane, float number)
-            DX_KERNEL { v[(i * kTileIn + j) * kTiles * x.count + k + lane] = number; });
+            DX_KERNEL { v[(i * kTileIn + j) * stride + k + lane] = number; });
 }
 
-// B^T d B of the tiles first, ..., first + tiles - 1 of x, to v [36, kTiles, count].
-inline void transform_inputs(const Images& images, int64_t first, int64_t tiles,
-                             const ChannelRange& x, const float* zeros, float* v) {
+// B^T d B of the tiles first, ..., first + count - 1 of x, to v [36, kTiles, row].
+inline void transform_inputs(const Inputs& images, int64_t first, int64_t count,
+                             const ChannelRange& x, const float* zeros, float* v, int64_t row) {
+  const Tiles tiles(images);
   on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t t = 0; t < count; ++t)
       transform_pixels<kTileIn, -1>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); },
-                                    images, Tile(images, first + t), x, zeros, v + t * x.count);
+                                    images, Tile(tiles, first + t), x, zeros, v + t * row, row);
   });
-}
-
-// Calls body(i, scratch) for 0 <= i < count on all threads, with `size` floats for each thread.
-// The caller's: what a thread of the pool allocates stays in an arena of its own.
-template <class Body>
-void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  const std::unique_ptr<float[]> scratch(new float[threads * size]);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      float* own = scratch.get() + thread * size;
-      for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
-        body(i, own);
-    }
-  });
-}
-
-inline void check_float32(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,
-                  ": wanted float32 on the CPU");
-}
-
-// x [B, C, H, W], C a multiple of kLanes, as [B, H, W, C].
-inline Tensor pixels_of(const char* name, const Tensor& x) {
-  check_float32(name, x);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % kLanes == 0, name,
-                  ": wanted shape [B, C, H, W], C a multiple of ", kLanes);
-  return fits(x, Layout::channels_last)
-             ? x
-             : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace dx

@@ -1,4 +1,4 @@
-"""What `fuse` knows of diffusers: ResnetBlock2D, and the output norms of UNets and autoencoders.
+"""What `fuse` knows of diffusers: ResnetBlock2D, Upsample2D, the output norms of UNets and VAEs.
 
 Imported only where a model of diffusers' is loaded already.
 """
@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from .modules import (
@@ -21,6 +22,7 @@ from .modules import (
     FusedGroupNorm,
     absorb,
     act_of,
+    convolved_by,
     hooked,
     norm_act,
     pair_kind,
@@ -77,10 +79,11 @@ class FusedResnetBlock2D(StandIn, ResnetBlock2D):
         h = self.conv1(h)
         modulation = self._modulation(temb)
         h = norm_act(self.norm2, self.nonlinearity, h, **modulation, rounded_after=True)
-        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
-        return (x + h) / self.output_scale_factor
+        h, divisor = self.dropout(h), self.output_scale_factor
+        y = convolved_by(self.conv2, h, residual=x, scale=1 / divisor)
+        return (x + self.conv2(h)) / divisor if y is None else y
 
     def _modulation(self, temb: Tensor | None) -> dict[str, Tensor]:
         if self.time_emb_proj is None:
@@ -90,6 +93,36 @@ class FusedResnetBlock2D(StandIn, ResnetBlock2D):
             return {"pre_shift": rows}
         scale, shift = rows.chunk(2, dim=1)
         return {"scale": scale, "shift": shift}
+
+
+class FusedUpsample2D(StandIn, Upsample2D):
+    """Upsample2D whose convolution reads the smaller images: the larger ones are not made."""
+
+    def forward(self, hidden_states: Tensor, output_size=None, *args, **kwargs) -> Tensor:
+        """As Upsample2D's, which serves whatever is unusual."""
+        if output_size is None and not args and not kwargs:
+            conv = self.conv if self.name == "conv" else self.Conv2d_0
+            if (y := convolved_by(conv, hidden_states, repeat=2)) is not None:
+                return y
+        return super().forward(hidden_states, output_size, *args, **kwargs)
+
+
+def fuse_upsampling(module: nn.Module) -> None:
+    """Let module, if it is an Upsample2D that only repeats pixels and convolves, read in place."""
+    if type(module) is Upsample2D and "forward" not in module.__dict__ and not hooked(module):
+        plain = module.use_conv and not module.use_conv_transpose and module.interpolate
+        if plain and module.norm is None and upsampling_is_known():
+            swap_class(module, FusedUpsample2D)
+
+
+@functools.cache
+def upsampling_is_known() -> bool:
+    """Whether the installed Upsample2D repeats pixels and convolves."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        upsample = Upsample2D(2, use_conv=True, out_channels=3).double()
+        x = torch.randn(1, 2, 2, 3, dtype=torch.float64)
+        repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return torch.allclose(upsample(x), upsample.conv(repeated))
 
 
 def fuse_pairs(module: nn.Module, references: Counter) -> dict[nn.Module, str]:

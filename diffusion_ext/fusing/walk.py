@@ -1,4 +1,4 @@
-"""fuse(model): a model's GroupNorms, with the activations after them, and convolutions on our
+"""fuse(model): a model's GroupNorms, with the activations after them, and its convolutions on our
 ops."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn.group_norm_act import GroupNormAct
-from ..nn.winograd_conv2d import WinogradConv2d, is_plain_conv3x3
+from ..nn.packed_conv2d import filter_bytes, packs
+from ..nn.winograd_conv2d import WinogradConv2d
 from .known_forwards import is_float32_norm, is_swish
 from .modules import (
     ACTIVATION_NAMES,
@@ -31,11 +32,13 @@ from .stand_in import restore_class, swap_class
 @dataclass
 class FuseReport:
     """What `fuse` did: (module name, how) for each norm that is fused, (name, why) for the rest,
-    and the names of the convolutions."""
+    the names of the convolutions, and the bytes that their filters take beside the weights once
+    they are laid out, on a CPU in float32 without gradients."""
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     convolutions: list[str] = field(default_factory=list)
+    filter_bytes: int = 0
 
     def __str__(self) -> str:
         names = [name for name, _ in self.fused + self.left]
@@ -44,20 +47,25 @@ class FuseReport:
         lines += [f"  fused  {name:{width}}  {how}" for name, how in self.fused]
         lines += [f"  left   {name:{width}}  {why}" for name, why in self.left]
         if self.convolutions:
-            lines.append(f"{len(self.convolutions)} convolutions by Winograd, on channels_last")
+            lines.append(
+                f"{len(self.convolutions)} convolutions of ours, on channels_last; to sample, "
+                f"their filters take {self.filter_bytes / 2**20:.3g} MiB more at the most"
+            )
         return "\n".join(lines)
 
 
 def fuse(model: nn.Module) -> FuseReport:
     """Put model's GroupNorms on the fused op, in place, with the activations that follow them, and
-    its 3x3 convolutions on ours.
+    its convolutions on ours.
 
     An activation is fused where the structure proves that it follows its norm: neighbours in an
     nn.Sequential, diffusers' ResnetBlock2D (with its time embedding, added or as scale and shift)
     and the output norms of diffusers' UNets and autoencoders. Every other GroupNorm is fused alone.
 
-    A 3x3 convolution of stride 1 and padding 1 runs by Winograd's algorithm, gradients too, on a
-    CPU, in float32, where its input is channels_last: so move the model and the images to that.
+    Convolutions run on ours on a CPU, in float32, where their input is channels_last: so move the
+    model and the images to that. Without gradients, weights are laid out once, in memory of their
+    own (see `FuseReport`), and again when they have changed. With gradients, 3x3 filters of stride
+    1 and padding 1 run by Winograd's algorithm.
 
     Parameters, module names, the state dict and the module objects themselves stay: what changes is
     their class. Modules with hooks, and subclasses with a forward of their own, are left. Where no
@@ -81,11 +89,15 @@ def fuse(model: nn.Module) -> FuseReport:
     for module in model.modules():
         kinds.update(_fuse_pairs(module, references))
 
+    blocks = _diffusers_blocks()
     for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and is_plain_conv3x3(module) and not hooked(module):
+        if blocks:
+            blocks.fuse_upsampling(module)
+        if type(module) is nn.Conv2d and packs(module) and not hooked(module):
             swap_class(module, FusedConv2d)
         if isinstance(module, WinogradConv2d):
             report.convolutions.append(name or "(model)")
+            report.filter_bytes += filter_bytes(module)
         if module in kinds:
             report.fused.append((name or "(model)", kinds[module]))
         elif (reason := _reason_to_leave(module)) is not None:
@@ -163,7 +175,7 @@ def _fuse_sequential(sequential: nn.Sequential) -> dict[nn.Module, str]:
 
 def _diffusers_blocks():
     """What is known of diffusers' classes; None, and nothing is imported, where none is loaded."""
-    if "diffusers.models.resnet" not in sys.modules:
+    if "diffusers.models.upsampling" not in sys.modules:
         return None
     from . import diffusers_blocks
 

@@ -71,17 +71,18 @@ class ResidualConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
         x1 = self.conv1(x)
         x2 = self.conv2(x1)
-        return self.residual(x, x1, x2) / RESIDUAL_SCALE if self.is_res else x2
+        if not self.is_res:
+            return x2
+        shortcut = self.around(x, x1)
+        return (x2 if shortcut is None else shortcut + x2) / RESIDUAL_SCALE
 
-    def residual(self, x: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-        """The shortcut and x2, the second convolution; it and the first, x1, are [B, out, H, W]."""
+    def around(self, x: Tensor, x1: Tensor) -> Tensor | None:
+        """What is added to the second convolution; x1, the first one, is [B, out, H, W]."""
         if self.same_channels:
-            return x + x2
+            return x
         if self.shortcut == "scaled":
-            return x1 + x2
-        if self.shortcut == "random":
-            return _untrained_conv1x1(x, x2.shape[1]) + x2
-        return x2
+            return x1
+        return _untrained_conv1x1(x, x1.shape[1]) if self.shortcut == "random" else None
 
 
 def _untrained_conv1x1(x: Tensor, out_channels: int) -> Tensor:
@@ -185,8 +186,12 @@ class UnetForward(nn.Module):
         unpool, norm = self.up0
         up1 = norm(unpool(hidden), post_scale=scale1, post_shift=shift1)  # [B, 2n, H/4, H/4]
         up2 = self.up1(up1, down2)  # [B, n, H/2, H/2]
-        up3 = self.up2(scale2 * up2 + shift2, down1)  # [B, n, H, H]
-        return self.out(torch.cat((up3, x), dim=1))
+        up3 = self.up2(torch.addcmul(shift2, scale2, up2), down1)  # [B, n, H, H]
+        return self.last(up3, x)
+
+    def last(self, up: Tensor, first: Tensor) -> Tensor:
+        """The noise, of the last level and the first [B, n, H, H]."""
+        return self.out(torch.cat((up, first), dim=1))
 
     def check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
         """Raises: TypeError, ValueError for arguments that are not as `forward` wants them."""

@@ -1,8 +1,8 @@
 """The convolutions of a network that only infers, without gradients.
 
 Their weights lie as the memory format of the network wants them. On a CPU, in channels_last, our
-Winograd convolution serves where it can; else, where torch has them, oneDNN's convolutions with
-packed weights, which torch.compile uses too.
+own convolutions serve float32; else, where torch has them, oneDNN's with packed weights, which
+torch.compile uses too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.backend import recorded
-from ..ops.conv3x3 import filtered, filters_of, serves_conv3x3
+from ..ops.conv2d import serves_conv2d
+from .packed_conv2d import PackedConv2d
 
 
-class Packed:
+class OnednnConv3x3:
     """oneDNN's 3x3 convolution with padding 1, and the GELU after it in the same pass.
 
     Args:
@@ -49,7 +50,7 @@ class Packed:
             x, self.weight, self.bias, *self.HOW, *self.act
         )
 
-    def __deepcopy__(self, memo) -> Packed:
+    def __deepcopy__(self, memo) -> OnednnConv3x3:
         return self
 
 
@@ -59,29 +60,43 @@ class Conv3x3(nn.Module):
     Args:
         weight: [K, C, 3, 3]. bias: [K]. gelu: whether GELU follows.
         layout: the memory format of its inputs. batch, side: of the images that it is packed for.
+        lanes: whether a skip begins at a multiple of 16 channels.
     """
 
     def __init__(
-        self, weight, bias, gelu: bool, layout: torch.memory_format, batch: int, side: int
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        gelu: bool,
+        layout: torch.memory_format,
+        batch: int,
+        side: int,
+        lanes: bool = True,
     ):
         super().__init__()
         self.weight = frozen(weight.contiguous(memory_format=layout))
-        self.bias, self.gelu, self.filters, self.packed = frozen(bias), gelu, None, None
-        shape = (batch, weight.shape[1], side, side)
-        like = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=layout)
-        if serves_conv3x3(like, weight):
-            self.filters = frozen(filters_of(weight))
-        elif layout == torch.channels_last and Packed.serves(weight):
-            self.packed = Packed(self.weight, self.bias, gelu, shape)
+        self.bias, self.gelu, self.onednn = frozen(bias), gelu, None
+        self.packed = PackedConv2d(self.weight, padding=(1, 1), batch=batch, lanes=lanes)
+        like = _images(weight, batch, weight.shape[1], side, layout)
+        if serves_conv2d(like, weight):
+            self.packed.lay_out(batch, side, side)
+        elif layout == torch.channels_last and OnednnConv3x3.serves(weight):
+            self.onednn = OnednnConv3x3(self.weight, self.bias, gelu, like.shape)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H, W]
-        if self.filters is not None and serves_conv3x3(x, self.weight):
+    def forward(self, x: Tensor, skip: Tensor | None = None, residual: Tensor | None = None):
+        """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, H, W], to which
+        residual is added."""
+        if serves_conv2d(x, self.weight):
             act = "gelu" if self.gelu else "identity"
-            return filtered(x, self.filters, self.bias, len(self.weight), act)
+            return self.packed(x, self.bias, skip=skip, residual=residual, act=act)
+        y = self._by_torch(x if skip is None else torch.cat((x, skip), dim=1))
+        return y if residual is None else residual + y
+
+    def _by_torch(self, x: Tensor) -> Tensor:
         # torch.compile and other runtimes know no packed weights, and fuse the GELU by themselves.
         written_down = torch.compiler.is_compiling() or recorded()
-        if self.packed is not None and len(x) and not written_down:
-            return self.packed(x)
+        if self.onednn is not None and len(x) and not written_down:
+            return self.onednn(x)
         y = F.conv2d(x, self.weight, self.bias, padding=1)
         if not self.gelu:
             return y
@@ -96,19 +111,22 @@ class Unpool(nn.Module):
 
     def __init__(self, conv: nn.ConvTranspose2d, layout: torch.memory_format, dtype: torch.dtype):
         super().__init__()
-        channels, self.out_channels, self.side, _ = conv.weight.shape
-        self.layout = layout
-        weight = conv.weight.permute(0, 2, 3, 1).reshape(channels, -1)
-        self.weight = frozen(weight.to(dtype, copy=True))  # [C, side·side·K]
-        self.bias = frozen(conv.bias.repeat(self.side**2).to(dtype))
+        self.layout, self.weight = layout, frozen(conv.weight.to(dtype, copy=True))
+        self.bias = frozen(conv.bias.to(dtype, copy=True))
+        self.packed = PackedConv2d(self.weight, transposed=True)
+        if serves_conv2d(_images(self.weight, 1, len(self.weight), 2, layout), self.weight):
+            self.packed.lay_out(1, 2, 2)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, side·H, side·W]"""
+        if self.layout == torch.channels_last and serves_conv2d(x, self.weight):
+            return self.packed(x, self.bias, skip=skip)
         batch, channels, height, width = x.shape
-        side, out_channels = self.side, self.out_channels
-        y = torch.addmm(self.bias, _pixels(x), self.weight[:channels])
+        _, out_channels, side, _ = self.weight.shape
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [C, side·side·K]
+        y = torch.addmm(self.bias.repeat(side**2), _pixels(x), weight[:channels])
         if skip is not None:
-            y.addmm_(_pixels(skip), self.weight[channels:])
+            y.addmm_(_pixels(skip), weight[channels:])
         y = y.view(batch, height, width, side, side, out_channels)
         height, width = side * height, side * width
         if self.layout == torch.contiguous_format:
@@ -120,6 +138,11 @@ class Unpool(nn.Module):
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _images(like: Tensor, batch: int, channels: int, side: int, layout) -> Tensor:
+    of = {"dtype": like.dtype, "device": like.device, "memory_format": layout}
+    return torch.empty((batch, channels, side, side), **of)
 
 
 def _pixels(x: Tensor) -> Tensor:

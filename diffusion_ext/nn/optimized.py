@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import check_dtype
+from ..ops.conv2d import CHANNELS
 from ..ops.layouts import layout_of
 from .context_unet import RESIDUAL_SCALE, ContextUnet, ResidualConvBlock, UnetForward, UnetUp
 from .convolutions import Conv3x3, Unpool
@@ -27,9 +28,10 @@ def optimize_for_sampling(
 ) -> OptimizedContextUnet:
     """A copy of a ContextUnet for inference alone, to hand to `sample` in its place.
 
-    BatchNorms and the division of the residual are folded into the convolutions, GELU runs in their
-    own pass (where torch has oneDNN) or in place, transposed convolutions are products of matrices;
-    `sample` has the copy embed the times and the context of a run at once. It stays as it was made:
+    BatchNorms and the division of the residual are folded into the convolutions, whose weights are
+    laid out once; GELU, the residual and what is side by side run in their own pass, transposed
+    convolutions are products of matrices; `sample` has the copy embed the times and the context of
+    a run at once. It stays as it was made:
     later weights, other devices and gradients are the original's.
 
     Args:
@@ -84,7 +86,8 @@ class OptimizedContextUnet(UnetForward):
         conv, norm, _, last = model.out
         shrinks = conv.weight.new_ones(2 * self.n_feat, 1, 1)
         shrinks[self.n_feat :] = shrink
-        conv, last = make.conv(conv, height, shrinks), make.conv(last, height)
+        conv = make.conv(conv, height, shrinks, lanes=self.n_feat % CHANNELS == 0)
+        last = make.conv(last, height)
         self.out = nn.Sequential(conv, _copied(norm), last)
         self.eval().requires_grad_(False)
 
@@ -98,6 +101,10 @@ class OptimizedContextUnet(UnetForward):
         inputs = x.to(self.dtype, memory_format=self.memory_format)
         y = super().predict(inputs, shifts, scales)
         return y.to(x.dtype, memory_format=layout_of(x))
+
+    def last(self, up: Tensor, first: Tensor) -> Tensor:
+        conv, norm, last = self.out
+        return last(norm(conv(up, first)))
 
     def _apply(self, fn, recurse=True):
         raise RuntimeError(
@@ -118,7 +125,9 @@ class _Maker:
     def __init__(self, batch: int, dtype: torch.dtype, layout: torch.memory_format):
         self.batch, self.dtype, self.layout = batch, dtype, layout
 
-    def conv(self, conv: nn.Conv2d, side: int, scale: Tensor | float = 1.0, norm=None) -> Conv3x3:
+    def conv(
+        self, conv: nn.Conv2d, side: int, scale: Tensor | float = 1.0, norm=None, lanes: bool = True
+    ) -> Conv3x3:
         """conv(scale·x), of inputs of that side, and the BatchNorm and GELU where norm is one."""
         weight, bias = conv.weight.double(), conv.bias.double()
         if norm is not None:
@@ -128,20 +137,29 @@ class _Maker:
                 weight, bias, *statistics, norm.weight.double(), norm.bias.double()
             )
         weight, bias = (weight * scale).to(self.dtype), bias.to(self.dtype)
-        return Conv3x3(weight, bias, norm is not None, self.layout, self.batch, side)
+        return Conv3x3(weight, bias, norm is not None, self.layout, self.batch, side, lanes)
 
     def half(self, half: nn.Sequential, side: int, scale: float = 1.0) -> nn.Module:
         """A half of a ResidualConvBlock."""
         conv, norm = half[:2]
         if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return self.conv(conv, side, scale, norm)
-        return nn.Sequential(self.conv(conv, side, scale), _copied(norm))
+        return _ConvNorm(self.conv(conv, side, scale), _copied(norm))
 
     def blocks(self, blocks, side: int, scale: float = 1.0) -> list[nn.Module]:
         """ResidualConvBlocks without a residual, one after another, on scale·x."""
         halves = [half for block in blocks for half in (block.conv1, block.conv2)]
         scales = [scale] + [1.0] * (len(halves) - 1)
         return [self.half(half, side, s) for half, s in zip(halves, scales, strict=True)]
+
+
+class _ConvNorm(nn.Sequential):
+    """A convolution and a norm with its GELU."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, norm = self
+        y = norm(conv(x))
+        return y if residual is None else residual + y
 
 
 class _FirstBlock(ResidualConvBlock):
@@ -154,7 +172,7 @@ class _FirstBlock(ResidualConvBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         x1 = self.conv1(x)
-        return self.residual(x, x1, self.conv2(x1))
+        return self.conv2(x1, residual=self.around(x, x1))
 
 
 class _Up(nn.Module):

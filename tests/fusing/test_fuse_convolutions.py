@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import diffusion_ext as dx
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
-from diffusion_ext.ops.conv3x3 import VECTORISED
+from diffusion_ext.ops.conv2d import VECTORISED
 
 PLAIN = {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1}
 
@@ -30,21 +30,17 @@ def test_results_and_gradients_are_those_of_the_original(layout):
     model, inputs = network(), [images(layout=layout)]
     fused, report = fused_copy(model)
     assert report.convolutions == ["0", "3"]
-    assert "2 convolutions by Winograd, on channels_last" in str(report)
+    assert "2 convolutions of ours, on channels_last" in str(report)
     assert_same_results(results(fused, inputs), results(model, inputs), 1e-5)
     # What torch makes of a contiguous input with channels_last weights is channels_last.
     served = 2 if layout == torch.channels_last else 1
-    count = ops_of(lambda: fused(*inputs))["conv3x3_once"]
+    count = ops_of(lambda: fused(*inputs))["conv2d"]
     assert count == (served if VECTORISED else 0)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"kernel_size": 1, "padding": 0},
-        {"kernel_size": (3, 5), "padding": (1, 2)},
-        {"stride": 2},
-        {"padding": 0},
         {"padding": "same"},
         {"dilation": 2},
         {"groups": 2},
@@ -56,6 +52,32 @@ def test_other_convolutions_are_left(other):
     conv = nn.Conv2d(**(PLAIN | other))
     assert dx.fuse(conv).convolutions == []
     assert type(conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": (3, 5), "padding": (1, 2)},
+        {"kernel_size": 7, "padding": 3},
+        {"stride": 2},
+        {"padding": 0},
+        {"in_channels": 3},
+    ],
+    ids=str,
+)
+def test_every_filter_without_gradients(other):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(**(PLAIN | other)).to(memory_format=torch.channels_last)
+    x = images()[:, : conv.in_channels].contiguous(memory_format=torch.channels_last)
+    expected = conv(x)
+    assert dx.fuse(conv).convolutions == ["(model)"]
+    with torch.no_grad():
+        assert ops_of(lambda: conv(x))["conv2d"] == VECTORISED
+        torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
+    trained = conv(x)
+    assert trained.requires_grad
+    torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_subclasses_and_hooked_ones_are_left():

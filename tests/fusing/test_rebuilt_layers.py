@@ -223,6 +223,8 @@ def rebuilt(module):
         return type(module)(module.num_groups, module.num_channels, module.eps, False)
     if isinstance(module, nn.Sequential):
         return type(module)(*module)
+    if isinstance(module, diffusers.models.upsampling.Upsample2D):
+        return type(module)(module.channels, use_conv=True)
     return type(module)(in_channels=8, out_channels=8, temb_channels=4, groups=4)
 
 
@@ -246,7 +248,7 @@ def test_a_stand_in_is_the_class_it_stands_for():
             assert type(cls()) is wanted
     assert kinds == {
         "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm", "FusedGroupNorm32",
-        "FusedResnetBlock2D", "FusedSequential",
+        "FusedResnetBlock2D", "FusedSequential", "FusedUpsample2D",
     }  # fmt: skip
 
 

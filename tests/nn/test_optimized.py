@@ -1,6 +1,7 @@
 """optimize_for_sampling: the model's outputs, whatever its options, and the model as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch.nn import functional as F
 
 import diffusion_ext as dx
 from diffusion_ext.nn import convolutions, optimized
-from diffusion_ext.nn.convolutions import Conv3x3, Packed, Unpool
-from diffusion_ext.ops.conv3x3 import VECTORISED
+from diffusion_ext.nn.convolutions import Conv3x3, OnednnConv3x3, Unpool
+from diffusion_ext.ops.conv2d import VECTORISED
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # Of the largest output.
@@ -112,40 +113,65 @@ def test_one_time_any_batch_and_its_memory_format(memory_format):
 def test_without_onednn(monkeypatch):
     model = trained()
     arguments = inputs(model)
-    packed = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
-    assert packed.init_conv.conv1.packed is not None
-    monkeypatch.setattr(Packed, "serves", lambda weight: False)
-    plain = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
-    assert plain.init_conv.conv1.packed is None
-    assert_near(plain(*arguments), packed(*arguments))
+    options = {"memory_format": torch.channels_last, "dtype": torch.bfloat16}
+    packed = dx.optimize_for_sampling(model, **options)
+    has_onednn = OnednnConv3x3.serves(packed.init_conv.conv1.weight)
+    assert (packed.init_conv.conv1.onednn is not None) == has_onednn
+    monkeypatch.setattr(OnednnConv3x3, "serves", lambda weight: False)
+    plain = dx.optimize_for_sampling(model, **options)
+    assert plain.init_conv.conv1.onednn is None
+    assert_near(plain(*arguments), packed(*arguments), torch.bfloat16)
+
+
+def filters_of(network):
+    """Those that are laid out, of each convolution."""
+    packed = [m.packed for m in network.modules() if isinstance(m, (Conv3x3, Unpool))]
+    return [[f for f in (p.winograd, p.direct) if f is not None] for p in packed]
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
-def test_our_convolution_serves_where_it_can():
+def test_our_convolutions_serve_where_they_can():
     model = trained()
     arguments = inputs(model)
     ours = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
-    convs = [m for m in ours.modules() if isinstance(m, Conv3x3)]
-    assert sum(conv.filters is not None for conv in convs) == len(convs) - 2  # of 3 channels
     expected = ours(*arguments)
+    assert all(len(filters) == 1 for filters in filters_of(ours))
     with dx.use_backend("reference"):
         assert_near(ours(*arguments), expected)
         theirs = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
-    assert all(m.filters is None for m in theirs.modules() if isinstance(m, Conv3x3))
-    assert_near(theirs(*arguments), expected)
+        assert_near(theirs(*arguments), expected)
+    assert not any(filters_of(theirs))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
+def test_a_pickle_has_no_filters():
+    """They lie as this processor wants them."""
+    model = trained()
+    ours = dx.optimize_for_sampling(model, memory_format=torch.channels_last)
+    arguments = inputs(model)
+    expected = ours(*arguments)
+    loaded = pickle.loads(pickle.dumps(ours))
+    assert any(filters_of(ours))
+    assert not any(filters_of(loaded))
+    assert torch.equal(loaded(*arguments), expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("channels", [(3, 8), (16, 16), (8, 1)])
-def test_a_packed_convolution(gelu, channels):
+def test_a_convolution_with_what_is_beside_it(gelu, channels):
     weight, bias = torch.randn(channels[1], channels[0], 3, 3), torch.randn(channels[1])
     ours = Conv3x3(weight, bias, gelu, torch.channels_last, batch=2, side=9)
     for batch, side in ((2, 9), (5, 4), (1, 1)):
         x = torch.randn(batch, channels[0], side, side)
         expected = F.conv2d(x, weight, bias, padding=1)
-        torch.testing.assert_close(ours(x), F.gelu(expected) if gelu else expected)
+        expected = F.gelu(expected) if gelu else expected
+        torch.testing.assert_close(ours(x), expected)
+        parts = x[:, :1], x[:, 1:]
+        residual = torch.randn_like(expected)
+        torch.testing.assert_close(ours(*parts, residual), expected + residual)
 
 
 @torch.no_grad()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import resource
-import sys
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from ...ops.memory import memory_available
 
 FLOAT_BYTES = 4  # of each value, once it is an image
 
@@ -62,24 +61,3 @@ def _needed(file: BinaryIO, length: int) -> int:
             f"it has {length - file.tell()}"
         )
     return count * (dtype.itemsize + FLOAT_BYTES)
-
-
-def memory_available() -> int:
-    """Bytes that this process can take without pushing others out, as Linux, its control group and
-    its own limit tell; without end where nothing tells."""
-    limits = [sys.maxsize]
-    own, _ = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError):
-        if own != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limits.append(own - pages * resource.getpagesize())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(1024 * int(line.split()[1]))
-    with contextlib.suppress(OSError):
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            limits.append(int(most) - int((group / "memory.current").read_text()))
-    return max(min(limits), 0)

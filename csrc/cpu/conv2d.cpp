@@ -1,0 +1,208 @@
+// conv2d: convolutions with what precedes and follows them, float32, channels_last, of filters that
+// were laid out before. Here the direct one of any filter and stride, an implicit product of
+// matrices: the rows of the inputs are multiplied where they lie. conv3x3.cpp has the other way.
+#include "convolution.h"
+
+namespace dx {
+namespace {
+
+constexpr int64_t kPixels = 192;  // of a task at the most: their table and inputs stay in cache
+
+struct Filter {
+  int64_t high, wide, stride_high, stride_wide, padding_high, padding_wide;
+  int64_t taps() const { return high * wide; }
+};
+
+// To y [B, H·side, W·side, K]. side > 1: a transposed convolution whose stride is the filter's
+// side, of which each pixel's column blocks are those of its side x side outputs, one after the
+// other.
+struct Direct {
+  Inputs in;
+  Filter filter;
+  const float* filters;
+  Outputs out;
+  int64_t height, width, side;  // of what the filters pass over
+
+  int64_t pixels() const { return in.batch * height * width; }
+  int64_t columns() const { return side * side * column_blocks(out.channels); }
+
+  // Where in y the outputs of a pixel lie that the column block belongs to.
+  DX_INLINE int64_t output(int64_t pixel, int64_t block) const {
+    if (side == 1) return pixel;
+    const int64_t place = block / column_blocks(out.channels);
+    const int64_t row = pixel / width * side + place / side, column = pixel % width * side;
+    return row * width * side + column + place % side;
+  }
+};
+
+// table [taps, parts, kPixels]: where the inputs of `count` outputs from `first` on begin.
+void find_inputs(const Direct& c, int64_t first, int64_t count, const float* zeros,
+                 const float** table) {
+  const Filter& f = c.filter;
+  const int64_t parts = c.in.count();
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t pixel = first + n, b = pixel / (c.height * c.width);
+    const int64_t top = pixel / c.width % c.height * f.stride_high - f.padding_high;
+    const int64_t left = pixel % c.width * f.stride_wide - f.padding_wide;
+    for (int64_t i = 0; i < f.high; ++i)
+      for (int64_t j = 0; j < f.wide; ++j) {
+        const int64_t from = c.in.pixel(b, top + i, left + j);
+        const float** of_tap = table + (i * f.wide + j) * parts * kPixels + n;
+        for (int64_t p = 0; p < parts; ++p)
+          of_tap[p * kPixels] =
+              from < 0 ? zeros : c.in.parts[p].data + from * c.in.parts[p].channels;
+      }
+  }
+}
+
+// scratch: the table, C zeros and sums [kPixels, 32].
+int64_t table_size(const Direct& c) {
+  return c.filter.taps() * c.in.count() * kPixels * (sizeof(const float*) / sizeof(float));
+}
+int64_t scratch_size(const Direct& c) {
+  return table_size(c) + c.in.channels() + kPixels * kColumns;
+}
+
+void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
+  const float** table = reinterpret_cast<const float**>(scratch);
+  float *sums = scratch + table_size(c), *zeros = sums + kPixels * kColumns;
+  const int64_t first = grid.first(task), count = grid.count(task), parts = c.in.count();
+  std::fill_n(zeros, c.in.channels(), 0.0f);
+  find_inputs(c, first, count, zeros, table);
+  const Products products{table,
+                          kPixels,
+                          c.filter.taps() * parts,
+                          parts,
+                          {c.in.parts[0].channels, c.in.parts[1].channels},
+                          0};
+  for (int64_t block = grid.first_column(task); block < grid.end_column(task); ++block) {
+    const int64_t k = block % column_blocks(c.out.channels) * kColumns;
+    multiply(products, count, std::min<int64_t>(kColumns, c.out.channels - k),
+             c.filters + block * c.filter.taps() * c.in.channels() * kColumns, sums);
+    on_best_isa([&]() DX_KERNEL {
+      dispatch_act(c.out.act, [&](auto act) DX_KERNEL {
+        float bias[kColumns];
+        c.out.copy_bias(k, bias);
+        for (int64_t n = 0; n < count; ++n)
+          write_columns<decltype(act)::value>(c.out, c.output(first + n, block), k,
+                                              sums + n * kColumns, bias);
+      });
+    });
+  }
+}
+
+void convolve_directly(const Direct& c) {
+  if (c.pixels() == 0 || c.out.channels == 0) return;
+  const Grid grid(c.pixels(), kPixels, c.columns());
+  for_each_with_scratch(grid.tasks, scratch_size(c),
+                        [&](int64_t task, float* scratch) { convolve(c, grid, task, scratch); });
+}
+
+// --- the ops
+// --------------------------------------------------------------------------------------
+
+// Filters as the direct convolution multiplies with them. weight [K, C, R, S] to [K / 32 rounded
+// up, R, S, C, 32]; transposed, weight [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
+Tensor conv2d_filters(const Tensor& weight, bool transposed) {
+  check_float32("weight", weight);
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: wanted four dimensions");
+  const auto of = transposed ? std::pair(1, 0) : std::pair(0, 1);
+  const int64_t out = weight.size(of.first), in = weight.size(of.second);
+  const int64_t high = weight.size(2), wide = weight.size(3), taps = high * wide;
+  const int64_t blocks = column_blocks(out);
+  const Tensor filters = transposed ? fresh(weight, {taps * blocks, 1, 1, in, kColumns})
+                                    : fresh(weight, {blocks, high, wide, in, kColumns});
+  const float* from = data_of<float>(weight);
+  float* to = static_cast<float*>(filters.mutable_data_ptr());
+  const int64_t of_out = weight.stride(of.first), of_in = weight.stride(of.second);
+  const int64_t of_row = weight.stride(2), of_column = weight.stride(3);
+  const int64_t panel = dx::panel(), taps_of_block = transposed ? 1 : taps;
+  torch::stable::parallel_for(0, blocks * taps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t k = (transposed ? n % blocks : n / taps) * kColumns;
+      const int64_t tap = transposed ? n / blocks : n % taps;
+      const float* of_tap = from + tap / wide * of_row + tap % wide * of_column;
+      const int64_t numbers = taps_of_block * in, first = n % taps_of_block * in;
+      float* block = to + n / taps_of_block * numbers * kColumns;
+      for (int64_t c = 0; c < in; ++c)
+        for (int64_t i = 0; i < kColumns; ++i)
+          block[in_panels(panel, numbers, first + c, i)] =
+              k + i < out ? of_tap[(k + i) * of_out + c * of_in] : 0.0f;
+    }
+  });
+  return filters;
+}
+
+void check_images(const char* name, const MaybeTensor& t, int64_t batch, int64_t height,
+                  int64_t width) {
+  STD_TORCH_CHECK(!t || (t->size(0) == batch && t->size(2) == height && t->size(3) == width), name,
+                  ": wanted ", batch, " images of ", height, "x", width);
+}
+
+// scale (act(convolution(x beside skip, each pixel `repeat` times) + bias) + residual) of `filters`
+// that conv2d_filters, conv3x3_filters (of four dimensions) or, where side > 1, conv2d_filters of a
+// transposed weight of that side made.
+Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_,
+              const MaybeTensor& bias_, const MaybeTensor& residual_, int64_t channels,
+              int64_t stride_high, int64_t stride_wide, int64_t padding_high, int64_t padding_wide,
+              int64_t repeat, int64_t side, int64_t act, double scale) {
+  const Tensor x = pixels_of("x", x_);
+  const auto pixels = [](const char* name) {
+    return [name](const Tensor& t) { return pixels_of(name, t); };
+  };
+  const MaybeTensor skip = map(skip_, pixels("skip")),
+                    residual = map(residual_, pixels("residual"));
+  check_float32("filters", filters_);
+  STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
+  STD_TORCH_CHECK(stride_high > 0 && stride_wide > 0 && padding_high >= 0 && padding_wide >= 0 &&
+                      repeat > 0 && side > 0 && channels >= 0,
+                  "conv2d: wanted positive numbers");
+  check_images("skip", skip, x.size(0), x.size(2), x.size(3));
+  const Inputs in(x, skip, repeat);
+  const bool winograd = filters_.dim() == 4;
+  STD_TORCH_CHECK(winograd || filters_.dim() == 5, "filters: wanted what conv2d_filters made");
+  const Filter filter = winograd ? Filter{3, 3, 1, 1, 1, 1}
+                                 : Filter{filters_.size(1), filters_.size(2), stride_high,
+                                          stride_wide,      padding_high,     padding_wide};
+  const int64_t taps = winograd ? 36 : filter.taps();
+  STD_TORCH_CHECK(filters_.size(0) == side * side * column_blocks(channels) &&
+                      filters_.numel() == filters_.size(0) * taps * in.channels() * kColumns,
+                  "filters: wanted those of ", in.channels(), " channels to ", channels);
+  STD_TORCH_CHECK(!winograd || (stride_high == 1 && stride_wide == 1 && padding_high == 1 &&
+                                padding_wide == 1 && side == 1),
+                  "filters: those of Winograd's algorithm have stride 1 and padding 1");
+  const int64_t height = (in.height + 2 * padding_high - filter.high) / filter.stride_high + 1;
+  const int64_t width = (in.width + 2 * padding_wide - filter.wide) / filter.stride_wide + 1;
+  STD_TORCH_CHECK(
+      in.height + 2 * padding_high >= filter.high && in.width + 2 * padding_wide >= filter.wide,
+      "x: wanted images at least as large as the filters");
+  check_images("residual", residual, x.size(0), height * side, width * side);
+  STD_TORCH_CHECK(!residual || residual->size(1) == channels, "residual: wanted ", channels,
+                  " channels");
+  const Tensor filters = as_contiguous(filters_);
+  const Tensor y = new_images(x, x.size(0), channels, height * side, width * side);
+  const MaybeTensor bias = checked_bias(bias_, channels);
+  const Outputs out{static_cast<float*>(y.mutable_data_ptr()),
+                    channels,
+                    data_of<float>(bias),
+                    data_of<float>(residual),
+                    float(scale),
+                    Act(act)};
+  if (winograd) {
+    check_lanes("x", x);
+    if (skip) check_lanes("skip", *skip);
+    convolve_by_winograd(in, data_of<float>(filters), out);
+  } else {
+    convolve_directly({in, filter, data_of<float>(filters), out, height, width, side});
+  }
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d));
+  m.impl("conv2d_filters", TORCH_BOX(&conv2d_filters));
+}
+
+}  // namespace dx

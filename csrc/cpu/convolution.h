@@ -1,0 +1,203 @@
+// What the CPU's convolutions share: how they read images, multiply in registers, write what they
+// have summed up, and divide the work among threads.
+//
+// Output channels are computed kColumns at a time, and filters lie so: [K / 32 rounded up, taps, C,
+// 32] with zeros beyond the last channel, where the taps are the filter's pixels or, by Winograd's
+// algorithm, the 36 numbers that it multiplies with.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "../common.h"
+#include "../math/activation.h"
+#include "products.h"
+#include "simd.h"
+
+namespace dx {
+
+inline int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t column_blocks(int64_t channels) { return rounded_up(channels, kColumns); }
+
+// --- what is read
+// ---------------------------------------------------------------------------------
+
+// Images [B, H, W, channels].
+struct Part {
+  const float* data = nullptr;
+  int64_t channels = 0;
+};
+
+// Images as the filters see them: of one tensor or two, whose channels follow one another, each
+// pixel `repeat` times in both directions (nearest upsampling). Neither is written down.
+struct Inputs {
+  Part parts[2];
+  int64_t batch, height, width, repeat;
+
+  explicit Inputs(const Tensor& x, const MaybeTensor& skip = std::nullopt, int64_t repeat = 1)
+      : batch(x.size(0)), height(x.size(2) * repeat), width(x.size(3) * repeat), repeat(repeat) {
+    parts[0] = {data_of<float>(x), x.size(1)};
+    if (skip) parts[1] = {data_of<float>(*skip), skip->size(1)};
+  }
+  int64_t channels() const { return parts[0].channels + parts[1].channels; }
+  int64_t count() const { return parts[1].channels > 0 ? 2 : 1; }
+
+  // Where pixel (h, w) of image b lies in the tensors, in pixels; -1 outside the image.
+  DX_INLINE int64_t pixel(int64_t b, int64_t h, int64_t w) const {
+    if (h < 0 || h >= height || w < 0 || w >= width) return -1;
+    if (repeat == 1) return (b * height + h) * width + w;
+    return (b * (height / repeat) + h / repeat) * (width / repeat) + w / repeat;
+  }
+};
+
+// --- what is written
+// ------------------------------------------------------------------------------
+
+// y = scale (act(sum + bias) + residual), [B, H, W, channels].
+struct Outputs {
+  float* y;
+  int64_t channels;
+  const float* bias;
+  const float* residual;
+  float scale;
+  Act act;
+
+  // The bias of channels k, ..., k + 31, zeros where there is none.
+  DX_INLINE void copy_bias(int64_t k, float (&to)[kColumns]) const {
+    std::fill_n(to, kColumns, 0.0f);
+    if (bias != nullptr) std::copy_n(bias + k, std::min<int64_t>(kColumns, channels - k), to);
+  }
+};
+
+// Channels k, k + 1, ... of a pixel, from their sums.
+template <Act act, class Count>
+DX_INLINE void write(const Outputs& out, int64_t pixel, int64_t k, Count count,
+                     const float* __restrict sums, const float* __restrict bias) {
+  const int64_t at = pixel * out.channels + k;
+  const float* __restrict residual = out.residual + at;
+  float* __restrict y = out.y + at;
+  const float scale = out.scale;
+  float derivative;
+  if (out.residual == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = scale * activate<act>(sums[i] + bias[i], derivative);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = scale * (activate<act>(sums[i] + bias[i], derivative) + residual[i]);
+  }
+}
+
+// The same of up to kColumns channels: all that there are.
+template <Act act>
+DX_INLINE void write_columns(const Outputs& out, int64_t pixel, int64_t k, const float* sums,
+                             const float* bias) {
+  if (k + kColumns <= out.channels)
+    write<act>(out, pixel, k, std::integral_constant<int64_t, kColumns>(), sums, bias);
+  else
+    write<act>(out, pixel, k, out.channels - k, sums, bias);
+}
+
+// --- threads
+// --------------------------------------------------------------------------------------
+
+// The work of a convolution, `units` (pixels or tiles) times `columns` blocks of channels, as a
+// grid of tasks, `groups` of them side by side.
+struct Grid {
+  int64_t units, columns, size, group_size, groups, tasks;
+
+  // Of at most `most` units a task. A thread reads the filters of its columns once for each of its
+  // tasks, which takes as long as kReading units' products, and reads its units once for each
+  // group.
+  Grid(int64_t units, int64_t most, int64_t columns) : units(units), columns(columns) {
+    constexpr double kReading = 4, kUnit = 0.5;
+    const int64_t threads = torch::stable::get_num_threads();
+    double best = std::numeric_limits<double>::infinity();
+    for (int64_t wanted = 1; wanted <= std::min(columns, threads); ++wanted) {
+      const int64_t in_group = rounded_up(columns, wanted), g = rounded_up(columns, in_group);
+      const int64_t fewest = std::max(rounded_up(units, most), rounded_up(threads, g));
+      const int64_t rounds = rounded_up(fewest * g, threads);
+      const int64_t of_units = rounded_up(units, std::max<int64_t>(rounds * threads / g, 1));
+      const double cost = rounds * (in_group * (of_units + kReading) + kUnit * of_units);
+      if (of_units > most || cost >= best) continue;
+      best = cost, group_size = in_group, groups = g, size = of_units;
+    }
+    tasks = rounded_up(units, size) * groups;
+  }
+  DX_INLINE int64_t first(int64_t task) const { return task / groups * size; }
+  DX_INLINE int64_t count(int64_t task) const { return std::min(size, units - first(task)); }
+  DX_INLINE int64_t first_column(int64_t task) const { return task % groups * group_size; }
+  DX_INLINE int64_t end_column(int64_t task) const {
+    return std::min(columns, first_column(task) + group_size);
+  }
+};
+
+// Calls body(i, scratch) for 0 <= i < count on all threads, with `size` floats for each thread.
+// The caller's: what a thread of the pool allocates stays in an arena of its own.
+template <class Body>
+void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
+  constexpr int64_t line = 16;  // floats
+  const int64_t own = rounded_up(size, line) * line;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  const std::unique_ptr<float, Free> scratch(
+      static_cast<float*>(::operator new(threads * own * sizeof(float), std::align_val_t(64))));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
+        body(i, scratch.get() + thread * own);
+  });
+}
+
+// --- arguments
+// ------------------------------------------------------------------------------------
+
+inline void check_float32(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,
+                  ": wanted float32 on the CPU");
+}
+
+// x [B, C, H, W] as [B, H, W, C].
+inline Tensor pixels_of(const char* name, const Tensor& x) {
+  check_float32(name, x);
+  STD_TORCH_CHECK(x.dim() == 4, name, ": wanted shape [B, C, H, W]");
+  return fits(x, Layout::channels_last)
+             ? x
+             : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Winograd's transforms take channels in lanes.
+constexpr int kLanes = 16;
+
+inline void check_lanes(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.size(1) % kLanes == 0, name, ": wanted channels in multiples of ", kLanes);
+}
+
+inline MaybeTensor checked_bias(const MaybeTensor& bias, int64_t channels) {
+  if (!bias) return bias;
+  check_float32("bias", *bias);
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == channels, "bias: wanted shape [", channels,
+                  "]");
+  return as_contiguous(*bias);
+}
+
+// [B, channels, height, width], channels_last.
+inline Tensor new_images(const Tensor& like, int64_t batch, int64_t channels, int64_t height,
+                         int64_t width) {
+  const int64_t row = width * channels;
+  return in_huge_pages(fresh_strided(like, {batch, channels, height, width},
+                                     {height * row, 1, row, channels}, dtype_of(like)));
+}
+
+// --- the two algorithms
+// ---------------------------------------------------------------------------
+
+// conv3x3.cpp: 3x3 filters [K / 32 rounded up, 36, C, 32] of stride 1 and padding 1.
+void convolve_by_winograd(const Inputs& in, const float* filters, const Outputs& out);
+
+}  // namespace dx

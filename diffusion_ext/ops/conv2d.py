@@ -1,0 +1,129 @@
+"""conv2d: convolutions on the CPU of weights that were laid out before, with what follows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import kernel, kernels, missing, register_fake, serves
+from .group_norm_act import ACTIVATIONS
+
+if "cpu" not in missing:
+    from .._C import cpu_capability
+
+CAPABILITY = "baseline" if "cpu" in missing else cpu_capability()
+VECTORISED = CAPABILITY != "baseline"
+
+CHANNELS = 16  # Winograd's algorithm takes inputs of a multiple of so many channels
+TILE = 4  # side of the outputs that it computes together
+POINTS, COLUMNS = 36, 32  # numbers of a transformed tile; output channels that lie together
+
+# Nanoseconds on two cores of a Zen 4, by instruction set: of a product and of a byte of the
+# filters, and by Winograd's algorithm of a tile's channel too (benchmarks/convolution_costs.py).
+DIRECT = {"avx512": (0.0092, 0.0109), "avx2": (0.0100, 0.0124)}
+WINOGRAD = {"avx512": (0.0081, 0.0222, 7.2), "avx2": (0.0128, 0.0162, 6.4)}
+
+
+def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels serve x [B, C, H, W] and a weight: float32 on a CPU with AVX2 or AVX-512,
+    x in channels_last. Exported programs, whose sizes may be open, have torch's convolution."""
+    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
+        return False
+    if x.dim() != 4 or torch.compiler.is_exporting():
+        return False
+    return (
+        VECTORISED
+        and serves(x)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def winograd_is_faster(
+    batch: int, height: int, width: int, channels: int, out_channels: int
+) -> bool:
+    """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
+    if channels % CHANNELS or CAPABILITY not in WINOGRAD:
+        return False
+    filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
+    tiles = tiles_of(batch, height, width)
+    product, byte = DIRECT[CAPABILITY]
+    direct = 9 * filters * (product * batch * height * width + 4 * byte)
+    product, byte, lane = WINOGRAD[CAPABILITY]
+    winograd = POINTS * filters * (product * tiles + 4 * byte)
+    return winograd + lane * tiles * (channels + out_channels) < direct
+
+
+def tiles_of(batch: int, height: int, width: int) -> int:
+    return batch * -(-height // TILE) * -(-width // TILE)
+
+
+def winograd_filters(weight: Tensor) -> Tensor:
+    """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm."""
+    return torch.ops.diffusion_ext.conv3x3_filters(weight)
+
+
+def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
+    """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it."""
+    return torch.ops.diffusion_ext.conv2d_filters(weight, transposed)
+
+
+def conv2d(
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+    repeat: int = 1,
+    side: int = 1,
+    act: str = "identity",
+    scale: float = 1.0,
+) -> Tensor:
+    """scale·(act(convolution(x beside skip, upsampled) + bias) + residual), without gradients.
+
+    Args:
+        x: [B, C1, H, W], which `serves_conv2d`. skip: [B, C2, H, W] or None, further channels,
+            which are read where they lie.
+        filters: what `winograd_filters` (stride 1, padding 1) or `direct_filters` made of the
+            weight, of C1 + C2 channels. bias: [K] or None. out_channels: K.
+        repeat: how many times each pixel is read in both directions: nearest upsampling.
+        side: of a transposed convolution's filters, which is its stride; else 1.
+        residual: of the outputs' shape, or None. act: one of group_norm_act's.
+
+    Returns: [B, K, H', W'], channels_last.
+    """
+    op = kernels().conv2d if torch.compiler.is_compiling() else kernel("conv2d")
+    return op(
+        x, skip, filters, bias, residual, out_channels, *stride, *padding, repeat, side,
+        ACTIVATIONS.index(act), scale,
+    )  # fmt: skip
+
+
+@register_fake("conv3x3_filters")
+def _(weight):
+    out_channels, channels = weight.shape[:2]
+    return weight.new_empty(-(-out_channels // COLUMNS), POINTS, channels, COLUMNS)
+
+
+@register_fake("conv2d_filters")
+def _(weight, transposed):
+    out_channels, channels, rows, columns = weight.shape
+    if transposed:
+        blocks = rows * columns * -(-channels // COLUMNS)
+        return weight.new_empty(blocks, 1, 1, out_channels, COLUMNS)
+    return weight.new_empty(-(-out_channels // COLUMNS), rows, columns, channels, COLUMNS)
+
+
+@register_fake("conv2d")
+def _(
+    x, skip, filters, bias, residual, out_channels,
+    stride_high, stride_wide, padding_high, padding_wide, repeat, side, act, scale,
+):  # fmt: skip
+    batch, _, height, width = x.shape
+    rows, columns = filters.shape[1:3] if filters.dim() == 5 else (3, 3)
+    height = (height * repeat + 2 * padding_high - rows) // stride_high + 1
+    width = (width * repeat + 2 * padding_wide - columns) // stride_wide + 1
+    return x.new_empty(batch, height * side, width * side, out_channels).permute(0, 3, 1, 2)

@@ -1,0 +1,227 @@
+"""Weights that are laid out once: kept while they stay, never used once they have changed."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import diffusion_ext as dx
+from diffusion_ext.nn import packed_conv2d
+from diffusion_ext.nn.packed_conv2d import PackedConv2d, convolved, filter_bytes
+from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
+from diffusion_ext.ops.conv2d import VECTORISED
+
+pytestmark = pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
+
+
+def layer(channels=32, out_channels=48, **options):
+    torch.manual_seed(0)
+    options = {"kernel_size": 3, "padding": 1} | options
+    conv = WinogradConv2d(channels, out_channels, **options)
+    return conv.to(memory_format=torch.channels_last)
+
+
+def images(channels=32, batch=2, side=16):
+    return torch.randn(batch, channels, side, side).to(memory_format=torch.channels_last)
+
+
+def laid_out(conv) -> PackedConv2d | None:
+    return packed_conv2d._packed.get(conv, (None, None))[1]
+
+
+def assert_right(conv, x):
+    with torch.no_grad():
+        expected = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_kept_between_calls():
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    packed = laid_out(conv)
+    filters = packed.winograd
+    assert filters is not None
+    assert packed.direct is None
+    assert_right(conv, images())
+    assert laid_out(conv) is packed
+    assert packed.winograd is filters
+    conv.bias.data.add_(1)  # is not laid out
+    assert_right(conv, x)
+    assert laid_out(conv) is packed
+
+
+def merged(conv):
+    """As peft merges an adapter."""
+    conv.weight.data += 0.1 * torch.randn(48, 4).mm(torch.randn(4, 288)).view(48, 32, 3, 3)
+
+
+def merged_twice(conv):
+    """The allocator may give the second one the first one's memory."""
+    for _ in range(2):
+        conv.weight.data = conv.weight.data + torch.randn_like(conv.weight)
+        gc.collect()
+
+
+def averaged(conv):
+    """As averages are swapped in."""
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+
+
+def one_filter(conv):
+    conv.weight.data[17].zero_()
+
+
+def one_input_channel(conv):
+    conv.weight.data[:, 5].mul_(-1)
+
+
+def by_numpy(conv):
+    conv.weight.detach().numpy()[:] *= 2
+
+
+def optimized(conv):
+    conv(images()).square().sum().backward()
+    torch.optim.SGD(conv.parameters(), lr=0.1).step()
+
+
+def another_parameter(conv):
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+CHANGES = {
+    "in place": lambda conv: torch.no_grad()(conv.weight.mul_)(2),
+    "load_state_dict": lambda conv: conv.load_state_dict(layer(bias=True).double().state_dict()),
+    "assigned": lambda conv: conv.load_state_dict(
+        nn.Conv2d(32, 48, 3, padding=1).state_dict(), assign=True
+    ),
+    "stride": lambda conv: setattr(conv, "stride", (2, 2)),
+    "layout": lambda conv: conv.to(memory_format=torch.contiguous_format),
+    **{
+        f.__name__: f
+        for f in (
+            merged, merged_twice, averaged, one_filter, one_input_channel, by_numpy, optimized,
+            another_parameter,
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_has_changed_is_noticed(change):
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    for _ in range(3):
+        CHANGES[change](conv)
+        assert_right(conv, x)
+
+
+def test_a_large_weight_that_was_merged_is_noticed():
+    """Of which not every number is compared."""
+    conv, x = layer(256, 320), images(256, 1, 8)
+    assert_right(conv, x)
+    conv.weight.data[7].add_(1e-3)
+    assert_right(conv, x)
+    conv.weight.data.mul_(1.001)
+    assert_right(conv, x)
+
+
+def test_inference_tensors_and_inference_mode():
+    with torch.inference_mode():
+        conv, x = layer(), images()
+        assert_right(conv, x)
+        assert laid_out(conv) is None  # nothing tells when they change
+        conv.weight.mul_(2)
+        assert_right(conv, x)
+    conv, x = layer(), images()
+    with torch.inference_mode():
+        assert_right(conv, x)
+    assert laid_out(conv) is not None
+    assert_right(conv, x)
+    conv(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def test_training_gives_the_memory_back():
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    conv(x).sum().backward()
+    assert laid_out(conv) is None
+    assert_right(conv, x)
+    assert laid_out(conv) is not None
+
+
+def test_a_frozen_network_is_laid_out_with_gradients_enabled():
+    conv = layer().requires_grad_(False)
+    y = conv(images())
+    assert laid_out(conv) is not None
+    assert not y.requires_grad
+
+
+def test_copies_and_pickles_know_nothing_of_it():
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert laid_out(twin) is None
+        assert vars(twin).keys() == vars(conv).keys()
+        assert_right(twin, x)
+    count = len(packed_conv2d._packed)
+    del conv, twin
+    gc.collect()
+    assert len(packed_conv2d._packed) < count
+
+
+def test_little_memory(monkeypatch):
+    monkeypatch.setattr(packed_conv2d, "memory_available", lambda: 0)
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    assert laid_out(conv) is None
+
+
+def test_weights_that_are_computed():
+    conv, x = layer(), images()
+    nn.utils.parametrizations.weight_norm(conv)
+    assert_right(conv, x)
+    assert laid_out(conv) is None
+
+
+def test_where_it_does_not_serve():
+    conv, x = layer(), images()
+    with torch.no_grad():
+        assert convolved(conv, x) is not None
+        assert convolved(conv, x.contiguous()) is None
+        assert convolved(conv, x[0]) is None
+        assert convolved(conv, x[:, :16]) is None
+        assert convolved(conv, x.double()) is None
+        with torch.autocast("cpu"):
+            assert convolved(conv, x) is None
+        with dx.use_backend("reference"):
+            assert convolved(conv, x) is None
+        with pytest.raises(RuntimeError, match="channels"):
+            conv(x[:, :16].contiguous(memory_format=torch.channels_last))
+    assert convolved(conv, x) is None  # wants gradients
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+def test_the_algorithm_is_for_the_batch_that_is_planned(batch):
+    conv = layer(256, 256)
+    packed = PackedConv2d(conv.weight, padding=(1, 1), batch=batch)
+    packed(images(256, 1, 4), None)
+    assert (packed.winograd is not None) == (batch == 8)
+    packed(images(256, 8, 4), None)
+    assert (packed.winograd is not None, packed.direct is None) == (True, batch == 8)
+
+
+def test_memory_is_said():
+    conv = layer()
+    with torch.no_grad():
+        conv(images())
+    assert laid_out(conv).winograd.nbytes == filter_bytes(conv)
+    conv = layer(kernel_size=1, padding=0)
+    with torch.no_grad():
+        conv(images())
+    assert laid_out(conv).direct.nbytes == filter_bytes(conv)
+    assert dx.fuse(nn.Sequential(layer(), layer())).filter_bytes == 2 * filter_bytes(layer())
