@@ -113,7 +113,7 @@ struct Grid {
   // tasks, which takes as long as kReading units' products, and reads its units once for each
   // group.
   Grid(int64_t units, int64_t most, int64_t columns) : units(units), columns(columns) {
-    constexpr double kReading = 4, kUnit = 0.5;
+    constexpr double kReading = 1, kUnit = 0.5;
     const int64_t threads = torch::stable::get_num_threads();
     double best = std::numeric_limits<double>::infinity();
     for (int64_t wanted = 1; wanted <= std::min(columns, threads); ++wanted) {

@@ -36,7 +36,7 @@ inline Vector load(const float* p) { return *p; }
 inline Vector broadcast(float x) { return x; }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return fma(a, b, c); }
 inline void store(float* p, Vector v) { *p = v; }
-#include "products.inc"
+#include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
 }  // namespace portable
 
@@ -52,7 +52,7 @@ DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm256_fmadd_ps(a, b, c);
 }
 DX_PRODUCTS_TARGET inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-#include "products.inc"
+#include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
 }  // namespace avx2
 
@@ -67,7 +67,7 @@ DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm512_fmadd_ps(a, b, c);
 }
 DX_PRODUCTS_TARGET inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-#include "products.inc"
+#include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
 }  // namespace avx512
 #endif

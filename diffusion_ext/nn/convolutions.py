@@ -136,6 +136,28 @@ class Unpool(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+class Linear(nn.Module):
+    """A linear layer, and the GELU after it.
+
+    Args: weight: [K, C]. bias: [K]. gelu: whether GELU follows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool):
+        super().__init__()
+        self.weight, self.bias, self.gelu = frozen(weight), frozen(bias), gelu
+        self.packed = PackedConv2d(self.weight[:, :, None, None])
+        if serves_conv2d(_images(weight, 1, weight.shape[1], 1, torch.channels_last), weight):
+            self.packed.lay_out(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C] -> [B, K]
+        pixels = x[:, :, None, None]
+        if serves_conv2d(pixels, self.weight):
+            act = "gelu" if self.gelu else "identity"
+            return self.packed(pixels, self.bias, act=act)[:, :, 0, 0]
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 

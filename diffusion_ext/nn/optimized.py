@@ -12,11 +12,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..checks import check_dtype
 from ..ops.conv2d import CHANNELS
 from ..ops.layouts import layout_of
-from .context_unet import RESIDUAL_SCALE, ContextUnet, ResidualConvBlock, UnetForward, UnetUp
-from .convolutions import Conv3x3, Unpool
+from .context_unet import (
+    RESIDUAL_SCALE,
+    ContextUnet,
+    EmbedFC,
+    ResidualConvBlock,
+    UnetForward,
+    UnetUp,
+)
+from .convolutions import Conv3x3, Linear, Unpool
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-AS_THEY_ARE = ("timeembed1", "timeembed2", "contextembed1", "contextembed2", "to_vec")
 FORWARDS = 3  # that are timed, of which the fastest counts
 
 
@@ -74,8 +80,9 @@ class OptimizedContextUnet(UnetForward):
         height, shrink = self.height, 1 / RESIDUAL_SCALE  # which the first block leaves to others
         make = _Maker(batch, dtype, layout)
 
-        for name in AS_THEY_ARE:
-            setattr(self, name, _copied(getattr(model, name)))
+        self.of_time = _Embeddings(model.timeembed1, model.timeembed2)
+        self.of_context = _Embeddings(model.contextembed1, model.contextembed2)
+        self.to_vec = _copied(model.to_vec)
         self.init_conv = _FirstBlock(model.init_conv, make, height)
         down1, down2 = model.down1.model, model.down2.model
         self.down1 = nn.Sequential(*make.blocks(down1[:2], height, shrink), down1[2])
@@ -93,8 +100,10 @@ class OptimizedContextUnet(UnetForward):
 
     @torch.no_grad()
     def prepare(self, t: Tensor, c: Tensor | None = None):
-        embeddings = super().prepare(t, c)  # in the model's dtype
-        return tuple(tuple(e.to(self.dtype) for e in part) for part in embeddings)
+        of_model = self.of_time.first.weight.dtype
+        t = t.to(of_model).reshape(-1, 1)
+        c = t.new_zeros(1, self.n_cfeat) if c is None else c.to(of_model)
+        return self.of_time(t, self.dtype), self.of_context(c, self.dtype)
 
     @torch.no_grad()
     def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
@@ -160,6 +169,27 @@ class _ConvNorm(nn.Sequential):
         conv, norm = self
         y = norm(conv(x))
         return y if residual is None else residual + y
+
+
+class _Embeddings(nn.Module):
+    """Two EmbedFCs of the same vector, each layer of both as one product of matrices."""
+
+    def __init__(self, *both: EmbedFC):
+        super().__init__()
+        first, last = ([embed.model[layer] for embed in both] for layer in (0, 2))
+        self.sizes = [linear.out_features for linear in last]
+        weights, biases = _parameters(first)
+        self.first = Linear(torch.cat(weights), torch.cat(biases), gelu=True)
+        weights, biases = _parameters(last)
+        self.last = Linear(torch.block_diag(*weights), torch.cat(biases), gelu=False)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """x [B, in] -> [B, 2·n_feat], [B, n_feat]"""
+        return self.last(self.first(x)).to(dtype).split(self.sizes, dim=1)
+
+
+def _parameters(layers: list[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
 
 
 class _FirstBlock(ResidualConvBlock):

@@ -34,8 +34,7 @@ template <int N>
 void multiply_rows(const Products& p, int64_t count, const float* u, float* sums) {
   int64_t r = 0;
   const auto take = [&](auto rows) {
-    for (; r + rows <= count; r += rows)
-      multiply<rows, N>(p, p.rows + r, u, sums + r * kColumns);
+    for (; r + rows <= count; r += rows) multiply<rows, N>(p, p.rows + r, u, sums + r * kColumns);
   };
   take(std::integral_constant<int, kRows>());
   take(std::integral_constant<int, 4>());
