@@ -22,6 +22,7 @@ from .context_unet import (
 )
 from .convolutions import Conv3x3, Linear, Unpool
 
+EMBEDDINGS = ("timeembed1", "timeembed2", "contextembed1", "contextembed2")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 FORWARDS = 3  # that are timed, of which the fastest counts
 
@@ -80,8 +81,8 @@ class OptimizedContextUnet(UnetForward):
         height, shrink = self.height, 1 / RESIDUAL_SCALE  # which the first block leaves to others
         make = _Maker(batch, dtype, layout)
 
-        self.of_time = _Embeddings(model.timeembed1, model.timeembed2)
-        self.of_context = _Embeddings(model.contextembed1, model.contextembed2)
+        for name in EMBEDDINGS:
+            setattr(self, name, _embedding(getattr(model, name)))
         self.to_vec = _copied(model.to_vec)
         self.init_conv = _FirstBlock(model.init_conv, make, height)
         down1, down2 = model.down1.model, model.down2.model
@@ -100,10 +101,8 @@ class OptimizedContextUnet(UnetForward):
 
     @torch.no_grad()
     def prepare(self, t: Tensor, c: Tensor | None = None):
-        of_model = self.of_time.first.weight.dtype
-        t = t.to(of_model).reshape(-1, 1)
-        c = t.new_zeros(1, self.n_cfeat) if c is None else c.to(of_model)
-        return self.of_time(t, self.dtype), self.of_context(c, self.dtype)
+        embeddings = super().prepare(t, c)  # in the model's dtype
+        return tuple(tuple(e.to(self.dtype) for e in part) for part in embeddings)
 
     @torch.no_grad()
     def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
@@ -171,27 +170,6 @@ class _ConvNorm(nn.Sequential):
         return y if residual is None else residual + y
 
 
-class _Embeddings(nn.Module):
-    """Two EmbedFCs of the same vector, each layer of both as one product of matrices."""
-
-    def __init__(self, *both: EmbedFC):
-        super().__init__()
-        first, last = ([embed.model[layer] for embed in both] for layer in (0, 2))
-        self.sizes = [linear.out_features for linear in last]
-        weights, biases = _parameters(first)
-        self.first = Linear(torch.cat(weights), torch.cat(biases), gelu=True)
-        weights, biases = _parameters(last)
-        self.last = Linear(torch.block_diag(*weights), torch.cat(biases), gelu=False)
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """x [B, in] -> [B, 2·n_feat], [B, n_feat]"""
-        return self.last(self.first(x)).to(dtype).split(self.sizes, dim=1)
-
-
-def _parameters(layers: list[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
-    return [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
-
-
 class _FirstBlock(ResidualConvBlock):
     """A ResidualConvBlock with a residual, which is not divided by RESIDUAL_SCALE."""
 
@@ -215,6 +193,15 @@ class _Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.blocks(self.unpool(x, skip))
+
+
+def _embedding(embed: EmbedFC) -> EmbedFC:
+    """A copy whose layers are products of ours."""
+    first, _, last = (copy.deepcopy(layer) for layer in embed.model)
+    layers = Linear(first.weight, first.bias, gelu=True), Linear(last.weight, last.bias, gelu=False)
+    embed = _copied(embed)
+    embed.model = nn.Sequential(*layers)
+    return embed
 
 
 def _copied(module: nn.Module) -> nn.Module:
