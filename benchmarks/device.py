@@ -15,8 +15,9 @@ from importlib import metadata
 import torch
 
 import diffusion_ext as dx
+from diffusion_ext.ops.conv2d import CAPABILITY
 
-LIBRARIES = ("numpy", "diffusers", "apex", "liger-kernel")
+LIBRARIES = ("numpy", "diffusers", "openvino", "onnxruntime", "apex", "liger-kernel")
 
 
 def clock() -> float:
@@ -72,6 +73,7 @@ def facts(device: str) -> dict[str, str]:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        **({} if cuda else {"instructions": CAPABILITY}),  # of our kernels
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "driver": driver() if cuda else "none",

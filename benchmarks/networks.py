@@ -14,6 +14,7 @@ from diffusion_ext.sampling.engines import ENGINES
 
 from . import source
 from .eager import SCHEDULE
+from .peers import peers
 from .work import Case, Implementation, Work, compile_anew, copy_of_x, referring
 
 CONTEXT = 5
@@ -110,6 +111,7 @@ def forwards(networks: Networks) -> list[Work]:
     ours = built(networks.our_model, **of)
     rows = {"copy": copy_of_x(), "eager": built(networks.source_model, **of)}
     rows |= twice_compiled(lambda: compile_anew(networks.source_model()), factor=of["factor"])
+    rows |= peers(networks.source_model, networks.device, factor=of["factor"])
     rows |= {"reference": referring(ours), "ours": ours}
     rows["ours, optimized"] = built(networks.for_sampling, **of)
     work = Work(

@@ -15,6 +15,8 @@ OURS = {"contiguous": "#1f5a94", "channels_last": "#7fb2de"}
 MARKS = {
     "compiled": ("D", "#e07b00"),
     "compiled, frozen": ("s", "#a03c00"),
+    "OpenVINO": ("<", "#0071c5"),
+    "ONNX Runtime": (">", "#555555"),
     "diffusers": ("^", "#2b8a3e"),
     "liger-kernel": ("v", "#8a2be2"),
     "apex": ("P", "#b0005c"),

@@ -1,11 +1,12 @@
 """A run of the suite as a table of ratios, a plot, and a verdict on the targets.
 
-    python -m benchmarks.report RUN.json [RUN.json ...] [--fail-below benchmarks/targets/cpu.json]
+    python -m benchmarks.report RUN.json [RUN.json ...] [--fail-below benchmarks/targets]
 
 RUN.json is what `pytest benchmarks --benchmark-json=RUN.json` wrote; of several runs on one machine
 the best time of each row counts. Writes results.md, results.json and plot.png to
 benchmarks/results/<device>/. With --fail-below the exit status is 1 where a ratio falls short of
-its target, or was not measured by a run of the whole suite.
+its target, or was not measured by a run of the whole suite. Of a folder, the files of targets count
+that are for the processor: cpu.json, and avx2.json or avx512.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import sys
 
 from .results import Group, Results, load
-from .targets import Verdict, failures, judge, read
+from .targets import Verdict, failures, files_for, judge, read
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -28,7 +29,10 @@ the bytes that have to be moved at least; % of copy is of the bandwidth of `y.co
 tensor. Each result was compared with the float64 reference before it was timed; error is the
 largest difference. docs/benchmarks.md says more.
 """
-FACTS = ("device", "python", "torch", "CUDA", "driver", "diffusion_ext", "diffusers", "date")
+FACTS = (
+    "device", "instructions", "python", "torch", "CUDA", "driver", "diffusion_ext", "diffusers",
+    "openvino", "onnxruntime", "date",
+)  # fmt: skip
 
 
 def slug(device: str) -> str:
@@ -43,13 +47,14 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 # --- the works ------------------------------------------------------------------------------------
 
 
-def markdown(results: Results, verdicts: list[Verdict]) -> str:
+def markdown(results: Results, verdicts: list[Verdict], files: str = "") -> str:
+    """files: that the verdicts are about."""
     facts = "\n".join(f"* {n}: {results.machine[n]}" for n in FACTS if n in results.machine)
     parts = [f"# Benchmarks on {results.machine['device']}\n\n{facts}\n\n{LEGEND}"]
     if results.left_out:
         parts.append(f"**Partial**: {len(results.left_out)} rows of the suite were left out.\n")
     if verdicts:
-        parts.append("## Targets\n\n" + target_table(verdicts))
+        parts.append(f"## Targets of {files}\n\n" + target_table(verdicts))
     for op in dict.fromkeys(group.info["op"] for group in results.groups.values()):
         groups = [group for group in results.groups.values() if group.info["op"] == op]
         parts.append(f"## {op}\n\n" + work_table(groups))
@@ -139,21 +144,23 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN.json")
-    parser.add_argument("--fail-below", type=pathlib.Path, metavar="TARGETS.json")
+    parser.add_argument("--fail-below", type=pathlib.Path, metavar="TARGETS")
     parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args(arguments)
     results = load(options.runs)
-    verdicts = judge(read(options.fail_below), results) if options.fail_below else []
+    files = files_for(options.fail_below, results) if options.fail_below else []
+    verdicts = judge([target for file in files for target in read(file)], results)
     out = options.out or RESULTS / slug(results.machine["device"])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(markdown(results, verdicts), encoding="utf-8")
+    names = " and ".join(file.name for file in files)
+    (out / "results.md").write_text(markdown(results, verdicts, names), encoding="utf-8")
     (out / "results.json").write_text(thin(results), encoding="utf-8")
     from .plot import plot  # matplotlib is slow to import
 
     plot(results, out / "plot.png")
     failed = failures(verdicts, partial=bool(results.left_out))
     if verdicts:
-        print(said_of(verdicts, failed))
+        print(f"{said_of(verdicts, failed)}, of {names}")
     print(f"{out / 'results.md'}, results.json, plot.png: {len(results.groups)} works")
     return int(bool(failed))
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import diffusers_networks
 from .device import warm_heap
+from .diffusers_networks import DiffusersNetwork, diffusers_forwards
 from .networks import Networks, forwards, samplings, trainings
 from .norms import GROUPS, MORE_SHAPES, NORM_SHAPES, norms
 from .objective import objectives
@@ -28,6 +30,8 @@ class Sizes:
     steps: list[tuple[int, ...]]
     norms: dict[tuple[int, ...], int]  # shape -> groups
     networks: Networks
+    more_networks: tuple[Networks, ...]  # whose forward alone is timed
+    diffusers: tuple[DiffusersNetwork, ...]
     pictures: tuple[int, ...]
     channels: tuple[int, ...]
 
@@ -37,6 +41,8 @@ WHOLE = Sizes(
     steps=[(64, 4, 64, 64), (64, 3, 128, 128), (32, 3, 16, 16)],
     norms=dict.fromkeys(NORM_SHAPES, GROUPS) | MORE_SHAPES,
     networks=Networks(DEVICE),
+    more_networks=(Networks(DEVICE, batch=1), Networks(DEVICE, n_feat=256, height=28, batch=8)),
+    diffusers=diffusers_networks.WHOLE,
     pictures=(4, 3, 32, 32),
     channels=(32, 64),
 )
@@ -45,6 +51,8 @@ QUICK = Sizes(
     steps=[(2, 4, 8, 8)],
     norms={(2, 16, 4, 4): 8, (1, 8, 2, 4, 4): 4},
     networks=Networks(DEVICE, n_feat=8, height=8, batch=2, steps=2),
+    more_networks=(),
+    diffusers=diffusers_networks.QUICK,
     pictures=(2, 3, 8, 8),
     channels=(8, 16),
 )
@@ -79,7 +87,10 @@ TESTS = {
     "denoising_loss": of_steps(objectives),
     "philox_normal": of_steps(lambda case: [normals(case)]),
     "group_norm_act": of_norms,
-    "forward": lambda sizes: forwards(sizes.networks),
+    "forward": lambda sizes: [
+        work for networks in (sizes.networks, *sizes.more_networks) for work in forwards(networks)
+    ],
+    "diffusers_forward": lambda sizes: diffusers_forwards(sizes.diffusers, DEVICE),
     "training_step": lambda sizes: trainings(sizes.networks),
     "sampling": lambda sizes: samplings(sizes.networks),
     "pipeline": lambda sizes: pipelines(Case(sizes.pictures, device=DEVICE), sizes.channels),

@@ -3,6 +3,8 @@
 A target names works by patterns (as a shell's of files), and the ratio between two implementations
 of each: "over" takes at least "at_least" times as long as "of" (default "ours"; a pattern too, of
 which the quickest counts), or "of" takes "at_most" times as long as "over".
+
+cpu.json is for every processor; avx2.json and avx512.json are for those whose kernels are so.
 """
 
 from __future__ import annotations
@@ -61,6 +63,20 @@ class Verdict:
 def read(path: pathlib.Path) -> list[Target]:
     entries = json.loads(pathlib.Path(path).read_text())["targets"]
     return [Target(**{**entry, "works": tuple(entry["works"])}) for entry in entries]
+
+
+def files_for(path: pathlib.Path, results: Results) -> list[pathlib.Path]:
+    """path itself; of a folder, the files for the processor that the results are of.
+
+    Raises: ValueError where it has none.
+    """
+    if not path.is_dir():
+        return [path]
+    instructions = results.machine.get("instructions")
+    files = [path / "cpu.json", path / f"{instructions}.json"]
+    if instructions is None or not files[1].exists():
+        raise ValueError(f"{path} has no targets for {instructions or 'this device'}")
+    return files
 
 
 def judge(targets: list[Target], results: Results) -> list[Verdict]:

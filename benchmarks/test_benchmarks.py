@@ -37,6 +37,10 @@ def test_forward(measure, work, implementation):
     measure(work, implementation)
 
 
+def test_diffusers_forward(measure, work, implementation):
+    measure(work, implementation)
+
+
 def test_training_step(measure, work, implementation):
     measure(work, implementation)
 

@@ -44,6 +44,10 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "conv2d(Tensor x, Tensor? skip, Tensor filters, Tensor? bias, Tensor? residual, "
       "int out_channels, int stride_high, int stride_wide, int padding_high, int padding_wide, "
       "int repeat, int side, int act, float scale) -> Tensor");
+  m.def(
+      "context_unet(Tensor x, Tensor scale1, Tensor shift1, Tensor scale2, Tensor shift2, "
+      "Tensor[] filters, Tensor[] biases, Tensor[] norms, int groups, float eps, int shortcut, "
+      "int window) -> Tensor");
   m.def("conv3x3_once(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy, Tensor weight) -> Tensor");
 }

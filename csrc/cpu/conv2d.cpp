@@ -98,8 +98,7 @@ void convolve_directly(const Direct& c) {
                         [&](int64_t task, float* scratch) { convolve(c, grid, task, scratch); });
 }
 
-// --- the ops
-// --------------------------------------------------------------------------------------
+// --- the ops -------------------------------------------------------------------------------------
 
 // Filters as the direct convolution multiplies with them. weight [K, C, R, S] to [K / 32 rounded
 // up, R, S, C, 32]; transposed, weight [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
@@ -139,9 +138,8 @@ void check_images(const char* name, const MaybeTensor& t, int64_t batch, int64_t
                   ": wanted ", batch, " images of ", height, "x", width);
 }
 
-// scale (act(convolution(x beside skip, each pixel `repeat` times) + bias) + residual) of `filters`
-// that conv2d_filters, conv3x3_filters (of four dimensions) or, where side > 1, conv2d_filters of a
-// transposed weight of that side made.
+}  // namespace
+
 Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_,
               const MaybeTensor& bias_, const MaybeTensor& residual_, int64_t channels,
               int64_t stride_high, int64_t stride_wide, int64_t padding_high, int64_t padding_wide,
@@ -197,8 +195,6 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   }
   return y;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));

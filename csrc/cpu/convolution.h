@@ -22,8 +22,7 @@ namespace dx {
 inline int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t column_blocks(int64_t channels) { return rounded_up(channels, kColumns); }
 
-// --- what is read
-// ---------------------------------------------------------------------------------
+// --- what is read --------------------------------------------------------------------------------
 
 // Images [B, H, W, channels].
 struct Part {
@@ -53,8 +52,7 @@ struct Inputs {
   }
 };
 
-// --- what is written
-// ------------------------------------------------------------------------------
+// --- what is written -----------------------------------------------------------------------------
 
 // y = scale (act(sum + bias) + residual), [B, H, W, channels].
 struct Outputs {
@@ -101,8 +99,7 @@ DX_INLINE void write_columns(const Outputs& out, int64_t pixel, int64_t k, const
     write<act>(out, pixel, k, out.channels - k, sums, bias);
 }
 
-// --- threads
-// --------------------------------------------------------------------------------------
+// --- threads -------------------------------------------------------------------------------------
 
 // The work of a convolution, `units` (pixels or tiles) times `columns` blocks of channels, as a
 // grid of tasks, `groups` of them side by side.
@@ -154,8 +151,7 @@ void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
   });
 }
 
-// --- arguments
-// ------------------------------------------------------------------------------------
+// --- arguments -----------------------------------------------------------------------------------
 
 inline void check_float32(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,
@@ -194,8 +190,15 @@ inline Tensor new_images(const Tensor& like, int64_t batch, int64_t channels, in
                                      {height * row, 1, row, channels}, dtype_of(like)));
 }
 
-// --- the two algorithms
-// ---------------------------------------------------------------------------
+// --- the op and its algorithms -------------------------------------------------------------------
+
+// conv2d.cpp: scale (act(convolution(x beside skip, each pixel `repeat` times) + bias) + residual)
+// of filters that conv2d_filters, conv3x3_filters (of four dimensions) or, where side > 1,
+// conv2d_filters of a transposed weight of that side made.
+Tensor conv2d(const Tensor& x, const MaybeTensor& skip, const Tensor& filters,
+              const MaybeTensor& bias, const MaybeTensor& residual, int64_t channels,
+              int64_t stride_high, int64_t stride_wide, int64_t padding_high, int64_t padding_wide,
+              int64_t repeat, int64_t side, int64_t act, double scale);
 
 // conv3x3.cpp: 3x3 filters [K / 32 rounded up, 36, C, 32] of stride 1 and padding 1.
 void convolve_by_winograd(const Inputs& in, const float* filters, const Outputs& out);

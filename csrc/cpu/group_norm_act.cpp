@@ -1,5 +1,6 @@
 // group_norm_act, forward.
 #include "group_norm_act_forward.h"
+#include "normalise.h"
 
 namespace dx {
 namespace {
@@ -22,6 +23,11 @@ struct Cpu {
 };
 
 }  // namespace
+
+void normalise(const GroupNorm& g, double eps, const float* x, float* y, double* mean,
+               float* rstd) {
+  norm_forward::run(g, eps, x, y, mean, rstd);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
   m.impl("group_norm_act", TORCH_BOX(&group_norm_act<Cpu>));

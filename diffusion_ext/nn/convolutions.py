@@ -77,9 +77,10 @@ class Conv3x3(nn.Module):
         self.weight = frozen(weight.contiguous(memory_format=layout))
         self.bias, self.gelu, self.onednn = frozen(bias), gelu, None
         self.packed = PackedConv2d(self.weight, padding=(1, 1), batch=batch, lanes=lanes)
+        self.size = batch, side, side
         like = _images(weight, batch, weight.shape[1], side, layout)
         if serves_conv2d(like, weight):
-            self.packed.lay_out(batch, side, side)
+            self.filters()
         elif layout == torch.channels_last and OnednnConv3x3.serves(weight):
             self.onednn = OnednnConv3x3(self.weight, self.bias, gelu, like.shape)
 
@@ -91,6 +92,9 @@ class Conv3x3(nn.Module):
             return self.packed(x, self.bias, skip=skip, residual=residual, act=act)
         y = self._by_torch(x if skip is None else torch.cat((x, skip), dim=1))
         return y if residual is None else residual + y
+
+    def filters(self) -> Tensor:
+        return self.packed.lay_out(*self.size)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         # torch.compile and other runtimes know no packed weights, and fuse the GELU by themselves.
@@ -115,7 +119,10 @@ class Unpool(nn.Module):
         self.bias = frozen(conv.bias.to(dtype, copy=True))
         self.packed = PackedConv2d(self.weight, transposed=True)
         if serves_conv2d(_images(self.weight, 1, len(self.weight), 2, layout), self.weight):
-            self.packed.lay_out(1, 2, 2)
+            self.filters()
+
+    def filters(self) -> Tensor:
+        return self.packed.lay_out(1, 1, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, side·H, side·W]"""

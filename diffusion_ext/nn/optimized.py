@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from .context_unet import (
     UnetUp,
 )
 from .convolutions import Conv3x3, Linear, Unpool
+from .one_call import OneCall
 
 EMBEDDINGS = ("timeembed1", "timeembed2", "contextembed1", "contextembed2")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -70,6 +73,19 @@ def optimize_for_sampling(
         return OptimizedContextUnet(model, batch, dtype, memory_format)
 
 
+def _in_its_own_dtype(method: Callable) -> Callable:
+    """Without autocast: the copy was made for one dtype."""
+
+    @functools.wraps(method)
+    def without_autocast(self, x: Tensor, *arguments, **options):
+        if not torch.is_autocast_enabled(x.device.type):
+            return method(self, x, *arguments, **options)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *arguments, **options)
+
+    return without_autocast
+
+
 class OptimizedContextUnet(UnetForward):
     """What `optimize_for_sampling` makes; it is called as the ContextUnet is."""
 
@@ -83,7 +99,7 @@ class OptimizedContextUnet(UnetForward):
 
         for name in EMBEDDINGS:
             setattr(self, name, _embedding(getattr(model, name)))
-        self.to_vec = _copied(model.to_vec)
+        self.to_vec, self.pool_window = _copied(model.to_vec), model.options["pool_window"]
         self.init_conv = _FirstBlock(model.init_conv, make, height)
         down1, down2 = model.down1.model, model.down2.model
         self.down1 = nn.Sequential(*make.blocks(down1[:2], height, shrink), down1[2])
@@ -98,16 +114,20 @@ class OptimizedContextUnet(UnetForward):
         last = make.conv(last, height)
         self.out = nn.Sequential(conv, _copied(norm), last)
         self.eval().requires_grad_(False)
+        self.one_call = OneCall(self)
 
     @torch.no_grad()
+    @_in_its_own_dtype
     def prepare(self, t: Tensor, c: Tensor | None = None):
         embeddings = super().prepare(t, c)  # in the model's dtype
         return tuple(tuple(e.to(self.dtype) for e in part) for part in embeddings)
 
     @torch.no_grad()
+    @_in_its_own_dtype
     def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
         inputs = x.to(self.dtype, memory_format=self.memory_format)
-        y = super().predict(inputs, shifts, scales)
+        predict = self.one_call if self.one_call.serves(inputs) else super().predict
+        y = predict(inputs, shifts, scales)
         return y.to(x.dtype, memory_format=layout_of(x))
 
     def last(self, up: Tensor, first: Tensor) -> Tensor:

@@ -126,6 +126,26 @@ def test_every_work_of_a_pattern_counts(run, judged):
     assert "1 of 2 met, 1 missed" in said
 
 
+@pytest.mark.parametrize("instructions", ["avx2", "avx512", "baseline", None])
+def test_a_folder_of_targets_is_for_the_processor(run, instructions):
+    found = results.load([run(TIMES)])
+    found.machine["instructions"] = instructions
+    folder = ROOT / "benchmarks" / "targets"
+    if instructions in ("avx2", "avx512"):
+        names = [file.name for file in targets.files_for(folder, found)]
+        assert names == ["cpu.json", f"{instructions}.json"]
+    else:
+        with pytest.raises(ValueError, match=f"no targets for {instructions or 'this device'}"):
+            targets.files_for(folder, found)
+    assert targets.files_for(folder / "cpu.json", found) == [folder / "cpu.json"]
+
+
+def test_the_report_says_which_targets_it_used(run, judged, tmp_path):
+    _, said = judged(run(TIMES), at_least=1)
+    assert said.splitlines()[-2].endswith("1 of 1 met, 0 missed, of targets.json")
+    assert "## Targets of targets.json" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_a_target_has_one_limit():
     with pytest.raises(ValueError, match="wanted one of at_least and at_most"):
         targets.Target("both", (WORK,), "eager", at_least=1, at_most=2)
