@@ -1,13 +1,14 @@
-// context_unet: what an optimized ContextUnet computes between its embeddings and its output, in one
-// call. Of one small picture, Python and the dispatcher took a third of the time. The layers are
-// those of diffusion_ext/nn/context_unet.py (`UnetForward.predict`), their weights laid out before.
+// context_unet: what an optimized ContextUnet computes between its embeddings and its output, in
+// one call. Of one small picture, Python and the dispatcher took a third of the time. The layers
+// are those of diffusion_ext/nn/context_unet.py (`UnetForward.predict`), their weights laid out
+// before.
 #include "convolution.h"
 #include "normalise.h"
 
 namespace dx {
 namespace {
 
-constexpr int kLevelConvs = 4;  // of a level: two blocks of two convolutions
+constexpr int kLevelConvs = 4;       // of a level: two blocks of two convolutions
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 // The convolutions in the order in which they run.
@@ -66,8 +67,7 @@ Tensor max_pool(const Tensor& x_) {
 #pragma omp simd
             for (int64_t c = 0; c < x.channels; ++c) {
               float most = from[c];
-              for (const float other :
-                   {from[c + x.channels], below[c], below[c + x.channels]})
+              for (const float other : {from[c + x.channels], below[c], below[c + x.channels]})
                 most = other > most || other != other ? other : most;
               y[p * x.channels + c] = most;
             }
@@ -181,12 +181,14 @@ Tensor context_unet(const Tensor& x, const Tensor& scale1, const Tensor& shift1,
   modulate(up2, scale2, shift2);
   const Tensor up3 = layers.level(layers.unpool(up2, down1, 2));  // [B, n, H, H]
   const Tensor last = layers.conv(up3, Act::identity, top);
-  return layers.conv(
-      norm_relu(last, groups, norms[2], norms[3], eps, std::nullopt, std::nullopt), Act::identity);
+  return layers.conv(norm_relu(last, groups, norms[2], norms[3], eps, std::nullopt, std::nullopt),
+                     Act::identity);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) { m.impl("context_unet", TORCH_BOX(&context_unet)); }
+STABLE_TORCH_LIBRARY_IMPL(diffusion_ext, CPU, m) {
+  m.impl("context_unet", TORCH_BOX(&context_unet));
+}
 
 }  // namespace dx

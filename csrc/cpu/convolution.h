@@ -75,7 +75,6 @@ template <Act act, class Count>
 DX_INLINE void write(const Outputs& out, int64_t pixel, int64_t k, Count count,
                      const float* __restrict sums, const float* __restrict bias) {
   const int64_t at = pixel * out.channels + k;
-  const float* __restrict residual = out.residual + at;
   float* __restrict y = out.y + at;
   const float scale = out.scale;
   float derivative;
@@ -83,6 +82,7 @@ DX_INLINE void write(const Outputs& out, int64_t pixel, int64_t k, Count count,
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) y[i] = scale * activate<act>(sums[i] + bias[i], derivative);
   } else {
+    const float* __restrict residual = out.residual + at;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
       y[i] = scale * (activate<act>(sums[i] + bias[i], derivative) + residual[i]);

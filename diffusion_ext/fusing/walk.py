@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn.group_norm_act import GroupNormAct
-from ..nn.packed_conv2d import filter_bytes, packs
+from ..nn.packed_conv2d import filter_bytes, forget, packs
 from ..nn.winograd_conv2d import WinogradConv2d
 from .known_forwards import is_float32_norm, is_swish
 from .modules import (
@@ -114,6 +114,7 @@ def unfuse(model: nn.Module) -> None:
     """
     _check(model)
     for module in model.modules():
+        forget(module)
         restore_class(module)
         if type(module) is PairedSequential:  # a slice that became a module
             module.__class__ = nn.Sequential

@@ -77,9 +77,9 @@ class Conv3x3(nn.Module):
         self.weight = frozen(weight.contiguous(memory_format=layout))
         self.bias, self.gelu, self.onednn = frozen(bias), gelu, None
         self.packed = PackedConv2d(self.weight, padding=(1, 1), batch=batch, lanes=lanes)
-        self.size = batch, side, side
+        self.size, self.layout = (batch, side, side), layout
         like = _images(weight, batch, weight.shape[1], side, layout)
-        if serves_conv2d(like, weight):
+        if self.ours(like):
             self.filters()
         elif layout == torch.channels_last and OnednnConv3x3.serves(weight):
             self.onednn = OnednnConv3x3(self.weight, self.bias, gelu, like.shape)
@@ -87,11 +87,14 @@ class Conv3x3(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None, residual: Tensor | None = None):
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, H, W], to which
         residual is added."""
-        if serves_conv2d(x, self.weight):
+        if self.ours(x):
             act = "gelu" if self.gelu else "identity"
             return self.packed(x, self.bias, skip=skip, residual=residual, act=act)
         y = self._by_torch(x if skip is None else torch.cat((x, skip), dim=1))
         return y if residual is None else residual + y
+
+    def ours(self, x: Tensor) -> bool:
+        return self.layout == torch.channels_last and serves_conv2d(x, self.weight)
 
     def filters(self) -> Tensor:
         return self.packed.lay_out(*self.size)
@@ -118,15 +121,18 @@ class Unpool(nn.Module):
         self.layout, self.weight = layout, frozen(conv.weight.to(dtype, copy=True))
         self.bias = frozen(conv.bias.to(dtype, copy=True))
         self.packed = PackedConv2d(self.weight, transposed=True)
-        if serves_conv2d(_images(self.weight, 1, len(self.weight), 2, layout), self.weight):
+        if self.ours(_images(self.weight, 1, len(self.weight), 1, layout)):
             self.filters()
+
+    def ours(self, x: Tensor) -> bool:
+        return self.layout == torch.channels_last and serves_conv2d(x, self.weight)
 
     def filters(self) -> Tensor:
         return self.packed.lay_out(1, 1, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, side·H, side·W]"""
-        if self.layout == torch.channels_last and serves_conv2d(x, self.weight):
+        if self.ours(x):
             return self.packed(x, self.bias, skip=skip)
         batch, channels, height, width = x.shape
         _, out_channels, side, _ = self.weight.shape

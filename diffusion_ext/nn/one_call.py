@@ -32,6 +32,7 @@ class OneCall:
             self.shortcut = None
         folded = all(isinstance(conv, (Conv3x3, Unpool)) for conv in self.convs)
         self.possible = folded and init.shortcut != "random"
+        self.possible = self.possible and network.memory_format == torch.channels_last
         self.layers = None  # filters, biases, norms
 
     def serves(self, x: Tensor) -> bool:

@@ -109,21 +109,38 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     if torch.compiler.is_compiling():
         return None
     weight = conv._parameters.get("weight")
-    if needs_grad(x, weight, conv.bias, *after.values()):
-        _packed.pop(conv, None)  # it trains
+    if needs_grad(x, weight, conv.bias, after.get("residual")) or not _may_be_laid_out(weight):
+        forget(conv)  # it trains, or has moved
         return None
-    if type(weight) is not nn.Parameter or type(x) is not Tensor:
-        return None
-    if not serves_conv2d(x, weight) or x.shape[1] != weight.shape[1] or weight.is_inference():
+    if type(x) is not Tensor or not serves_conv2d(x, weight) or not _is_channels_last(x, weight):
         return None
     if not (packed := _packed_as_it_is(conv, weight)):
         return None
     return packed(x, conv.bias, repeat, **after)
 
 
+def forget(module: nn.Module) -> None:
+    """Give back the memory of its filters, where it has some."""
+    _packed.pop(module, None)
+
+
+def _may_be_laid_out(weight) -> bool:
+    """Whether weight is one whose changes can be noticed, where the kernels are."""
+    if type(weight) is not nn.Parameter or weight.is_inference():
+        return False
+    return weight.is_cpu and weight.dtype == torch.float32 and _is_dense(weight)
+
+
+def _is_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether x, of weight's channels, was made so. Of one channel, or of one pixel, any tensor
+    would pass for it, and get channels_last outputs where torch's are contiguous."""
+    strides, (_, channels, *size) = x.stride(), x.shape
+    if channels != weight.shape[1] or [channels, *size] == [1, 1, 1]:
+        return False
+    return (strides[1], strides[3]) == (1, channels)
+
+
 def _packed_as_it_is(conv: nn.Conv2d, weight: Tensor) -> PackedConv2d | None:
-    if not _is_dense(weight):
-        return None
     lines = max(LINES, 2 * len(weight))  # every filter has some, whose numbers lie together
     address, floats = weight.data_ptr(), weight.numel()
     how = weight.stride(), conv.stride, conv.padding

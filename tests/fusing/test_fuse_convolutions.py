@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
+from diffusion_ext.nn import packed_conv2d
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops.conv2d import VECTORISED
 
@@ -89,6 +90,16 @@ def test_subclasses_and_hooked_ones_are_left():
     hooked.register_forward_hook(lambda *_: None)
     replaced.forward = lambda x: x
     assert dx.fuse(nn.Sequential(Doubled(**PLAIN), hooked, replaced)).convolutions == []
+
+
+def test_unfusing_gives_the_filters_memory_back():
+    conv = nn.Conv2d(**PLAIN).to(memory_format=torch.channels_last)
+    dx.fuse(conv)
+    with torch.no_grad():
+        conv(images())
+    assert (conv in packed_conv2d._packed) == VECTORISED
+    dx.unfuse(conv)
+    assert conv not in packed_conv2d._packed
 
 
 def test_a_network_that_has_them_keeps_them():

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers.models.resnet import ResnetBlock2D
 
 from diffusion_ext.fusing import diffusers_blocks
+from diffusion_ext.ops.conv2d import VECTORISED
 
 
 @pytest.mark.parametrize("time_embedding_norm", ["default", "scale_shift"])
@@ -38,6 +39,29 @@ def test_blocks_of_every_kind(options, time_embedding_norm):
         fused, _ = fused_copy(block)
         torch.manual_seed(1)
         assert_same_results(results(fused, inputs), expected, 1e-5)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+@pytest.mark.parametrize("out_channels", [8, 24])
+def test_the_residual_in_the_convolutions_pass(out_channels, factor, grad_mode):
+    """Of a frozen block, on channels_last: no sum and no division is left."""
+    sizes = {"in_channels": 8, "out_channels": out_channels, "temb_channels": 5, "groups": 2}
+    block = vary_gently(ResnetBlock2D(**sizes, output_scale_factor=factor)).eval()
+    block = block.requires_grad_(False).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    temb = torch.randn(2, 5)
+    fused, _ = fused_copy(block)
+    with grad_mode():
+        torch.testing.assert_close(fused(x, temb), block(x, temb), rtol=1e-4, atol=1e-5)
+    ops = ops_of(lambda: fused(x, temb))
+    if VECTORISED:
+        assert ops["conv2d"] == (2 if out_channels == 8 else 3)
+        assert not ops["add"] + ops["div"]
+    watched = []
+    fused.conv2.register_forward_hook(lambda *_: watched.append(1))
+    torch.testing.assert_close(fused(x, temb), block(x, temb), rtol=1e-4, atol=1e-5)
+    assert watched
 
 
 @pytest.mark.compiles

@@ -69,9 +69,7 @@ def test_is_what_the_layers_compute(options, batch, context):
     expected = by_layers(network, *arguments)
     torch.testing.assert_close(network(*arguments), expected, rtol=0, atol=2e-6)
     one_time = arguments[0], arguments[1][:1], arguments[2]
-    torch.testing.assert_close(
-        network(*one_time), by_layers(network, *one_time), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(network(*one_time), by_layers(network, *one_time), rtol=0, atol=2e-6)
 
 
 def test_bits_depend_neither_on_threads_nor_on_the_batch():

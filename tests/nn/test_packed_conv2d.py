@@ -161,6 +161,26 @@ def test_a_frozen_network_is_laid_out_with_gradients_enabled():
     assert not y.requires_grad
 
 
+def test_another_dtype_gives_the_memory_back():
+    conv, x = layer(), images()
+    assert_right(conv, x)
+    with torch.no_grad():
+        assert conv.double()(x.double()).dtype == torch.float64
+    assert laid_out(conv) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 32, 1, 1), (2, 1, 1, 1)])
+def test_what_is_contiguous_too_stays_so(shape):
+    """Of one channel or one pixel a tensor is in either layout."""
+    conv = layer(shape[1], 16, padding=2).to(memory_format=torch.contiguous_format)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert conv(x).is_contiguous()
+        assert_right(conv, x)
+        last = torch.empty(shape, memory_format=torch.channels_last).copy_(x)
+        torch.testing.assert_close(conv(last), conv(x), rtol=1e-5, atol=1e-5)
+
+
 def test_copies_and_pickles_know_nothing_of_it():
     conv, x = layer(), images()
     assert_right(conv, x)
