@@ -126,7 +126,7 @@ def forget(module: nn.Module) -> None:
 
 def _may_be_laid_out(weight) -> bool:
     """Whether weight is one whose changes can be noticed, where the kernels are."""
-    if type(weight) is not nn.Parameter or weight.is_inference():
+    if type(weight) is not nn.Parameter or weight.is_inference() or not weight.numel():
         return False
     return weight.is_cpu and weight.dtype == torch.float32 and _is_dense(weight)
 

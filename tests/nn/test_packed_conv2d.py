@@ -201,6 +201,13 @@ def test_little_memory(monkeypatch):
     assert laid_out(conv) is None
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_weight_is_torchs_to_refuse():
+    conv = layer(32, 0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected weight to be at least 1"):
+        conv(images())
+
+
 def test_weights_that_are_computed():
     conv, x = layer(), images()
     nn.utils.parametrizations.weight_norm(conv)
