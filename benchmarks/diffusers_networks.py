@@ -97,7 +97,7 @@ QUICK = (
 )
 
 
-def diffusers_forwards(networks: tuple[DiffusersNetwork, ...], device: str) -> list[Work]:
+def forwards(networks: tuple[DiffusersNetwork, ...], device: str) -> list[Work]:
     """None where diffusers is not installed."""
     if importlib.util.find_spec("diffusers") is None:
         return []

@@ -10,7 +10,6 @@ import torch
 
 from . import diffusers_networks
 from .device import warm_heap
-from .diffusers_networks import DiffusersNetwork, diffusers_forwards
 from .networks import Networks, forwards, samplings, trainings
 from .norms import GROUPS, MORE_SHAPES, NORM_SHAPES, norms
 from .objective import objectives
@@ -31,7 +30,7 @@ class Sizes:
     norms: dict[tuple[int, ...], int]  # shape -> groups
     networks: Networks
     more_networks: tuple[Networks, ...]  # whose forward alone is timed
-    diffusers: tuple[DiffusersNetwork, ...]
+    diffusers: tuple[diffusers_networks.DiffusersNetwork, ...]
     pictures: tuple[int, ...]
     channels: tuple[int, ...]
 
@@ -90,7 +89,7 @@ TESTS = {
     "forward": lambda sizes: [
         work for networks in (sizes.networks, *sizes.more_networks) for work in forwards(networks)
     ],
-    "diffusers_forward": lambda sizes: diffusers_forwards(sizes.diffusers, DEVICE),
+    "diffusers_forward": lambda sizes: diffusers_networks.forwards(sizes.diffusers, DEVICE),
     "training_step": lambda sizes: trainings(sizes.networks),
     "sampling": lambda sizes: samplings(sizes.networks),
     "pipeline": lambda sizes: pipelines(Case(sizes.pictures, device=DEVICE), sizes.channels),

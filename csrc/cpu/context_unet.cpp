@@ -9,7 +9,7 @@ namespace dx {
 namespace {
 
 constexpr int kLevelConvs = 4;       // of a level: two blocks of two convolutions
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread: torch's own number
 
 // The convolutions in the order in which they run.
 struct Layers {

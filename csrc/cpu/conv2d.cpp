@@ -1,6 +1,7 @@
 // conv2d: convolutions with what precedes and follows them, float32, channels_last, of filters that
 // were laid out before. Here the direct one of any filter and stride, an implicit product of
 // matrices: the rows of the inputs are multiplied where they lie. conv3x3.cpp has the other way.
+#include "../math/winograd.h"
 #include "convolution.h"
 
 namespace dx {
@@ -162,7 +163,7 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   const Filter filter = winograd ? Filter{3, 3, 1, 1, 1, 1}
                                  : Filter{filters_.size(1), filters_.size(2), stride_high,
                                           stride_wide,      padding_high,     padding_wide};
-  const int64_t taps = winograd ? 36 : filter.taps();
+  const int64_t taps = winograd ? kPoints : filter.taps();
   STD_TORCH_CHECK(filters_.size(0) == side * side * column_blocks(channels) &&
                       filters_.numel() == filters_.size(0) * taps * in.channels() * kColumns,
                   "filters: wanted those of ", in.channels(), " channels to ", channels);

@@ -39,7 +39,8 @@ void convolve(const Inputs& in, const float* filters, const Outputs& out, const 
   float *m = v + kPoints * point_stride(channels), *zeros = m + kPoints * point_stride(kColumns);
   std::fill_n(zeros, channels, 0.0f);
   float* of_part = v;
-  for (const Part& part : in.parts) {
+  for (int64_t p = 0; p < in.count(); ++p) {
+    const Part& part = in.parts[p];
     const ChannelRange range{part.data, part.channels, 0, part.channels};
     transform_inputs(in, first, count, range, zeros, of_part, channels);
     of_part += part.channels;

@@ -19,8 +19,8 @@
 
 namespace dx {
 
-inline int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t column_blocks(int64_t channels) { return rounded_up(channels, kColumns); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t column_blocks(int64_t channels) { return ceil_div(channels, kColumns); }
 
 // --- what is read --------------------------------------------------------------------------------
 
@@ -107,22 +107,22 @@ struct Grid {
   int64_t units, columns, size, group_size, groups, tasks;
 
   // Of at most `most` units a task. A thread reads the filters of its columns once for each of its
-  // tasks, which takes as long as kReading units' products, and reads its units once for each
-  // group.
+  // tasks, which takes as long as kReading units' products, and its units once for each group. The
+  // numbers are what ran a ContextUnet of one picture fastest, of 1 to 8 on two cores.
   Grid(int64_t units, int64_t most, int64_t columns) : units(units), columns(columns) {
     constexpr double kReading = 1, kUnit = 0.5;
     const int64_t threads = torch::stable::get_num_threads();
     double best = std::numeric_limits<double>::infinity();
     for (int64_t wanted = 1; wanted <= std::min(columns, threads); ++wanted) {
-      const int64_t in_group = rounded_up(columns, wanted), g = rounded_up(columns, in_group);
-      const int64_t fewest = std::max(rounded_up(units, most), rounded_up(threads, g));
-      const int64_t rounds = rounded_up(fewest * g, threads);
-      const int64_t of_units = rounded_up(units, std::max<int64_t>(rounds * threads / g, 1));
+      const int64_t in_group = ceil_div(columns, wanted), g = ceil_div(columns, in_group);
+      const int64_t fewest = std::max(ceil_div(units, most), ceil_div(threads, g));
+      const int64_t rounds = ceil_div(fewest * g, threads);
+      const int64_t of_units = ceil_div(units, std::max<int64_t>(rounds * threads / g, 1));
       const double cost = rounds * (in_group * (of_units + kReading) + kUnit * of_units);
       if (of_units > most || cost >= best) continue;
       best = cost, group_size = in_group, groups = g, size = of_units;
     }
-    tasks = rounded_up(units, size) * groups;
+    tasks = ceil_div(units, size) * groups;
   }
   DX_INLINE int64_t first(int64_t task) const { return task / groups * size; }
   DX_INLINE int64_t count(int64_t task) const { return std::min(size, units - first(task)); }
@@ -137,7 +137,7 @@ struct Grid {
 template <class Body>
 void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
   constexpr int64_t line = 16;  // floats
-  const int64_t own = rounded_up(size, line) * line;
+  const int64_t own = ceil_div(size, line) * line;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   struct Free {
     void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }

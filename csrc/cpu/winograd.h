@@ -17,8 +17,8 @@ constexpr int64_t point_stride(int64_t row) { return kTiles * row + 16; }
 struct Tiles {
   int64_t high, wide, count;
   explicit Tiles(const Inputs& x)
-      : high(rounded_up(x.height, kTileOut)),
-        wide(rounded_up(x.width, kTileOut)),
+      : high(ceil_div(x.height, kTileOut)),
+        wide(ceil_div(x.width, kTileOut)),
         count(x.batch * high * wide) {}
 };
 

@@ -109,7 +109,7 @@ class FusedUpsample2D(StandIn, Upsample2D):
 
 def fuse_upsampling(module: nn.Module) -> None:
     """Let module, if it is an Upsample2D that only repeats pixels and convolves, read in place."""
-    if type(module) is Upsample2D and "forward" not in module.__dict__ and not hooked(module):
+    if type(module) is Upsample2D and not hooked(module):
         plain = module.use_conv and not module.use_conv_transpose and module.interpolate
         if plain and module.norm is None and upsampling_is_known():
             swap_class(module, FusedUpsample2D)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..nn.packed_conv2d import convolved, packs
+from ..nn.packed_conv2d import convolved
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
@@ -242,7 +242,7 @@ def convolved_by(conv: nn.Module, x: Tensor, repeat: int = 1, **after) -> Tensor
     """`convolved` of conv(x), where conv is ours and nobody watches it; else None."""
     if not isinstance(conv, WinogradConv2d) or hooked(conv) or _has_any_global_hook():
         return None
-    return convolved(conv, x, repeat, **after) if packs(conv) else None
+    return convolved(conv, x, repeat, **after)
 
 
 class FusedConv2d(StandIn, WinogradConv2d):

@@ -79,7 +79,7 @@ class Conv3x3(nn.Module):
         self.packed = PackedConv2d(self.weight, padding=(1, 1), batch=batch, lanes=lanes)
         self.size, self.layout = (batch, side, side), layout
         like = _images(weight, batch, weight.shape[1], side, layout)
-        if self.ours(like):
+        if _ours_serves(self, like):
             self.filters()
         elif layout == torch.channels_last and OnednnConv3x3.serves(weight):
             self.onednn = OnednnConv3x3(self.weight, self.bias, gelu, like.shape)
@@ -87,14 +87,11 @@ class Conv3x3(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None, residual: Tensor | None = None):
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, H, W], to which
         residual is added."""
-        if self.ours(x):
+        if _ours_serves(self, x):
             act = "gelu" if self.gelu else "identity"
             return self.packed(x, self.bias, skip=skip, residual=residual, act=act)
         y = self._by_torch(x if skip is None else torch.cat((x, skip), dim=1))
         return y if residual is None else residual + y
-
-    def ours(self, x: Tensor) -> bool:
-        return self.layout == torch.channels_last and serves_conv2d(x, self.weight)
 
     def filters(self) -> Tensor:
         return self.packed.lay_out(*self.size)
@@ -121,18 +118,15 @@ class Unpool(nn.Module):
         self.layout, self.weight = layout, frozen(conv.weight.to(dtype, copy=True))
         self.bias = frozen(conv.bias.to(dtype, copy=True))
         self.packed = PackedConv2d(self.weight, transposed=True)
-        if self.ours(_images(self.weight, 1, len(self.weight), 1, layout)):
+        if _ours_serves(self, _images(self.weight, 1, len(self.weight), 1, layout)):
             self.filters()
-
-    def ours(self, x: Tensor) -> bool:
-        return self.layout == torch.channels_last and serves_conv2d(x, self.weight)
 
     def filters(self) -> Tensor:
         return self.packed.lay_out(1, 1, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], or its first channels and a skip of the rest -> [B, K, side·H, side·W]"""
-        if self.ours(x):
+        if _ours_serves(self, x):
             return self.packed(x, self.bias, skip=skip)
         batch, channels, height, width = x.shape
         _, out_channels, side, _ = self.weight.shape
@@ -169,6 +163,10 @@ class Linear(nn.Module):
             return self.packed(pixels, self.bias, act=act)[:, :, 0, 0]
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if self.gelu else y
+
+
+def _ours_serves(layer: Conv3x3 | Unpool, x: Tensor) -> bool:
+    return layer.layout == torch.channels_last and serves_conv2d(x, layer.weight)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -31,8 +31,8 @@ class OneCall:
         if not init.same_channels and init.shortcut != "scaled":
             self.shortcut = None
         folded = all(isinstance(conv, (Conv3x3, Unpool)) for conv in self.convs)
-        self.possible = folded and init.shortcut != "random"
-        self.possible = self.possible and network.memory_format == torch.channels_last
+        channels_last = network.memory_format == torch.channels_last
+        self.possible = folded and channels_last and init.shortcut != "random"
         self.layers = None  # filters, biases, norms
 
     def serves(self, x: Tensor) -> bool:

@@ -41,8 +41,8 @@ def optimize_for_sampling(
     BatchNorms and the division of the residual are folded into the convolutions, whose weights are
     laid out once; GELU, the residual and what is side by side run in their own pass, transposed
     convolutions are products of matrices; `sample` has the copy embed the times and the context of
-    a run at once. It stays as it was made:
-    later weights, other devices and gradients are the original's.
+    a run at once. It stays as it was made: later weights, other devices and gradients are the
+    original's.
 
     Args:
         model: in either mode; the copy is in evaluation mode.
@@ -217,9 +217,9 @@ class _Up(nn.Module):
 
 def _embedding(embed: EmbedFC) -> EmbedFC:
     """A copy whose layers are products of ours."""
-    first, _, last = (copy.deepcopy(layer) for layer in embed.model)
-    layers = Linear(first.weight, first.bias, gelu=True), Linear(last.weight, last.bias, gelu=False)
     embed = _copied(embed)
+    first, _, last = embed.model
+    layers = Linear(first.weight, first.bias, gelu=True), Linear(last.weight, last.bias, gelu=False)
     embed.model = nn.Sequential(*layers)
     return embed
 

@@ -106,7 +106,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     is compared with the one that was laid out: its version, its address, and a fingerprint of at
     least 1024 lines of 16 numbers, which no averaged or merged weight has in common with another.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not packs(conv):
         return None
     weight = conv._parameters.get("weight")
     if needs_grad(x, weight, conv.bias, after.get("residual")) or not _may_be_laid_out(weight):

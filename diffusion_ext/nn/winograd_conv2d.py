@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.conv3x3 import conv3x3
-from .packed_conv2d import convolved, is_plain_conv3x3, packs
+from .packed_conv2d import convolved, is_plain_conv3x3
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -18,7 +18,7 @@ class WinogradConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H', W']
-        if packs(self) and (y := convolved(self, x)) is not None:
+        if (y := convolved(self, x)) is not None:
             return y
         if is_plain_conv3x3(self):
             return conv3x3(x, self.weight, self.bias)

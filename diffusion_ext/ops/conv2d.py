@@ -60,12 +60,12 @@ def tiles_of(batch: int, height: int, width: int) -> int:
 
 def winograd_filters(weight: Tensor) -> Tensor:
     """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm."""
-    return torch.ops.diffusion_ext.conv3x3_filters(weight)
+    return kernels().conv3x3_filters(weight)
 
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
     """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it."""
-    return torch.ops.diffusion_ext.conv2d_filters(weight, transposed)
+    return kernels().conv2d_filters(weight, transposed)
 
 
 def conv2d(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -13,33 +13,50 @@ try:
 except ImportError:  # Windows
     resource = None
 
+GROUP = Path("/sys/fs/cgroup")
 
-@functools.cache
+
 def memory_in_all() -> int:
-    """Bytes of the machine; 0 where nothing tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
+    """Bytes that this process may have, as Linux, its control group (a container's) and its own
+    limit tell; without end where nothing tells."""
+    return min((most for most, _ in _limits()), default=sys.maxsize)
 
 
 def memory_available() -> int:
-    """Bytes that this process can take without pushing others out, as Linux, its control group and
-    its own limit tell; without end where nothing tells."""
-    limits = [sys.maxsize]
-    if resource is not None:
-        own, _ = resource.getrlimit(resource.RLIMIT_AS)
-        with contextlib.suppress(OSError):
-            if own != resource.RLIM_INFINITY:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                limits.append(own - pages * resource.getpagesize())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(1024 * int(line.split()[1]))
-    with contextlib.suppress(OSError):
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            limits.append(int(most) - int((group / "memory.current").read_text()))
-    return max(min(limits), 0)
+    """Bytes of them that it can take without pushing others out."""
+    return max(min((free for _, free in _limits()), default=sys.maxsize), 0)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(bytes in all, bytes that are free) of everything that limits this process."""
+    for limit in (_of_process, _of_machine, _of_group):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            if (found := limit()) is not None:
+                yield found
+
+
+def _of_process() -> tuple[int, int] | None:
+    own = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else None
+    if own is None or own == resource.RLIM_INFINITY:
+        return None
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return own, own - pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_machine() -> tuple[int, int]:
+    kilobytes = _table(Path("/proc/meminfo"))
+    return 1024 * kilobytes["MemTotal:"], 1024 * kilobytes["MemAvailable:"]
+
+
+def _of_group() -> tuple[int, int] | None:
+    most = (GROUP / "memory.max").read_text().strip()
+    if most == "max":
+        return None
+    used = int((GROUP / "memory.current").read_text())
+    files = _table(GROUP / "memory.stat")["inactive_file"]  # which Linux gives up when asked
+    return int(most), int(most) - used + files
+
+
+def _table(file: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines())}

@@ -50,6 +50,20 @@ def run(processes: int | None, *arguments, options: tuple = ()) -> subprocess.Co
     )
 
 
+def run_script(processes: int, script: str, folder: Path) -> subprocess.CompletedProcess:
+    """Python by torchrun, with {here!r}, where the tests' modules are, and {folder!r} filled in."""
+    path = folder / "script.py"
+    path.write_text(script.format(here=str(Path(__file__).parent), folder=str(folder / "run")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, f"--nproc-per-node={processes}", path],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
 def begin(
     processes: int | None, *arguments, options: tuple = (), first: Callable | None = None
 ) -> subprocess.Popen:

@@ -4,20 +4,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from many_processes import (
-    ENVIRONMENT,
     EPOCHS,
     TINY,
     assert_close_weights,
     assert_same_weights,
     begin,
     run,
+    run_script,
     wait_for_step,
     workers_of,
 )
@@ -157,14 +154,7 @@ dist.destroy_process_group()
 
 
 def test_a_bad_step_of_one_process_is_skipped_by_all(tmp_path):
-    script = tmp_path / "bad_step.py"
-    here = str(Path(__file__).parent)
-    script.write_text(BAD_STEP.format(here=here, folder=str(tmp_path / "run")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", script],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    done = run_script(2, BAD_STEP, tmp_path)
     assert done.returncode == 0, done.stderr
     told = re.findall(r"skipped 1 of 4, weights (\d+\.\d+)", done.stdout)
     assert len(told) == 2

@@ -4,19 +4,16 @@ import json
 import pickle
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from malice import Evil
 from many_processes import (
-    ENVIRONMENT,
     EPOCHS,
     TINY,
     assert_close_weights,
     begin,
     run,
+    run_script,
     wait_for_step,
 )
 
@@ -103,14 +100,7 @@ dist.destroy_process_group()
 
 
 def test_each_process_holds_its_part_of_the_first_ones_weights(tmp_path):
-    script = tmp_path / "sizes.py"
-    here = str(Path(__file__).parent)
-    script.write_text(SIZES.format(here=here, folder=str(tmp_path / "run")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", script],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    done = run_script(2, SIZES, tmp_path)
     assert done.returncode == 0, done.stderr
     shares = re.findall(r"0\.\d+", done.stdout)
     assert len(shares) == 6
