@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import pathlib
-import platform
-import re
 import subprocess
 import time
 from importlib import metadata
@@ -15,6 +12,7 @@ from importlib import metadata
 import torch
 
 import diffusion_ext as dx
+from diffusion_ext.ops.choices import processor
 from diffusion_ext.ops.conv2d import CAPABILITY
 
 LIBRARIES = ("numpy", "diffusers", "openvino", "onnxruntime", "apex", "liger-kernel")
@@ -45,13 +43,8 @@ def warm_heap():
 
 def cpu_name() -> str:
     """Such as "AMD EPYC, 2 threads, AVX512": torch's threads, and the instructions it uses."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    model = found[1].strip() if found else f"CPU {platform.machine()}"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {torch.get_num_threads()} threads, {capability}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {capability}"
 
 
 def driver() -> str:

@@ -1,5 +1,6 @@
 """Settings for the whole suite."""
 
+import itertools
 import pathlib
 
 import numpy as np
@@ -27,9 +28,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
+_counter = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_choices(monkeypatch, tmp_path_factory):
+    """No test takes what another one, or this machine's user, has measured."""
+    folder = tmp_path_factory.getbasetemp() / f"choices{next(_counter)}"
+    monkeypatch.setenv("DIFFUSION_EXT_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")

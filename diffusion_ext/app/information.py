@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..ops import backend
+from ..ops import backend, choices
 from ..version import __version__
 
 OPS = ("sampler_step", "perturb", "denoising_loss", "philox_normal", "group_norm_act")
@@ -22,11 +22,13 @@ class Info:
         versions: of diffusion_ext, torch, numpy, python, CUDA.
         build: how the libraries were compiled, or why they were not.
         backends: op -> device -> "native (...)" or "reference: why".
+        choices: what engine="auto" and `optimize_for_sampling` have measured on this machine.
     """
 
     versions: dict[str, str]
     build: dict[str, str]
     backends: dict[str, dict[str, str]]
+    choices: tuple[choices.Choice, ...]
 
     def __str__(self) -> str:
         lines = ["diffusion_ext", "  versions"]
@@ -36,6 +38,9 @@ class Info:
             lines.append(f"  {op}")
             lines += [f"    {device:<16}{served}" for device, served in devices.items()]
         lines.append("  float64 and other devices are served by the torch reference")
+        if self.choices:
+            lines.append(f"  what was measured to be fastest here ({choices.folder()})")
+            lines += [f"    {choice.of}\n      {choice}" for choice in self.choices]
         return "\n".join(lines)
 
 
@@ -49,7 +54,8 @@ def info() -> Info:
         "python": platform.python_version(),
     }
     served = {device: _served(device) for device in ("cpu", "cuda")}
-    return Info(versions, _build(), {op: dict(served) for op in OPS})
+    chosen = tuple(choices.all_of_this_machine())
+    return Info(versions, _build(), {op: dict(served) for op in OPS}, chosen)
 
 
 def _served(device: str) -> str:

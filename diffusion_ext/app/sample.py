@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
 from ..sampling import SampleResult, sample
+from ..sampling.engines import ENGINES
 from ..sampling.pictures import sample_grid, save_denoising_animation
 from ..training import StateDictOptions, TrainedModel, load_trained
 from ..training.folder_lock import FolderLock
@@ -104,6 +105,8 @@ class Sample(SamplerOptions):
     """of --count: samples drawn at once"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
+    engine: Literal[ENGINES] = "eager"
+    """what runs the network; auto measures them all once on this machine and takes the fastest"""
     state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
         default_factory=StateDictOptions
     )
@@ -132,6 +135,7 @@ class Sample(SamplerOptions):
             context=labels,
             guidance_scale=self.guidance if names else 1.0,
             seeds=self.seed,
+            engine=self.engine,
             save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
         )
         out = self.out or path.parent
@@ -155,6 +159,8 @@ class Sample(SamplerOptions):
             "checkpoint": digest_of(path), "format": self.format, "batch": self.batch,
             "classes": list(trained.class_names), "sampler": options_of(self),
         }  # fmt: skip
+        if self.engine != "eager":  # others round otherwise
+            record["engine"] = self.engine
         with joined(device) as processes, ExitStack() as stack:
             if processes.first:
                 stack.enter_context(closing(FolderLock(self.out)))
@@ -184,6 +190,7 @@ class Sample(SamplerOptions):
                 context=files.labels(drawn),
                 guidance_scale=self.guidance if classes else 1.0,
                 seeds=self.seed + numbers[0],
+                engine=self.engine,
                 progress=False,
             )
             files.write(numbers, result.images[: len(numbers)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import check_dtype
+from ..ops import choices
 from ..ops.conv2d import CHANNELS
 from ..ops.layouts import layout_of
 from .context_unet import (
@@ -52,8 +52,9 @@ def optimize_for_sampling(
             precision. The embeddings, and what `sample` does between, keep the model's.
         memory_format: of the images inside. None times a few forwards in torch.contiguous_format
             and in torch.channels_last on this device and keeps the faster (`.memory_format` says
-            which). That may be another one the next time, with other rounding: name one for results
-            that are the same to the bit in every process.
+            which), and the choice in a file (`info` shows it) for later calls and processes. On
+            another machine it may be another one, with other rounding: name one for results that
+            are the same to the bit everywhere.
 
     The outputs are the model's to rounding: to 1e-5 of the largest in float32, 3e-2 in bfloat16.
 
@@ -230,25 +231,26 @@ def _copied(module: nn.Module) -> nn.Module:
 
 def _faster(model: ContextUnet, batch: int, dtype: torch.dtype) -> OptimizedContextUnet:
     """The network in the memory format in which a forward takes the least time here."""
-    like, side = model.timeembed1.model[0].weight, model.height
-    x, times = like.new_zeros(batch, model.in_channels, side, side), like.new_ones(1)
-    networks = [OptimizedContextUnet(model, batch, dtype, layout) for layout in LAYOUTS]
-    seconds = []
-    for network in networks:
-        inputs = x.contiguous(memory_format=network.memory_format)
-        network(inputs, times)  # the first one makes and chooses what later ones keep
-        seconds.append(min(_seconds(network, inputs, times) for _ in range(FORWARDS)))
-    return networks[seconds.index(min(seconds))]
+    device = model.timeembed1.model[0].weight.device
+    of = f"optimize_for_sampling, ContextUnet, batch {batch}, {dtype}"
+    detail = repr(model.configuration)
+    known = choices.find(of, detail, device)
+    layouts = {str(layout): layout for layout in LAYOUTS}
+    if known is not None and known.taken in layouts:
+        return OptimizedContextUnet(model, batch, dtype, layouts[known.taken])
+    networks = {
+        name: OptimizedContextUnet(model, batch, dtype, layout) for name, layout in layouts.items()
+    }
+    seconds = {name: _seconds(network, batch, device) for name, network in networks.items()}
+    taken = min(seconds, key=seconds.get)
+    choices.keep(of, detail, device, taken, seconds, {})
+    return networks[taken]
 
 
-def _seconds(network: nn.Module, x: Tensor, t: Tensor) -> float:
-    _wait(x.device)
-    start = time.perf_counter()
-    network(x, t)
-    _wait(x.device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _seconds(network: OptimizedContextUnet, batch: int, device: torch.device) -> float:
+    """Of a forward, the fastest of some."""
+    like, side = network.timeembed1.model[0].weight, network.height
+    x, times = like.new_zeros(batch, network.in_channels, side, side), like.new_ones(1)
+    x = x.contiguous(memory_format=network.memory_format)
+    network(x, times)  # the first one makes and chooses what later ones keep
+    return min(choices.seconds(lambda: network(x, times), device) for _ in range(FORWARDS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ..checks import as_seeds, check_sizes
 from ..samplers import StepTable
+from .auto import Way, fastest
 from .conditioning import as_context, doubled
 from .engines import ENGINES, check_engine
 from .engines import start as start_run
@@ -32,11 +34,13 @@ class SampleResult:
         images: [B, C, H, W], the samples at timestep 0, on the model's device.
         frames: [F, B, C, H, W] on the CPU, the samples kept on the way (F = 0 without save_rate).
         frame_timesteps: int64 [F], the timestep whose step produced each frame.
+        engine: what ran the steps; of engine="auto" the way that was taken, such as "optimized".
     """
 
     images: Tensor
     frames: Tensor
     frame_timesteps: np.ndarray
+    engine: str = "eager"
 
 
 def sample(
@@ -92,7 +96,16 @@ def sample(
             CUDA graph, once for each kind of run, and replays it: the bits of "eager", and no wait
             for the GPU within the loop. It wants the kernel's noise and a model that is nothing but
             work for the GPU: its Python runs at the capture alone. The last graphs of a model are
-            kept for as long as the model is.
+            kept for as long as the model is. "trace" writes down the operators of one call of a
+            module and runs those, without the Python around them: a small network's gain, with the
+            bits of "eager". "onnxruntime" and "openvino", on a CPU in float32, export the module
+            and run that; extras of their names bring them. "auto" times all of these on this model
+            and shape, and the network optimized or fused, as a copy. It takes the fastest and keeps
+            the choice in a file (`info` shows it), so that later runs and processes only take it.
+            The first time takes seconds for a small network and minutes for a large one, most of
+            them torch.compile's. What was traced, exported or copied is kept for as long as the
+            model is, and made anew when a run begins with other weights; other changes in the
+            module go unnoticed.
         progress: show a progress bar, on a terminal.
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
         device, dtype: of the samples; by default those of the model's parameters, else the CPU and
@@ -106,8 +119,8 @@ def sample(
         differentiable: gradients flow through every step to x_T, the context, start and the model's
             parameters; every step's sample is then kept.
 
-    Returns: SampleResult. Raises: TypeError, ValueError; RuntimeError where the engine "graph"
-    cannot capture the model.
+    Returns: SampleResult. Raises: TypeError, ValueError; RuntimeError where an engine cannot
+    capture or export the model; ImportError where it is not installed.
     """
     shape = check_sizes(shape, "(B, C, H, W)")
     check_options(
@@ -115,7 +128,7 @@ def sample(
         differentiable=differentiable, progress=progress,
     )  # fmt: skip
     device, dtype = placement(model, device, dtype)
-    check_engine(engine, device, noise, differentiable)
+    check_engine(engine, model, device, dtype, noise, differentiable)
     if isinstance(noise, torch.Generator):
         noise = draws(noise, shape, dtype, device)
         x_T = noise() if x_T is None else x_T
@@ -133,11 +146,21 @@ def sample(
     with grad, evaluation(model):
         x = initial(x_T, shape, seeds, dtype, device)
         known = as_known(start, mask, first_step, x, table)
-        stepper = start_run(
-            engine, model, table, x if known is None else known.before(first_step), context,
-            NoiseSource(table, seeds, noise), guidance_scale, memory_format_of(model, x_T, shape),
-            known, first_step, differentiable,
-        )  # fmt: skip
+        first = x if known is None else known.before(first_step)
+
+        def begin(way: Way, noise=noise):
+            return start_run(
+                way.engine, way.of(model), table, first, context, NoiseSource(table, seeds, noise),
+                guidance_scale, way.memory_format or memory_format_of(model, x_T, shape), known,
+                first_step, differentiable,
+            )  # fmt: skip
+
+        way = Way("eager" if differentiable and engine == "auto" else engine)
+        if way.engine == "auto":
+            rows = range(first_step, len(table))
+            trial = partial(begin, noise=None)  # the caller's noise is for the run
+            way = fastest(model, x, context, trial, rows, noise is None, progress)
+        stepper = begin(way)
         timesteps = table.timesteps.tolist()
         frames = Frames(timesteps, first_step, save_rate, stepper.x)
         # None: tqdm hides itself where there is no terminal.
@@ -152,4 +175,4 @@ def sample(
             frames.keep(i, stepper.x)
             if callback is not None:
                 callback(i, timestep, stepper.x)
-        return SampleResult(stepper.result(), *frames.result())
+        return SampleResult(stepper.result(), *frames.result(), way.name)

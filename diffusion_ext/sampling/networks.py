@@ -53,12 +53,16 @@ class PreparedNetwork:
 
 def prepares(model) -> bool:
     """Whether a run may be prepared: nobody watches or has changed how the model is called."""
-    if type(model) not in (ContextUnet, OptimizedContextUnet) or modules._has_any_global_hook():
+    if type(model) not in (ContextUnet, OptimizedContextUnet) or watched(model):
         return False
-    changed = {"forward", "predict", "prepare"} & vars(model).keys()
-    compiled = model._compiled_call_impl is not None
-    return not changed and not compiled and not any(map(_has_hooks, model.modules()))
+    return not {"predict", "prepare"} & vars(model).keys()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def watched(model: nn.Module) -> bool:
+    """Whether somebody has hooks on a call of the model, or a forward of their own in it."""
+    return modules._has_any_global_hook() or any(map(_is_watched, model.modules()))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    changed = "forward" in vars(module) or module._compiled_call_impl is not None
+    return bool(changed or module._forward_hooks or module._forward_pre_hooks)

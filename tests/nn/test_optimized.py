@@ -228,13 +228,26 @@ def test_no_gradients_and_inference_mode():
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [((1, 2), FORMATS[0]), ((2, 1), FORMATS[1])])
-def test_the_faster_memory_format_is_kept(monkeypatch, seconds, faster):
-    def timed(network, x, t):
-        assert x.shape == (5, 3, 16, 16)
+def test_the_faster_memory_format_is_kept_and_remembered(monkeypatch, seconds, faster):
+    def timed(network, batch, device):
+        assert batch == 5
+        assert device.type == "cpu"
+        clock.append(network)
         return seconds[FORMATS.index(network.memory_format)]
 
+    clock = []
     monkeypatch.setattr(optimized, "_seconds", timed)
-    assert dx.optimize_for_sampling(trained(), batch=5).memory_format == faster
+    model = trained()
+    for _ in range(2):
+        assert dx.optimize_for_sampling(model, batch=5).memory_format == faster
+    assert len(clock) == 2  # the second call took what the first one had measured
+    (choice,) = dx.info().choices
+    assert (choice.of, choice.taken) == (
+        "optimize_for_sampling, ContextUnet, batch 5, torch.float32",
+        str(faster),
+    )
+    monkeypatch.setattr(optimized, "_seconds", lambda *_: 1)
+    assert dx.optimize_for_sampling(model, batch=6).memory_format == FORMATS[0]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])

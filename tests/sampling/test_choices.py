@@ -1,0 +1,93 @@
+"""Choices that were measured once: kept, found again, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusion_ext as dx
+from diffusion_ext.ops import choices
+
+CPU = torch.device("cpu")
+
+
+def kept(of="work", detail="small", taken="b"):
+    return choices.keep(of, detail, CPU, taken, {"a": 0.25, "b": 0.002}, {"c": "is not here"})
+
+
+def test_found_again():
+    choice = kept()
+    assert choices.find("work", "small", CPU) == choice
+    assert choice.taken == "b"
+    assert str(choice) == "b 2 ms; a 250 ms; c: is not here"
+    assert choices.find("work", "large", CPU) is None
+    assert choices.find("other work", "small", CPU) is None
+    assert kept(taken="a") == choices.find("work", "small", CPU) != choice
+
+
+def test_info_tells():
+    kept(), kept("another")
+    assert [choice.of for choice in dx.info().choices] == ["another", "work"]
+    assert "    work\n      b 2 ms; a 250 ms" in str(dx.info())
+    assert str(choices.folder()) in str(dx.info())
+
+
+def test_of_this_machine_alone(monkeypatch):
+    kept()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert choices.find("work", "small", CPU) is None
+    assert dx.info().choices == ()
+    with dx.use_backend("reference"):
+        kept()
+    assert choices.find("work", "small", CPU) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"of": "work"}', "null", "\x00", '{"seconds": 1}'],
+)
+def test_damaged_files_are_measured_again(text):
+    kept()
+    (file,) = choices.folder().iterdir()
+    file.write_text(text)
+    assert choices.find("work", "small", CPU) is None
+    assert dx.info().choices == ()
+    assert choices.find("work", "small", CPU) is None
+    assert kept() == choices.find("work", "small", CPU)
+
+
+def test_a_choice_of_nothing_is_none():
+    kept()
+    (file,) = choices.folder().iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": {}}))
+    assert choices.find("work", "small", CPU) is None
+    assert dx.info().choices == ()
+
+
+def test_without_a_folder_to_write(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("DIFFUSION_EXT_CACHE", str(file / "below"))
+    assert kept().taken == "b"
+    assert choices.find("work", "small", CPU) is None
+    assert dx.info().choices == ()
+
+
+def test_where(monkeypatch, tmp_path):
+    assert str(choices.folder()) == os.environ["DIFFUSION_EXT_CACHE"]
+    monkeypatch.delenv("DIFFUSION_EXT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert choices.folder() == tmp_path / "diffusion_ext"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert choices.folder() == Path.home() / ".cache" / "diffusion_ext"
+
+
+def test_seconds():
+    calls = []
+    assert 0 <= choices.seconds(lambda: calls.append(1), CPU) < 10
+    assert calls == [1]
