@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.sampling.engines import ENGINES
 
 from . import source
 from .eager import SCHEDULE
@@ -207,12 +206,12 @@ def our_sampling(networks: Networks, table) -> dict[str, Implementation]:
     builders = {"ours": networks.our_model, "ours, optimized": networks.for_sampling}
     rows = {}
     for name, build in builders.items():
-        for engine in ENGINES:
+        for engine in ("eager", "compile", "graph", "auto"):
             rows[name if engine == "eager" else f"{name}, {engine}"] = built(
                 partial(sampler, build, table, engine),
                 noise="seeds",
                 factor=tolerance(SAMPLING, networks.device),
-                compiles=engine == "compile",
+                compiles=engine in ("compile", "auto"),
                 missing="CUDA graphs" if (engine, networks.device) == ("graph", "cpu") else "",
             )
     return rows

@@ -7,37 +7,48 @@ namespace {
 
 using namespace norm_backward;
 
-// The gradients of a call's parameters by channel of each sample, float32 [N, C] each; those of
-// parameters [C] are still to be summed over the samples.
+// The wanted gradients of a call's parameters by channel of each sample, float32 [N, C] each; those
+// of parameters [C] are still to be summed over the samples.
 class ParameterGradients {
  public:
-  ParameterGradients(const GroupNorm& g, const Gradients& out)
-      : g_(g), out_(out), values_(g.samples * g.channels) {}
-
-  ChannelParameters& at(int64_t n, int64_t c) { return values_[n * g_.channels + c]; }
-
-  void finish() const {
+  ParameterGradients(const GroupNorm& g, const Gradients& out) : g_(g) {
     using P = ChannelParameters;
     int i = 0;
     for (const auto member : {&P::weight, &P::bias, &P::scale, &P::shift, &P::post_scale,
-                              &P::post_shift, &P::pre_shift})
-      write(out_.of[i++], member);
-  }
-
- private:
-  void write(const Gradient& out, float ChannelParameters::* member) const {
-    if (!out.wanted()) return;
-    const int64_t rows = out.per_sample ? g_.samples : 1, count = rows * g_.channels;
-    for (int64_t i = 0; i < count; ++i) {
-      double sum = 0;
-      for (int64_t n = 0; n < g_.samples; n += rows) sum += values_[n * g_.channels + i].*member;
-      out.set(i, sum);
+                              &P::post_shift, &P::pre_shift}) {
+      const Gradient& gradient = out.of[i++];
+      if (gradient.wanted())
+        wanted_.push_back({gradient, member, std::vector<float>(g.samples * g.channels)});
     }
   }
 
+  bool wanted() const { return !wanted_.empty(); }
+
+  void set(int64_t n, int64_t c, const ChannelParameters& gradients) {
+    for (Wanted& w : wanted_) w.values[n * g_.channels + c] = gradients.*w.member;
+  }
+
+  void finish() const {
+    for (const Wanted& w : wanted_) write(w);
+  }
+
+ private:
+  struct Wanted {
+    Gradient out;
+    float ChannelParameters::* member;
+    std::vector<float> values;
+  };
+
+  void write(const Wanted& w) const {
+    const int64_t rows = w.out.per_sample ? g_.samples : 1, count = rows * g_.channels;
+    std::vector<double> sums(count);
+    for (int64_t n = 0; n < g_.samples; n += rows)
+      for (int64_t i = 0; i < count; ++i) sums[i] += w.values[n * g_.channels + i];
+    for (int64_t i = 0; i < count; ++i) w.out.set(i, sums[i]);
+  }
+
   const GroupNorm& g_;
-  const Gradients& out_;
-  std::vector<ChannelParameters> values_;
+  std::vector<Wanted> wanted_;
 };
 
 // From the channels' sums, with the gradients of the parameters.
@@ -57,11 +68,12 @@ Correction correct(const Slab& slab, const Channels& ch, Sums& sums,
     for (int64_t k = group; k < group + size; ++k) {
       out.first[k] = ch.rstd[k] * (means.da + ch.residual[k] * means.da_xhat);
       out.second[k] = ch.rstd[k] * ch.rstd[k] * means.da_xhat;
+      if (!gradients.wanted()) continue;
       double channel[kSums];
       for (int i = 0; i < kSums; ++i) channel[i] = sums.at(i, k);
-      const int64_t c = slab.first + k;
-      gradients.at(slab.n, c) = parameter_gradients(g.parameters(slab.n, c), ch.rstd[k], means,
-                                                    double(g.spatial), channel);
+      gradients.set(slab.n, slab.first + k,
+                    parameter_gradients(ch.parameters(k), ch.rstd[k], means, double(g.spatial),
+                                        channel));
     }
   }
   return out;

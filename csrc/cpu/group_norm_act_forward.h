@@ -25,13 +25,14 @@ template <class T>
 DX_INLINE Moments moments(const T* __restrict x, int64_t count, float shift) {
   Moments total;
   for (int64_t begin = 0; begin < count; begin += kRun) {
-    LaneSums<2> sums;
-    for_each_lane({begin, std::min(begin + kRun, count)}, [&](int64_t i, int64_t lane) DX_KERNEL {
-      const float d = to_float(x[i]) - shift;
-      sums.lanes[0][lane] += d;
-      sums.lanes[1][lane] = fma(d, d, sums.lanes[1][lane]);
-    });
-    total += {sums.total(0), sums.total(1)};
+    const auto [first, second] =
+        sum_lanes<2>({begin, std::min(begin + kRun, count)},
+                     [&](int64_t i, Lanes<2>& lanes, int64_t lane) DX_KERNEL {
+                       const float d = to_float(x[i]) - shift;
+                       lanes[0][lane] += d;
+                       lanes[1][lane] = fma(d, d, lanes[1][lane]);
+                     });
+    total += {first, second};
   }
   return total;
 }

@@ -40,6 +40,18 @@ struct Parameter {
       default: return float(static_cast<const double*>(data)[i]);
     }
   }
+
+  // Of channels c, c + 1, ... .
+  DX_INLINE void row(int64_t n, int64_t c, int64_t count, float* out) const {
+    if (data != nullptr && dtype == Floating::float32 && channel_stride == 1) {
+      const float* from = static_cast<const float*>(data) + n * sample_stride + c;
+      for (int64_t k = 0; k < count; ++k) out[k] = from[k];
+    } else if (data == nullptr) {
+      for (int64_t k = 0; k < count; ++k) out[k] = absent;
+    } else {
+      for (int64_t k = 0; k < count; ++k) out[k] = at(n, c + k);
+    }
+  }
 };
 
 inline Parameter parameter_of(const char* name, const MaybeTensor& t, const Tensor& x,
