@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import diffusion_ext as dx
+from diffusion_ext.sampling.exports import exported
 
 from .networks import FORWARD, built, tolerance, twice_compiled
 from .peers import peers
-from .work import Case, Work, compile_anew, copy_of_x
+from .work import Case, Implementation, Work, compile_anew, copy_of_x
 
 TIMESTEP = 500
 
@@ -120,6 +121,8 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
     rows |= twice_compiled(lambda: compile_anew(module()), **of)
     rows |= peers(module, device, **of)
     rows["ours"] = built(fused, around=torch.no_grad, **of)
+    traced = Implementation(lambda *inputs: exported("trace", fused(), inputs), **of)
+    rows["ours, traced"] = traced
     return Work(
         op=network.name,
         variant="forward",
