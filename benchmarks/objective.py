@@ -14,11 +14,15 @@ from .work import DTYPES, Case, Implementation, Work, copy_of_x, formula, ours
 
 
 def by_autograd(x_t, m, noise) -> tuple:
-    """(x_t, the mean squared error, its gradient by m): what torch's own loss makes of them. The
-    gradient is that of the sum over the elements, which half precision can hold."""
+    """(x_t, the mean squared error, its scaled gradient by m), by torch's own loss."""
     output = m.detach().requires_grad_()
     loss = F.mse_loss(output, noise)
-    return x_t, loss, torch.autograd.grad(loss, output, loss.new_tensor(m.numel()))[0]
+    return x_t, loss, torch.autograd.grad(loss, output, loss.new_tensor(_scale(m.numel())))[0]
+
+
+def _scale(elements: int) -> int:
+    """Of the gradient: that of the sum over the elements, as far as half precision can hold it."""
+    return min(elements, 2**15)
 
 
 def objectives(case: Case) -> list[Work]:
@@ -30,7 +34,8 @@ def objectives(case: Case) -> list[Work]:
         for d in DTYPES.values()
     }
     zero, one = (SCHEDULE.tensor(name, device) for name in ("zero", "one"))
-    upstream = torch.full((batch,), float(torch.Size(case.shape[1:]).numel()), device=device)
+    scale = _scale(torch.Size(case.shape).numel()) / batch
+    upstream = torch.full((batch,), scale, device=device)
 
     def eagerly(x0, m, _):
         x_t, noise = eager.perturb(x0, *rows[x0.dtype])
@@ -42,8 +47,8 @@ def objectives(case: Case) -> list[Work]:
     def fused(x0, m, seeds):
         x_t, _ = dx.perturb(x0, t, SCHEDULE, seeds=seeds, target=None)
         tables = (zero, one) if m.dtype != torch.float64 else (zero.double(), one.double())
-        scale = upstream.to(tables[0].dtype)
-        losses, gradient = loss_and_gradient(m, t, *tables, None, None, seeds, None, scale)
+        of_losses = upstream.to(tables[0].dtype)
+        losses, gradient = loss_and_gradient(m, t, *tables, None, None, seeds, None, of_losses)
         return x_t, losses.mean().to(m.dtype), gradient
 
     def exact(x0, m, seeds, draw=None):

@@ -21,6 +21,7 @@ import torch
 from ..version import __version__
 from . import backend
 
+KIND = {"family": "cpu family", "model": "model"}  # of a processor, in /proc/cpuinfo
 PACKAGES = ("torch", "onnxruntime", "openvino")  # whose versions change what is fastest
 
 
@@ -132,11 +133,14 @@ def _versions() -> dict[str, str]:
 
 @functools.cache
 def processor() -> str:
-    """Its model, such as "AMD EPYC"."""
+    """Its name and kind, such as "AMD EPYC, family 26 model 2": virtual machines often hide which
+    of a maker's processors they have in the name."""
     with contextlib.suppress(OSError):
         text = pathlib.Path("/proc/cpuinfo").read_text()
-        if found := re.search(r"^model name\s*: (.+)$", text, re.M):
-            return found[1].strip()
+        fields = dict(re.findall(r"^(.+?)\s*: (.+)$", text, re.M))
+        if (name := fields.get("model name")) is not None:
+            kind = [f"{word} {fields[of]}" for word, of in KIND.items() if of in fields]
+            return f"{name.strip()}, {' '.join(kind)}" if kind else name.strip()
     return platform.processor() or platform.machine()
 
 

@@ -78,16 +78,21 @@ def fastest(
         return Way("eager")
     kept, kind = _kept.setdefault(model, {}), _kind(x, context, graph)
     weights, way = kept.pop(kind, (None, None))
-    now = digest_of_weights(model)
     if way is None:
         with tracing:  # nor would two threads' times mean much
             way = _chosen(model, x, kind, makers, partial(_calls, begin, rows), progress)
-    elif weights != now:
-        way = makers[way.name]()
-    kept[kind] = now, way
+        weights = _copied_weights(way, model)
+    elif (now := _copied_weights(way, model)) != weights:
+        way, weights = makers[way.name](), now
+    kept[kind] = weights, way
     while len(kept) > KEPT:
         kept.pop(next(iter(kept)), None)
     return way
+
+
+def _copied_weights(way: Way, model: nn.Module) -> int | None:
+    """A digest of the weights, where a copy has to follow them."""
+    return None if way.copy is None else digest_of_weights(model)
 
 
 def _makers(model: Callable, x: Tensor, context, graph: bool) -> dict[str, Callable[[], Way]]:

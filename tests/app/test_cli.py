@@ -120,6 +120,12 @@ def test_samples_depend_on_the_seed_alone(run, tmp_path):
     assert not torch.equal(pixels(3, "a"), pixels(4, "c"))
 
 
+def test_engines(run, tmp_path):
+    eager = cli.Sample(run, tmp_path, per_class=1, steps=2).draw()[0]
+    traced = cli.Sample(run, tmp_path, per_class=1, steps=2, engine="trace").draw()[0]
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_ddpm_and_a_checkpoint_file(run, tmp_path):
     path = run / "checkpoint.safetensors"
     images, labels = cli.Sample(path, tmp_path, per_class=2, sampler="ddpm").draw()

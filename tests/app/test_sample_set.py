@@ -93,11 +93,14 @@ def test_killed_and_resumed(tmp_path, trained):
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
-def test_samples_of_another_kind_are_not_mixed(tmp_path, trained, capsys):
+@pytest.mark.parametrize(
+    ("of", "option"), [("sampler: wanted {", ("--guidance", 3)), ("engine", ("--engine", "trace"))]
+)
+def test_samples_of_another_kind_are_not_mixed(tmp_path, trained, capsys, of, option):
     assert cli.main([str(a) for a in draw(trained, tmp_path, "--count", 3)]) == 0
-    other = draw(trained, tmp_path, "--count", 3, "--guidance", 3)
+    other = draw(trained, tmp_path, "--count", 3, *option)
     assert cli.main([str(a) for a in other]) == 2
-    assert "are of another sampler: wanted {" in capsys.readouterr().err
+    assert f"are of another {of}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_judge")

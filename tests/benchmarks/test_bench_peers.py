@@ -13,13 +13,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import convolution_costs, peers  # noqa: E402
+from diffusion_ext.sampling.runtimes import missing  # noqa: E402
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", peers.NAMES)
 def test_a_runtime_gives_the_networks_outputs(name):
-    if missing := peers._missing(name):
-        pytest.skip(f"wants {missing}")
+    if lacking := missing(peers.NAMES[name]):
+        pytest.skip(f"wants {lacking}")
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 1))
     inputs = (torch.randn(2, 3, 6, 6),)
     row = peers.peers(lambda: network, "cpu")[name]
