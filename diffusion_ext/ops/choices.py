@@ -22,6 +22,8 @@ from ..version import __version__
 from . import backend
 
 KIND = {"family": "cpu family", "model": "model"}  # of a processor, in /proc/cpuinfo
+# What a file that holds no choice raises.
+DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
 PACKAGES = ("torch", "onnxruntime", "openvino")  # whose versions change what is fastest
 
 
@@ -51,7 +53,7 @@ class Choice:
 
 def find(of: str, detail: str, device: torch.device) -> Choice | None:
     """The choice that was made of this, in this or another process on this machine."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(*DAMAGED):
         choice = _read(_file(of, digest(detail), machine(device)))
         if (choice.of, choice.machine) == (of, machine(device)):
             return choice
@@ -67,7 +69,8 @@ def keep(
     failed: Mapping[str, str],
 ) -> Choice:
     """Remember it, where a file can be written."""
-    choice = Choice(of, digest(detail), machine(device), taken, dict(seconds), dict(failed))
+    times = {way: float(s) for way, s in seconds.items()}
+    choice = Choice(of, digest(detail), machine(device), taken, times, dict(failed))
     file = _file(choice.of, choice.detail, choice.machine)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,8 @@ def all_of_this_machine() -> Iterator[Choice]:
     """Every choice that would be taken here and now, in the order of their names."""
     found = []
     for file in folder().glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        # AssertionError, RuntimeError: torch's, of a device that is not here.
+        with contextlib.suppress(*DAMAGED, AssertionError, RuntimeError):
             choice = _read(file)
             if choice.machine == machine(torch.device(choice.machine["device"])):
                 found.append(choice)
@@ -101,11 +105,17 @@ def all_of_this_machine() -> Iterator[Choice]:
 
 
 def folder() -> pathlib.Path:
-    """Where choices are kept: DIFFUSION_EXT_CACHE, or the user's cache."""
+    """Where choices are kept: DIFFUSION_EXT_CACHE, or the user's cache, or with the temporary files
+    of a user without a home."""
     if own := os.environ.get("DIFFUSION_EXT_CACHE"):
         return pathlib.Path(own)
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
-    return pathlib.Path(cache) / "diffusion_ext"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(cache) / "diffusion_ext"
+    try:
+        cache = pathlib.Path.home() / ".cache"
+    except RuntimeError:
+        cache = pathlib.Path(tempfile.gettempdir())
+    return cache / "diffusion_ext"
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -153,10 +163,12 @@ def _file(of: str, detail: str, facts: dict) -> pathlib.Path:
 
 
 def _read(file: pathlib.Path) -> Choice:
-    """Raises: ValueError, TypeError or KeyError for a file that holds no choice."""
+    """Raises: what DAMAGED says, for a file that holds no choice."""
     choice = Choice(**json.loads(file.read_text()))
-    parts = choice.machine, choice.seconds, choice.failed
-    if not all(isinstance(part, dict) for part in parts) or choice.taken not in choice.seconds:
+    texts = choice.of, choice.detail, choice.taken, *choice.failed.values()
+    numbers = choice.seconds[choice.taken], *choice.seconds.values()
+    kinds = [(text, str) for text in texts] + [(number, float) for number in numbers]
+    if not all(isinstance(value, kind) for value, kind in kinds):
         raise TypeError(f"{file} holds no choice")
     return choice
 

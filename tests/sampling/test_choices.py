@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,30 @@ def test_damaged_files_are_measured_again(text):
     assert kept() == choices.find("work", "small", CPU)
 
 
-def test_a_choice_of_nothing_is_none():
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": {}}, {"seconds": {"b": "fast"}}, {"seconds": ["b"]}, {"failed": {"c": 1}},
+        {"failed": None}, {"taken": "c"}, {"taken": []}, {"of": 3}, {"machine": []},
+        {"machine": {}}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_file_of_other_things_is_no_choice(change):
     kept()
     (file,) = choices.folder().iterdir()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": {}}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert choices.find("work", "small", CPU) is None
+    assert dx.info().choices == ()
+
+
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+def test_choices_of_a_device_that_is_not_here(device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is here")
+    kept()
+    (file,) = choices.folder().iterdir()
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"machine": found["machine"] | {"device": device}}))
     assert dx.info().choices == ()
 
 
@@ -85,6 +105,12 @@ def test_where(monkeypatch, tmp_path):
     assert choices.folder() == tmp_path / "diffusion_ext"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert choices.folder() == Path.home() / ".cache" / "diffusion_ext"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert choices.folder() == Path(tempfile.gettempdir()) / "diffusion_ext"
 
 
 def test_seconds():

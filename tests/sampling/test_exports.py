@@ -178,6 +178,17 @@ def test_the_last_ones_are_kept(written):
     assert len(written) == exports.KEPT + 2
 
 
+@every_way
+def test_numbers_that_are_none(way):
+    """A network that has diverged is one all the same."""
+    model = Network()
+    with torch.no_grad():
+        model.conv.bias[0] = torch.nan
+    ours = draw(model, engine=way).images
+    assert ours[:, 0].isnan().all()
+    torch.testing.assert_close(ours, draw(model).images, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 class Looks(Network):
     """A network that takes a time out of torch."""
 
