@@ -72,7 +72,8 @@ def sample(
 
     A ContextUnet as it is, without hooks or methods of yours, embeds the times and the context of
     the whole run at once: its outputs to the rounding of a product of matrices. What would change
-    more, hold a copy of the weights or choose by the clock is `optimize_for_sampling`'s.
+    more, hold a copy of the weights or choose by the clock is `optimize_for_sampling`'s and the
+    engine "auto"'s.
 
     Args:
         model: model(x [B,C,H,W], t [B] = table.times[i], c [B,n] or None) -> [B,C,H,W]. x and t are
@@ -98,7 +99,7 @@ def sample(
             work for the GPU: its Python runs at the capture alone. The last graphs of a model are
             kept for as long as the model is. "trace" writes down the operators of one call of a
             module and runs those, without the Python around them: a small network's gain, with the
-            bits of "eager". "onnxruntime" and "openvino", on a CPU in float32, export the module
+            bits of its calls. "onnxruntime" and "openvino", on a CPU in float32, export the module
             and run that; extras of their names bring them. "auto" times all of these on this model
             and shape, and the network optimized or fused, as a copy. It takes the fastest and keeps
             the choice in a file (`info` shows it), so that later runs and processes only take it.
