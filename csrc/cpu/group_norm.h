@@ -188,8 +188,8 @@ DX_INLINE float sum_by_halves(const float* values) {
 template <int K>
 using Lanes = float[K][kLanes];
 
-// K sums over a run of neighbours, kLanes of each side by side in float32: body(i, lanes, lane) adds
-// what element i is to lanes[k][lane].
+// K sums over a run of neighbours, kLanes of each side by side in float32: body(i, lanes, lane)
+// adds what element i is to lanes[k][lane].
 template <int K, class Body>
 DX_INLINE std::array<double, K> sum_lanes(Range range, const Body& body) {
   const int64_t whole = range.begin + (range.end - range.begin) / kLanes * kLanes;

@@ -71,9 +71,9 @@ Correction correct(const Slab& slab, const Channels& ch, Sums& sums,
       if (!gradients.wanted()) continue;
       double channel[kSums];
       for (int i = 0; i < kSums; ++i) channel[i] = sums.at(i, k);
-      gradients.set(slab.n, slab.first + k,
-                    parameter_gradients(ch.parameters(k), ch.rstd[k], means, double(g.spatial),
-                                        channel));
+      gradients.set(
+          slab.n, slab.first + k,
+          parameter_gradients(ch.parameters(k), ch.rstd[k], means, double(g.spatial), channel));
     }
   }
   return out;

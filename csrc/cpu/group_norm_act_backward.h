@@ -72,13 +72,13 @@ DX_INLINE void add_run(const Channels& ch, const Tensors<T>& t, Range range, int
   const T* __restrict x = t.x, * __restrict dy = t.dy;
   T* __restrict dx = t.dx;
   for (int64_t begin = range.begin; begin < range.end; begin += kRun) {
-    const auto partial = sum_lanes<K>(
-        {begin, std::min(begin + kRun, range.end)},
-        [&](int64_t i, Lanes<K>& lanes, int64_t lane) DX_KERNEL {
-          const Element e = numbers.template differentiate<activation>(0, x[i], dy[i]);
-          if constexpr (kKeepsDa<T>) dx[i] = e.da;
-          add<K>(e, lanes, lane);
-        });
+    const auto partial =
+        sum_lanes<K>({begin, std::min(begin + kRun, range.end)},
+                     [&](int64_t i, Lanes<K>& lanes, int64_t lane) DX_KERNEL {
+                       const Element e = numbers.template differentiate<activation>(0, x[i], dy[i]);
+                       if constexpr (kKeepsDa<T>) dx[i] = e.da;
+                       add<K>(e, lanes, lane);
+                     });
     for (int k = 0; k < K; ++k) sums.at(k, channel) += partial[k];
   }
 }
