@@ -121,8 +121,9 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
     rows |= twice_compiled(lambda: compile_anew(module()), **of)
     rows |= peers(module, device, **of)
     rows["ours"] = built(fused, around=torch.no_grad, **of)
-    traced = Implementation(lambda *inputs: exported("trace", fused(), inputs), **of)
-    rows["ours, traced"] = traced
+    rows["ours, traced"] = Implementation(
+        lambda *inputs: exported("trace", fused(), inputs), around=torch.no_grad, **of
+    )
     return Work(
         op=network.name,
         variant="forward",

@@ -22,9 +22,9 @@ from ..nn.optimized import OptimizedContextUnet
 from ..ops import backend, choices
 from . import graphs
 from .exports import tracing
+from .kept import digest_of_weights, keep_last
 from .networks import watched
 from .runtimes import RUNTIMES, missing
-from .weights import digest_of_weights
 
 SECONDS, CALLS = 0.5, (2, 20)  # that a way is timed for, and its calls: at least, at most
 GAIN = 1.05  # what a way must gain over those before it, which need less of all else
@@ -84,9 +84,7 @@ def fastest(
         weights = _copied_weights(way, model)
     elif (now := _copied_weights(way, model)) != weights:
         way, weights = makers[way.name](), now
-    kept[kind] = weights, way
-    while len(kept) > KEPT:
-        kept.pop(next(iter(kept)), None)
+    keep_last(kept, kind, (weights, way), KEPT)
     return way
 
 

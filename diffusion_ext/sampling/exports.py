@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..ops import backend
+from .kept import digest_of_weights, keep_last
 from .runtimes import RUNTIMES
-from .weights import digest_of_weights
 
 KEPT = 4  # exports of a model, the last ones used
 TOLERANCE = 1e-3  # of the largest output, to which an export gives what its model gives
@@ -66,7 +66,7 @@ class ExportedNetwork:
         return y
 
     def _export(self, tensors: list[Tensor], leaves: list, structure) -> Export:
-        key = self._key(tensors, structure)
+        key = self._key(tensors, leaves, structure)
         with tracing:  # other threads wait for the export that they want too
             kept = _exports.setdefault(self.model, {})
             export = kept.pop(key, None)
@@ -74,17 +74,16 @@ class ExportedNetwork:
                 inputs = tuple(t.clone() for t in tensors)
                 call = exported(self.way, _Flat(self.model, leaves, structure), inputs)
                 export = Export(call, self._weights, inputs[1])
-            kept[key] = export
-            while len(kept) > KEPT:
-                kept.pop(next(iter(kept)))
+            keep_last(kept, key, export, KEPT)
         return export
 
-    def _key(self, tensors: list[Tensor], structure) -> tuple:
+    def _key(self, tensors: list[Tensor], leaves: list, structure) -> tuple:
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         described = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
         settings = autocast, torch.get_num_threads(), backend.current_backend()
-        return self.way, *settings, str(structure), *described
+        fixed = [repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]  # written down too
+        return self.way, *settings, str(structure), *fixed, *described
 
     def _prove(self, y: Tensor, x: Tensor, t: Tensor, context) -> None:
         """Raises: RuntimeError where y is not what the model gives: it has looked at numbers that
@@ -118,9 +117,8 @@ def exported(way: str, network: nn.Module, inputs: tuple[Tensor, ...]) -> Callab
 
 def _traced(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
     """The operators that one call ran, ours among them, without the Python around them."""
-    network(
-        *inputs
-    )  # what a first call makes and keeps, such as filters, is not to be written down
+    # What a first call makes and keeps, such as filters, is not to be written down.
+    network(*inputs)
     return make_fx(network)(*inputs)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..ops import backend
+from .kept import keep_last
 from .stepping import InPlaceStepper
 
 DEVICES = ("cuda",)
@@ -51,9 +52,7 @@ class GraphStepper:
         images = self.x.clone()
         self._graph.used()
         if self._kind is not None:
-            self._kept[self._kind] = self._graph
-            while len(self._kept) > GRAPHS:
-                self._kept.pop(next(iter(self._kept)), None)
+            keep_last(self._kept, self._kind, self._graph, GRAPHS)
         return images
 
 

@@ -92,6 +92,16 @@ def test_structured_contexts_and_unused_inputs(way, written):
 
 
 @every_way
+def test_numbers_in_a_context_are_not_mixed_up(way, written):
+    model = Structured()
+    shift = torch.rand(2, 3)
+    for by in (2.0, 3.0, 2.0):
+        context = {"shift": shift, "by": by}
+        assert_close(draw(model, engine=way, context=context), draw(model, context=context), way)
+    assert written == [way, way]
+
+
+@every_way
 def test_guidance_by_row_has_two_batch_sizes(way, written):
     table = dx.guided(TABLES["ddim"], [1.0, 3.0, 1.0, 3.0, 1.0])
     model, options = Network(), {"context": torch.rand(2, 3), "table": table}

@@ -1,4 +1,4 @@
-"""What tells whether a model still has the weights that something was made from."""
+"""What is made of a model and kept: the last ones used, and whether they still have its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import zlib
 
 import torch
 from torch import nn
+
+
+def keep_last(kept: dict, key, value, most: int) -> None:
+    """kept[key] = value, as the last one used; of the others the first go."""
+    kept.pop(key, None)
+    kept[key] = value
+    while len(kept) > most:
+        kept.pop(next(iter(kept)), None)
 
 
 def digest_of_weights(model: nn.Module) -> int:
