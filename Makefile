@@ -26,9 +26,12 @@ demo: build
 	$(BIN)/diffusion-ext demo
 
 # A process of tests on each core, at most four: a thread of torch for each, which has little to do.
+# One that dies, or hangs in a test for a quarter of an hour, ends the run, which names that test:
+# a new one would begin it again.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(abspath $(BIN))/python -m pytest \
-    -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:cacheprovider
+    -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+    --timeout 900 --timeout-method thread -p no:cacheprovider
 
 test: build lint emulated
 	$(PYTEST) --benchmark-disable tests benchmarks

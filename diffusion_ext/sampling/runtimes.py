@@ -7,6 +7,7 @@ pip install "diffusion_ext[onnxruntime]" or "[openvino]".
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import threading
@@ -23,6 +24,19 @@ def missing(runtime: str) -> str:
     return ", ".join(p for p in PACKAGES[runtime] if not importlib.util.find_spec(p))
 
 
+@functools.cache
+def openvino_core():
+    """OpenVINO's Core, one for the process and never given up.
+
+    `openvino.compile_model` makes one a call. Each gives its thread a signal stack of its own and
+    restores the one before when it is destroyed, whether or not that one's Core still lives: the
+    next signal then writes over whatever lies there by now.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _with_openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
     import openvino
 
@@ -32,7 +46,7 @@ def _with_openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
         "PERFORMANCE_HINT": "LATENCY",
     }
     converted = openvino.convert_model(network, example_input=inputs)
-    request = openvino.compile_model(converted, "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(converted, "CPU", settings).create_infer_request()
     lock = threading.Lock()  # a request has one output, which the next call overwrites
 
     def call(*inputs: Tensor) -> Tensor:

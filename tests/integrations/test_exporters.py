@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import diffusion_ext as dx
+from diffusion_ext.sampling.runtimes import openvino_core
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -82,7 +83,7 @@ def run_onnx(path, inputs):
 def run_openvino(source, inputs, **options):
     openvino = pytest.importorskip("openvino")
     model = openvino.convert_model(source, **options)
-    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled([x.numpy() for x in inputs])[0]
 
 

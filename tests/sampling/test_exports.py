@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -228,6 +230,40 @@ def test_what_depends_on_values_is_refused(model):
 def test_openvino_does_not_keep_a_time():
     with pytest.raises(RuntimeError, match="engine: 'openvino' "):
         draw(Looks(), engine="openvino")
+
+
+SIGNAL_STACKS = """
+import ctypes
+import torch
+from diffusion_ext.sampling.runtimes import RUNTIMES
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+def show_signal_stack():
+    stack = Stack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    print(stack.start)
+
+exports = []
+for _ in range(3):
+    exports.append(RUNTIMES["openvino"](torch.nn.Linear(4, 4), (torch.rand(2, 4),)))
+    show_signal_stack()
+while exports:
+    exports.pop(0)
+    show_signal_stack()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wants sigaltstack")
+@pytest.mark.skipif(bool(runtimes.missing("openvino")), reason="wants openvino")
+def test_openvino_leaves_no_signal_stack_in_memory_that_is_given_back():
+    """It did for each network that was forgotten: the next signal then wrote anywhere."""
+    done = subprocess.run([sys.executable, "-c", SIGNAL_STACKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stacks = done.stdout.split()
+    assert len(stacks) == 6
+    assert len(set(stacks)) == 1
 
 
 @every_way
