@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../ops/group_norm_act.h"
-#include "blocks.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace dx {
 
@@ -20,10 +20,21 @@ constexpr int64_t kColumns = 32;
 static_assert(kColumns <= kLanes);
 // What float32 adds before the sum goes on in float64: neighbours, 128 a lane, or pixels.
 constexpr int64_t kRun = 4096, kPixels = 256;
+// Channels of channels_last of which a tile has whole pixels: half precision is read and written in
+// the order of memory, which took 0.7 of the time that columns of it did.
+constexpr int64_t kPanel = 512;
 
 struct Range {
   int64_t begin, end;
+  DX_INLINE int64_t size() const { return end - begin; }
 };
+
+// Calls body(part) for the parts of a range, `size` long but for the last.
+template <class Body>
+DX_INLINE void for_each_part(Range range, int64_t size, const Body& body) {
+  for (int64_t begin = range.begin; begin < range.end; begin += size)
+    body(Range{begin, std::min(begin + size, range.end)});
+}
 
 // What is normalised in one go: contiguous, a group of a sample; channels_last, a sample, whose
 // groups interleave. It is a sequence of units, which are elements of channels that follow one
@@ -50,6 +61,14 @@ struct Slab {
     return {i * units_per_chunk, std::min((i + 1) * units_per_chunk, units)};
   }
 
+  // Contiguous: where a part of it is.
+  DX_INLINE Place place(Range part) const { return {element + part.begin, 0, 1, part.size()}; }
+
+  // channels_last: where a panel of pixels is.
+  DX_INLINE Place place(Range pixels, Range panel) const {
+    return {element + pixels.begin * width + panel.begin, width, pixels.size(), panel.size()};
+  }
+
   // Contiguous: calls body(channel, elements) for the channels that a range has a part of.
   template <class Body>
   DX_INLINE void for_each_channel(Range range, const Body& body) const {
@@ -61,23 +80,34 @@ struct Slab {
     }
   }
 
-  // channels_last: calls body(first channel, channels) for every kColumns channels, then for 16, 8
-  // and 4 of the rest, then for single ones: numbers that the compiler knows. With 16 left to the
-  // 8s, half types took 1.6 to 2.4 times as long at 16 channels; with 4 left to the 1s, float32
-  // with its gradients 1.4 times at 4 and 12 (AVX2).
+  // channels_last: calls body(panel) for every kPanel channels.
   template <class Body>
-  DX_INLINE void for_each_column(const Body& body) const {
-    int64_t k = 0;
-    const auto columns = [&](auto count) DX_KERNEL {
-      for (; k + count <= width; k += count) body(k, count);
-    };
-    columns(std::integral_constant<int64_t, kColumns>());
-    columns(std::integral_constant<int64_t, 16>());
-    columns(std::integral_constant<int64_t, 8>());
-    columns(std::integral_constant<int64_t, 4>());
-    columns(std::integral_constant<int64_t, 1>());
+  DX_INLINE void for_each_panel(const Body& body) const {
+    for_each_part({0, width}, kPanel, body);
   }
 };
+
+// The pixels of a tile of a panel: as many as the buffers have room for, where there are some.
+DX_INLINE int64_t tile_pixels(Range panel, bool in_buffers) {
+  return in_buffers ? std::min(kTileElements / panel.size(), kPixels) : kPixels;
+}
+
+// Calls body(first channel, channels) for every kColumns channels of a panel, then for 16, 8 and 4
+// of the rest, then for single ones: numbers that the compiler knows. With 16 left to the 8s, half
+// types took 1.6 to 2.4 times as long at 16 channels; with 4 left to the 1s, float32 with its
+// gradients 1.4 times at 4 and 12 (AVX2).
+template <class Body>
+DX_INLINE void for_each_column(Range panel, const Body& body) {
+  int64_t k = panel.begin;
+  const auto columns = [&](auto count) DX_KERNEL {
+    for (; k + count <= panel.end; k += count) body(k, count);
+  };
+  columns(std::integral_constant<int64_t, kColumns>());
+  columns(std::integral_constant<int64_t, 16>());
+  columns(std::integral_constant<int64_t, 8>());
+  columns(std::integral_constant<int64_t, 4>());
+  columns(std::integral_constant<int64_t, 1>());
+}
 
 // Calls body(chunk) for every chunk of a slab: in turn, or on all threads.
 template <class Body>
@@ -188,13 +218,13 @@ DX_INLINE float sum_by_halves(const float* values) {
 template <int K>
 using Lanes = float[K][kLanes];
 
-// K sums over a run of neighbours, kLanes of each side by side in float32: body(i, lanes, lane)
+// K sums over a tile's neighbours, kLanes of each side by side in float32: body(i, lanes, lane)
 // adds what element i is to lanes[k][lane].
 template <int K, class Body>
-DX_INLINE std::array<double, K> sum_lanes(Range range, const Body& body) {
-  const int64_t whole = range.begin + (range.end - range.begin) / kLanes * kLanes;
+DX_INLINE std::array<double, K> sum_lanes(int64_t count, const Body& body) {
+  const int64_t whole = count / kLanes * kLanes;
   const auto rounds = [&](Lanes<K>& lanes) DX_KERNEL {
-    for (int64_t i = range.begin; i < whole; i += kLanes)
+    for (int64_t i = 0; i < whole; i += kLanes)
 #pragma omp simd
       for (int64_t lane = 0; lane < kLanes; ++lane) body(i + lane, lanes, lane);
   };
@@ -203,14 +233,14 @@ DX_INLINE std::array<double, K> sum_lanes(Range range, const Body& body) {
     for (int k = 0; k < K; ++k) total[k] = sum_by_halves<kLanes>(lanes[k]);
     return total;
   };
-  if (whole == range.end) {  // apart, since then the lanes never leave the registers
+  if (whole == count) {  // apart, since then the lanes never leave the registers
     Lanes<K> lanes = {};
     rounds(lanes);
     return totals(lanes);
   }
   Lanes<K> lanes = {};
   rounds(lanes);
-  for (int64_t lane = 0; whole + lane < range.end; ++lane) body(whole + lane, lanes, lane);
+  for (int64_t lane = 0; whole + lane < count; ++lane) body(whole + lane, lanes, lane);
   return totals(lanes);
 }
 
@@ -221,6 +251,12 @@ class ChannelSums {
   explicit ChannelSums(int64_t channels) : channels_(channels), values_(K * channels) {}
 
   double& at(int k, int64_t channel) { return values_[k * channels_ + channel]; }
+
+  // To sum k of channels [first, first + count).
+  DX_INLINE void add(int k, int64_t first, int64_t count, const float* __restrict values) {
+    double* __restrict to = values_.data() + k * channels_ + first;
+    for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+  }
 
   ChannelSums& operator+=(const ChannelSums& other) {
     for (size_t i = 0; i < values_.size(); ++i) values_[i] += other.values_[i];

@@ -79,12 +79,10 @@ Correction correct(const Slab& slab, const Channels& ch, Sums& sums,
   return out;
 }
 
-template <class T>
-void run(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd, T* dx,
+void run(const GroupNorm& g, const Tensors& t, const double* mean, const float* rstd,
          ParameterGradients& gradients) {
   const bool modulated = g.post_scale.given() || g.post_shift.given() || g.pre_shift.given();
   for_each_slab(g, [&](const Slab& slab, bool on_threads) {
-    const Tensors<T> t{x + slab.element, dy + slab.element, dx + slab.element};
     const Channels channels(slab, mean, rstd);
     Sums sums = sum_chunks(slab, on_threads, [&](int64_t chunk) {
       Sums of_chunk(slab.width);
@@ -108,7 +106,7 @@ struct Cpu {
   void backward(const GroupNorm& g, const T* dy, const T* x, const double* mean, const float* rstd,
                 T* dx, const Gradients& out) const {
     ParameterGradients gradients(g, out);
-    run(g, dy, x, mean, rstd, dx, gradients);
+    run(g, {Source(x), Source(dy), Target(dx)}, mean, rstd, gradients);
     gradients.finish();
   }
 };

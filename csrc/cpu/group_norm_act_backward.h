@@ -1,6 +1,6 @@
 // The loops of group_norm_act's backward: the sums over each channel's elements, and dx from them.
-// Each dtype has them compiled in a file of its own, csrc/cpu/instances: they exist for every
-// instruction set, activation and memory format, which took one file minutes.
+// They are compiled in the files of csrc/cpu/instances: there is one for every instruction set,
+// activation and memory format, which takes a while.
 #pragma once
 
 #include "group_norm.h"
@@ -27,22 +27,17 @@ struct Numbers {
     }
   }
 
-  template <Act activation, class T>
-  DX_INLINE Element differentiate(int64_t i, T x, T dy) const {
+  template <Act activation>
+  DX_INLINE Element differentiate(int64_t i, float x, float dy) const {
     Element e;
     float derivative;
-    e.xhat = fma(to_float(x) - centre[i], rstd[i], residual[i]);
+    e.xhat = fma(x - centre[i], rstd[i], residual[i]);
     e.act = activate<activation>(fma(gain[i], e.xhat, offset[i]), derivative);
-    e.dy = to_float(dy);
-    e.da = e.dy * post_scale[i] * derivative;
+    e.dy = dy;
+    e.da = dy * post_scale[i] * derivative;
     return e;
   }
 };
-
-// Whether the first pass leaves da in dx for the second, which then need not differentiate again:
-// it was a quarter of the backward with SiLU. Half precision would round it.
-template <class T>
-constexpr bool kKeepsDa = std::is_same_v<T, float>;
 
 // How many of the sums are needed: those behind kDaXhat only for the gradients of modulations.
 constexpr int kFewSums = kDaXhat + 1;
@@ -58,62 +53,130 @@ DX_INLINE void add(const Element& e, float (*sums)[kLanes], int64_t lane) {
   }
 }
 
-template <class T>
 struct Tensors {
-  const T* __restrict x, * __restrict dy;
-  T* __restrict dx;
+  Source x, dy;
+  Target dx;
+
+  // Whether the first pass leaves da in dx for the second, which then need not differentiate again:
+  // it was a quarter of the backward with SiLU. Half precision would round it.
+  bool keeps_da() const { return dx.is_float32(); }
 };
 
-// Adds elements of a channel to its sums.
-template <Act activation, int K, class T>
-DX_INLINE void add_run(const Channels& ch, const Tensors<T>& t, Range range, int64_t channel,
+struct Tiles {
+  Tile<const float> x, dy;
+  Tile<float> dx;
+};
+
+enum class Pass { sums, result };
+
+// Calls body(tiles) for those at a place. The pass of the result keeps dx.
+template <Pass pass, class Body>
+DX_INLINE void on_tiles(const Tensors& t, const Place& place, const Body& body) {
+  TileBuffer buffers[3];
+  const Tiles tiles{t.x.view(place, buffers[0]), t.dy.view(place, buffers[1]),
+                    t.dx.place(place, buffers[2])};
+  body(tiles);
+  if (pass == Pass::result) t.dx.keep(tiles.dx, place);
+}
+
+// Adds neighbours of a channel to its sums.
+template <Act activation, int K, bool keeps_da>
+DX_INLINE void add_run(const Channels& ch, const Tiles& t, Range range, int64_t channel,
                        Sums& sums) {
   const Numbers<1> numbers(ch, channel, 1);
-  const T* __restrict x = t.x, * __restrict dy = t.dy;
-  T* __restrict dx = t.dx;
-  for (int64_t begin = range.begin; begin < range.end; begin += kRun) {
-    const auto partial =
-        sum_lanes<K>({begin, std::min(begin + kRun, range.end)},
-                     [&](int64_t i, Lanes<K>& lanes, int64_t lane) DX_KERNEL {
-                       const Element e = numbers.template differentiate<activation>(0, x[i], dy[i]);
-                       if constexpr (kKeepsDa<T>) dx[i] = e.da;
-                       add<K>(e, lanes, lane);
-                     });
-    for (int k = 0; k < K; ++k) sums.at(k, channel) += partial[k];
-  }
+  const float* __restrict x = t.x.at + range.begin;
+  const float* __restrict dy = t.dy.at + range.begin;
+  float* __restrict dx = t.dx.at + range.begin;
+  const auto partial =
+      sum_lanes<K>(range.size(), [&](int64_t i, Lanes<K>& lanes, int64_t lane) DX_KERNEL {
+        const Element e = numbers.template differentiate<activation>(0, x[i], dy[i]);
+        if constexpr (keeps_da) dx[i] = e.da;
+        add<K>(e, lanes, lane);
+      });
+  for (int k = 0; k < K; ++k) sums.at(k, channel) += partial[k];
 }
 
-// The same for channels k, k + 1, ... of channels_last.
-template <Act activation, int K, class T, class Count>
-DX_INLINE void add_column(const Channels& ch, const Tensors<T>& t, Range pixels, int64_t width,
-                          int64_t k, Count count, Sums& sums) {
+// Tiles of channels k, k + 1, ... of a panel's.
+DX_INLINE Tiles column_of(const Tiles& t, int64_t k, Range panel) {
+  const int64_t i = k - panel.begin;
+  return {{t.x.at + i, t.x.stride}, {t.dy.at + i, t.dy.stride}, {t.dx.at + i, t.dx.stride}};
+}
+
+// Adds pixels' channels k, k + 1, ... to sums of theirs.
+template <Act activation, int K, bool keeps_da, class Count>
+DX_INLINE void add_column(const Channels& ch, const Tiles& t, int64_t pixels, int64_t k,
+                          Count count, float* sums) {
   const Numbers<kColumns> numbers(ch, k, count);
-  const T* __restrict x = t.x, * __restrict dy = t.dy;
-  T* __restrict dx = t.dx;
-  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kPixels) {
-    const int64_t end = std::min(begin + kPixels, pixels.end);
-    float partial[K][kLanes] = {};
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = r * width + k + i;
-        const Element e = numbers.template differentiate<activation>(i, x[at], dy[at]);
-        if constexpr (kKeepsDa<T>) dx[at] = e.da;
-        add<K>(e, partial, i);
-      }
-    for (int s = 0; s < K; ++s)
-      for (int64_t i = 0; i < count; ++i) sums.at(s, k + i) += partial[s][i];
+  Lanes<K> own = {};
+  for (int s = 0; s < K; ++s)
+    for (int64_t i = 0; i < count; ++i) own[s][i] = sums[s * kPanel + i];
+  for (int64_t r = 0; r < pixels; ++r) {
+    const float* __restrict x = t.x.at + r * t.x.stride;
+    const float* __restrict dy = t.dy.at + r * t.dy.stride;
+    float* __restrict dx = t.dx.at + r * t.dx.stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const Element e = numbers.template differentiate<activation>(i, x[i], dy[i]);
+      if constexpr (keeps_da) dx[i] = e.da;
+      add<K>(e, own, i);
+    }
   }
+  for (int s = 0; s < K; ++s)
+    for (int64_t i = 0; i < count; ++i) sums[s * kPanel + i] = own[s][i];
 }
 
-template <Act activation, int K, class T>
-DX_INLINE void add_chunk(const Slab& slab, const Channels& ch, const Tensors<T>& t, Range range,
+// Calls body(tiles, pixels, first channel, channels) for every column of channels_last pixels.
+template <Pass pass, class Body>
+DX_INLINE void for_each_column(const Slab& slab, const Tensors& t, Range pixels, Range panel,
+                               const Body& body) {
+  for_each_part(pixels, tile_pixels(panel, !t.dx.is_float32()), [&](Range part) DX_KERNEL {
+    on_tiles<pass>(t, slab.place(part, panel), [&](const Tiles& tiles) DX_KERNEL {
+      dx::for_each_column(panel, [&](int64_t k, auto count) DX_KERNEL {
+        body(column_of(tiles, k, panel), part.size(), k, count);
+      });
+    });
+  });
+}
+
+// Adds the pixels of a panel to the sums of their channels.
+template <Act activation, int K, bool keeps_da>
+DX_INLINE void add_panel(const Slab& slab, const Channels& ch, const Tensors& t, Range pixels,
+                         Range panel, Sums& sums) {
+  for_each_part(pixels, kPixels, [&](Range run) DX_KERNEL {
+    float partial[K * kPanel];
+    for (int s = 0; s < K; ++s)
+      for (int64_t i = 0; i < panel.size(); ++i) partial[s * kPanel + i] = 0;
+    for_each_column<Pass::sums>(
+        slab, t, run, panel,
+        [&](const Tiles& tiles, int64_t count_of_pixels, int64_t k, auto count) DX_KERNEL {
+          add_column<activation, K, keeps_da>(ch, tiles, count_of_pixels, k, count,
+                                              partial + (k - panel.begin));
+        });
+    for (int s = 0; s < K; ++s) sums.add(s, panel.begin, panel.size(), partial + s * kPanel);
+  });
+}
+
+// Contiguous: calls body(tiles, channel, its elements in them).
+template <Pass pass, class Body>
+DX_INLINE void for_each_run(const Slab& slab, const Tensors& t, Range range, const Body& body) {
+  for_each_part(range, t.dx.is_float32() ? kRun : kTileElements, [&](Range part) DX_KERNEL {
+    on_tiles<pass>(t, slab.place(part), [&](const Tiles& tiles) DX_KERNEL {
+      slab.for_each_channel(part, [&](int64_t k, Range r) DX_KERNEL {
+        body(tiles, k, Range{r.begin - part.begin, r.end - part.begin});
+      });
+    });
+  });
+}
+
+template <Act activation, int K, bool keeps_da>
+DX_INLINE void add_chunk(const Slab& slab, const Channels& ch, const Tensors& t, Range range,
                          Sums& sums) {
   if (slab.g.layout == Layout::contiguous)
-    slab.for_each_channel(
-        range, [&](int64_t k, Range r) DX_KERNEL { add_run<activation, K>(ch, t, r, k, sums); });
+    for_each_run<Pass::sums>(slab, t, range, [&](const Tiles& tiles, int64_t k, Range r) DX_KERNEL {
+      add_run<activation, K, keeps_da>(ch, tiles, r, k, sums);
+    });
   else
-    slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
-      add_column<activation, K>(ch, t, range, slab.width, k, count, sums);
+    slab.for_each_panel([&](Range panel) DX_KERNEL {
+      add_panel<activation, K, keeps_da>(slab, ch, t, range, panel, sums);
     });
 }
 
@@ -123,89 +186,77 @@ struct Correction {
   std::vector<float> first, second;
 };
 
-// da of an element of channel k, for the second pass.
-template <class T>
+// da of an element of channel k, for the second pass: what the first one left, or made again.
 struct KeptDa {
-  DX_INLINE float operator()(const Channels&, int64_t, const Tensors<T>& t, int64_t i) const {
-    return t.dx[i];
+  DX_INLINE float operator()(const Channels&, int64_t, float, float, const float& dx) const {
+    return dx;
   }
 };
-template <Act activation, class T>
+template <Act activation>
 struct DaAgain {
-  DX_INLINE float operator()(const Channels& ch, int64_t k, const Tensors<T>& t, int64_t i) const {
-    return Numbers<1>(ch, k, 1).template differentiate<activation>(0, t.x[i], t.dy[i]).da;
+  DX_INLINE float operator()(const Channels& ch, int64_t k, float x, float dy, const float&) const {
+    return Numbers<1>(ch, k, 1).template differentiate<activation>(0, x, dy).da;
   }
 };
 
-// dx of element i, of channel k.
-template <class T, class Da>
-DX_INLINE void write_element(const Channels& ch, const Correction& correction, int64_t k,
-                             const Tensors<T>& t, int64_t i, const Da& da_of) {
-  const float da = da_of(ch, k, t, i);
-  const float of_statistics =
-      fma(to_float(t.x[i]) - ch.centre[k], correction.second[k], correction.first[k]);
-  round_to(fma(ch.slope[k], da, -of_statistics), t.dx[i]);
+// dx of an element of channel k.
+template <class Da>
+DX_INLINE void write_element(const Channels& ch, const Correction& correction, int64_t k, float x,
+                             float dy, float& dx, const Da& da_of) {
+  const float of_statistics = fma(x - ch.centre[k], correction.second[k], correction.first[k]);
+  dx = fma(ch.slope[k], da_of(ch, k, x, dy, dx), -of_statistics);
 }
 
-template <class T, class Da>
+template <class Da>
 DX_INLINE void write_chunk(const Slab& slab, const Channels& ch, const Correction& correction,
-                           const Tensors<T>& t, Range range, const Da& da_of) {
+                           const Tensors& t, Range range, const Da& da_of) {
   if (slab.g.layout == Layout::contiguous)
-    slab.for_each_channel(range, [&](int64_t k, Range r) DX_KERNEL {
+    for_each_run<Pass::result>(slab, t, range,
+                               [&](const Tiles& tiles, int64_t k, Range r) DX_KERNEL {
+                                 const float *x = tiles.x.at, *dy = tiles.dy.at;
+                                 float* dx = tiles.dx.at;
 #pragma omp simd
-      for (int64_t i = r.begin; i < r.end; ++i) write_element(ch, correction, k, t, i, da_of);
-    });
+                                 for (int64_t i = r.begin; i < r.end; ++i)
+                                   write_element(ch, correction, k, x[i], dy[i], dx[i], da_of);
+                               });
   else
-    slab.for_each_column([&](int64_t k, auto count) DX_KERNEL {
-      for (int64_t r = range.begin; r < range.end; ++r)
+    slab.for_each_panel([&](Range panel) DX_KERNEL {
+      for_each_column<Pass::result>(
+          slab, t, range, panel,
+          [&](const Tiles& tiles, int64_t pixels, int64_t k, auto count) DX_KERNEL {
+            for (int64_t r = 0; r < pixels; ++r) {
+              const float* x = tiles.x.at + r * tiles.x.stride;
+              const float* dy = tiles.dy.at + r * tiles.dy.stride;
+              float* dx = tiles.dx.at + r * tiles.dx.stride;
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i)
-          write_element(ch, correction, k + i, t, r * slab.width + k + i, da_of);
+              for (int64_t i = 0; i < count; ++i)
+                write_element(ch, correction, k + i, x[i], dy[i], dx[i], da_of);
+            }
+          });
     });
 }
 
 // The first pass over a chunk of a slab: adds its elements to the sums of their channels, the
 // first K of them.
-template <int K, class T>
-void add(const Slab& slab, const Channels& channels, const Tensors<T>& t, int64_t chunk,
-         Sums& sums) {
+template <int K>
+void add(const Slab& slab, const Channels& channels, const Tensors& t, int64_t chunk, Sums& sums) {
   on_best_isa([&]() DX_KERNEL {
     dispatch_act(slab.g.act, [&](auto act) DX_KERNEL {
-      add_chunk<decltype(act)::value, K>(slab, channels, t, slab.chunk(chunk), sums);
+      with_constants(
+          [&](auto keeps_da) DX_KERNEL {
+            add_chunk<decltype(act)::value, K, keeps_da>(slab, channels, t, slab.chunk(chunk),
+                                                         sums);
+          },
+          t.keeps_da());
     });
   });
 }
 
 // The second pass.
-template <class T>
 void write(const Slab& slab, const Channels& channels, const Correction& correction,
-           const Tensors<T>& t, int64_t chunk) {
-  const Range range = slab.chunk(chunk);
-  on_best_isa([&]() DX_KERNEL {
-    if constexpr (kKeepsDa<T>)
-      write_chunk(slab, channels, correction, t, range, KeptDa<T>());
-    else
-      dispatch_act(slab.g.act, [&](auto act) DX_KERNEL {
-        write_chunk(slab, channels, correction, t, range, DaAgain<decltype(act)::value, T>());
-      });
-  });
-}
+           const Tensors& t, int64_t chunk);
 
-// What a file of csrc/cpu/instances compiles: for a dtype, DX_ADD of kFewSums or kSums, or
-// DX_WRITE.
-#define DX_ADD(K, T) \
-  template void add<K>(const Slab&, const Channels&, const Tensors<T>&, int64_t, Sums&)
-#define DX_WRITE(T) \
-  template void write(const Slab&, const Channels&, const Correction&, const Tensors<T>&, int64_t)
-
-extern DX_ADD(kFewSums, float);
-extern DX_ADD(kFewSums, Half);
-extern DX_ADD(kFewSums, BFloat16);
-extern DX_ADD(kSums, float);
-extern DX_ADD(kSums, Half);
-extern DX_ADD(kSums, BFloat16);
-extern DX_WRITE(float);
-extern DX_WRITE(Half);
-extern DX_WRITE(BFloat16);
+extern template void add<kFewSums>(const Slab&, const Channels&, const Tensors&, int64_t, Sums&);
+extern template void add<kSums>(const Slab&, const Channels&, const Tensors&, int64_t, Sums&);
 
 }  // namespace dx::norm_backward

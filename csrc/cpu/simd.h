@@ -30,11 +30,11 @@ const char* name_of(Isa isa);
 
 #if defined(DX_X86)
 #if defined(__clang__)
-#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"
+#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,f16c"
 #else
-#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"
+#define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,f16c,prefer-vector-width=512"
 #endif
-#define DX_AVX2 "avx2,fma,bmi2"
+#define DX_AVX2 "avx2,fma,bmi2,f16c"
 
 template <class Kernel>
 __attribute__((target(DX_AVX512))) void run_avx512(const Kernel& kernel) {

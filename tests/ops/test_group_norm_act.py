@@ -25,8 +25,14 @@ CASES = [
     ((1, 40, 9, 9), 8),
     ((2, 4, 3, 5, 2), 2),
 ]
-# Of the CPU's work: in turn, shared by the threads, and that with channels beyond a whole column.
-MANY_CHUNKS = [((1, 3, 160, 160), 1), ((1, 3, 210, 210), 1), ((1, 40, 60, 60), 8)]
+# Of the CPU's work: in turn, shared by the threads, and that with channels beyond a whole column, a
+# whole panel.
+MANY_CHUNKS = [
+    ((1, 3, 160, 160), 1),
+    ((1, 3, 210, 210), 1),
+    ((1, 40, 60, 60), 8),
+    ((1, 520, 20, 20), 8),
+]
 # What one of DEVICES holds on chip, another in a cluster, a third not at all.
 SLABS = [((1, 16, 23, 20), 1), ((1, 32, 24, 24), 1)]
 MODULATIONS = ("scale", "shift", "post_scale", "post_shift", "pre_shift")

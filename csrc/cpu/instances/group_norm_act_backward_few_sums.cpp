@@ -1,0 +1,4 @@
+#include "../group_norm_act_backward.h"
+
+template void dx::norm_backward::add<dx::norm_backward::kFewSums>(const Slab&, const Channels&,
+                                                                  const Tensors&, int64_t, Sums&);

@@ -1,6 +1,0 @@
-#include "../group_norm_act_backward.h"
-
-namespace dx::norm_backward {
-DX_ADD(kFewSums, float);
-DX_WRITE(float);
-}  // namespace dx::norm_backward

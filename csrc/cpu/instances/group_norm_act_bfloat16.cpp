@@ -1,4 +1,0 @@
-#include "../group_norm_act_forward.h"
-
-template void dx::norm_forward::run(const dx::GroupNorm&, double, const dx::BFloat16*,
-                                    dx::BFloat16*, double*, float*);

@@ -1,0 +1,82 @@
+// Tensors of any dtype as loops over float32 see them: tile by tile, in the tensor itself or, of
+// half precision, in a buffer that stays in the cache. So a loop is compiled once.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops/group_norm_act.h"
+#include "halves.h"
+
+namespace dx {
+
+constexpr int64_t kTileElements = 2048;  // at most: 8 KiB of float32
+// Vectors that cross a line of the cache take twice as long; a line more keeps neighbours apart,
+// whose equal places would else wait for one another.
+struct alignas(64) TileBuffer {
+  float values[kTileElements + 16];
+};
+
+// Where a tile is in a tensor: rows of `length` neighbours, `stride` elements from one to the next.
+struct Place {
+  int64_t first, stride, rows, length;
+};
+
+// A tile as float32: row r begins at [r * stride].
+template <class F>
+struct Tile {
+  F* at;
+  int64_t stride;
+};
+
+inline Floating floating_of(const float*) { return Floating::float32; }
+inline Floating floating_of(const Half*) { return Floating::float16; }
+inline Floating floating_of(const BFloat16*) { return Floating::bfloat16; }
+
+// A tensor to be read.
+class Source {
+ public:
+  template <class T>
+  explicit Source(const T* data) : data_(data), dtype_(floating_of(data)) {}
+
+  bool is_float32() const { return dtype_ == Floating::float32; }
+
+  Tile<const float> view(const Place& p, TileBuffer& buffer) const {
+    if (is_float32()) return {static_cast<const float*>(data_) + p.first, p.stride};
+    if (dtype_ == Floating::float16)
+      load(static_cast<const Half*>(data_) + p.first, p.stride, p.rows, p.length, buffer.values);
+    else
+      load(static_cast<const BFloat16*>(data_) + p.first, p.stride, p.rows, p.length, buffer.values);
+    return {buffer.values, p.length};
+  }
+
+ private:
+  const void* data_;
+  Floating dtype_;
+};
+
+// A tensor to be written: what is computed in the place of a tile has then to be kept there.
+class Target {
+ public:
+  template <class T>
+  explicit Target(T* data) : data_(data), dtype_(floating_of(data)) {}
+
+  bool is_float32() const { return dtype_ == Floating::float32; }
+
+  Tile<float> place(const Place& p, TileBuffer& buffer) const {
+    if (is_float32()) return {static_cast<float*>(data_) + p.first, p.stride};
+    return {buffer.values, p.length};
+  }
+
+  void keep(const Tile<float>& tile, const Place& p) const {
+    if (dtype_ == Floating::float16)
+      store(tile.at, p.rows, p.length, static_cast<Half*>(data_) + p.first, p.stride);
+    else if (dtype_ == Floating::bfloat16)
+      store(tile.at, p.rows, p.length, static_cast<BFloat16*>(data_) + p.first, p.stride);
+  }
+
+ private:
+  void* data_;
+  Floating dtype_;
+};
+
+}  // namespace dx
