@@ -87,9 +87,11 @@ struct Slab {
   }
 };
 
-// The pixels of a tile of a panel: as many as the buffers have room for, where there are some.
-DX_INLINE int64_t tile_pixels(Range panel, bool in_buffers) {
-  return in_buffers ? std::min(kTileElements / panel.size(), kPixels) : kPixels;
+// How much a tile has, which is what a buffer has room for where it is not in place: neighbours, or
+// pixels of a panel.
+DX_INLINE int64_t tile_run(bool in_place) { return in_place ? kRun : kTileElements; }
+DX_INLINE int64_t tile_pixels(Range panel, bool in_place) {
+  return in_place ? kPixels : std::min(kTileElements / panel.size(), kPixels);
 }
 
 // Calls body(first channel, channels) for every kColumns channels of a panel, then for 16, 8 and 4

@@ -60,7 +60,7 @@ void contiguous_statistics(const Slab& slab, bool on_threads, const Source& x, d
   const GroupNorm& g = slab.g;
   const auto pre_shift = [&](int64_t k) { return g.pre_shift.at(slab.n, slab.first + k); };
   const auto for_each_tile = [&](Range range, const auto& body) DX_KERNEL {
-    for_each_part(range, x.is_float32() ? kRun : kTileElements, [&](Range part) DX_KERNEL {
+    for_each_part(range, tile_run(x.in_place()), [&](Range part) DX_KERNEL {
       TileBuffer buffer;
       body(part, x.view(slab.place(part), buffer).at);
     });
@@ -118,7 +118,7 @@ DX_INLINE void add_panel(const Slab& slab, const Source& x, Range pixels, Range 
   for_each_part(pixels, kPixels, [&](Range run) DX_KERNEL {
     float first[kPanel], second[kPanel];
     for (int64_t i = 0; i < panel.size(); ++i) first[i] = second[i] = 0;
-    for_each_part(run, tile_pixels(panel, !x.is_float32()), [&](Range part) DX_KERNEL {
+    for_each_part(run, tile_pixels(panel, x.in_place()), [&](Range part) DX_KERNEL {
       TileBuffer buffer;
       const Tile<const float> tile = x.view(slab.place(part, panel), buffer);
       for_each_column(panel, [&](int64_t k, auto count) DX_KERNEL {
@@ -205,7 +205,7 @@ template <Act act, bool post>
 DX_INLINE void apply_chunk(const Slab& slab, const Channels& ch, Range range, const Source& x,
                            const Target& y) {
   if (slab.g.layout == Layout::contiguous) {
-    for_each_part(range, x.is_float32() ? kRun : kTileElements, [&](Range part) DX_KERNEL {
+    for_each_part(range, tile_run(x.in_place()), [&](Range part) DX_KERNEL {
       on_tile(slab.place(part), x, y, [&](const auto& from_tile, const auto& to_tile) DX_KERNEL {
         const float* __restrict from = from_tile.at;
         float* __restrict to = to_tile.at;
@@ -221,7 +221,7 @@ DX_INLINE void apply_chunk(const Slab& slab, const Channels& ch, Range range, co
     return;
   }
   slab.for_each_panel([&](Range panel) DX_KERNEL {
-    for_each_part(range, tile_pixels(panel, !x.is_float32()), [&](Range part) DX_KERNEL {
+    for_each_part(range, tile_pixels(panel, x.in_place()), [&](Range part) DX_KERNEL {
       on_tile(slab.place(part, panel), x, y, [&](const auto& from, const auto& to) DX_KERNEL {
         for_each_column(panel, [&](int64_t k, auto count) DX_KERNEL {
           apply_column<act, post>(ch, k, from.at + (k - panel.begin), from.stride,

@@ -53,13 +53,14 @@ DX_INLINE void add(const Element& e, float (*sums)[kLanes], int64_t lane) {
   }
 }
 
+// All of one dtype.
 struct Tensors {
   Source x, dy;
   Target dx;
 
   // Whether the first pass leaves da in dx for the second, which then need not differentiate again:
   // it was a quarter of the backward with SiLU. Half precision would round it.
-  bool keeps_da() const { return dx.is_float32(); }
+  bool keeps_da() const { return dx.in_place(); }
 };
 
 struct Tiles {
@@ -69,7 +70,8 @@ struct Tiles {
 
 enum class Pass { sums, result };
 
-// Calls body(tiles) for those at a place. The pass of the result keeps dx.
+// Calls body(tiles) for those at a place. Only the pass of the result keeps dx where it is not in
+// place.
 template <Pass pass, class Body>
 DX_INLINE void on_tiles(const Tensors& t, const Place& place, const Body& body) {
   TileBuffer buffers[3];
@@ -128,7 +130,7 @@ DX_INLINE void add_column(const Channels& ch, const Tiles& t, int64_t pixels, in
 template <Pass pass, class Body>
 DX_INLINE void for_each_column(const Slab& slab, const Tensors& t, Range pixels, Range panel,
                                const Body& body) {
-  for_each_part(pixels, tile_pixels(panel, !t.dx.is_float32()), [&](Range part) DX_KERNEL {
+  for_each_part(pixels, tile_pixels(panel, t.dx.in_place()), [&](Range part) DX_KERNEL {
     on_tiles<pass>(t, slab.place(part, panel), [&](const Tiles& tiles) DX_KERNEL {
       dx::for_each_column(panel, [&](int64_t k, auto count) DX_KERNEL {
         body(column_of(tiles, k, panel), part.size(), k, count);
@@ -158,7 +160,7 @@ DX_INLINE void add_panel(const Slab& slab, const Channels& ch, const Tensors& t,
 // Contiguous: calls body(tiles, channel, its elements in them).
 template <Pass pass, class Body>
 DX_INLINE void for_each_run(const Slab& slab, const Tensors& t, Range range, const Body& body) {
-  for_each_part(range, t.dx.is_float32() ? kRun : kTileElements, [&](Range part) DX_KERNEL {
+  for_each_part(range, tile_run(t.dx.in_place()), [&](Range part) DX_KERNEL {
     on_tiles<pass>(t, slab.place(part), [&](const Tiles& tiles) DX_KERNEL {
       slab.for_each_channel(part, [&](int64_t k, Range r) DX_KERNEL {
         body(tiles, k, Range{r.begin - part.begin, r.end - part.begin});

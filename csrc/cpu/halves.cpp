@@ -71,8 +71,8 @@ DX_AVX512_KERNEL void store_avx512(const float* from, int64_t rows, int64_t leng
   for (int64_t r = 0; r < rows; ++r, from += length, to += stride) {
     int64_t i = 0;
     for (; i + 16 <= length; i += 16)
-      _mm256_storeu_epi16(
-          to + i, _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+      _mm256_storeu_epi16(to + i,
+                          _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
     if (i == length) continue;
     const __mmask16 mask = lanes(length - i);
     const __m512 rest = _mm512_maskz_loadu_ps(mask, from + i);

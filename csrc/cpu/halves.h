@@ -8,7 +8,8 @@
 
 namespace dx {
 
-// Rows of `length` elements, `stride` elements from one to the next in `from`, none between in `to`.
+// Rows of `length` elements, `stride` elements from one to the next in `from`, none between in
+// `to`.
 void load(const Half* from, int64_t stride, int64_t rows, int64_t length, float* to);
 void load(const BFloat16* from, int64_t stride, int64_t rows, int64_t length, float* to);
 

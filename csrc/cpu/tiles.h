@@ -38,14 +38,16 @@ class Source {
   template <class T>
   explicit Source(const T* data) : data_(data), dtype_(floating_of(data)) {}
 
-  bool is_float32() const { return dtype_ == Floating::float32; }
+  // Whether tiles lie in the tensor itself.
+  bool in_place() const { return dtype_ == Floating::float32; }
 
   Tile<const float> view(const Place& p, TileBuffer& buffer) const {
-    if (is_float32()) return {static_cast<const float*>(data_) + p.first, p.stride};
+    if (in_place()) return {static_cast<const float*>(data_) + p.first, p.stride};
     if (dtype_ == Floating::float16)
       load(static_cast<const Half*>(data_) + p.first, p.stride, p.rows, p.length, buffer.values);
     else
-      load(static_cast<const BFloat16*>(data_) + p.first, p.stride, p.rows, p.length, buffer.values);
+      load(static_cast<const BFloat16*>(data_) + p.first, p.stride, p.rows, p.length,
+           buffer.values);
     return {buffer.values, p.length};
   }
 
@@ -60,10 +62,10 @@ class Target {
   template <class T>
   explicit Target(T* data) : data_(data), dtype_(floating_of(data)) {}
 
-  bool is_float32() const { return dtype_ == Floating::float32; }
+  bool in_place() const { return dtype_ == Floating::float32; }
 
   Tile<float> place(const Place& p, TileBuffer& buffer) const {
-    if (is_float32()) return {static_cast<float*>(data_) + p.first, p.stride};
+    if (in_place()) return {static_cast<float*>(data_) + p.first, p.stride};
     return {buffer.values, p.length};
   }
 
