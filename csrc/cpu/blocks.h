@@ -1,6 +1,6 @@
 // Blocks of elements as the CPU kernels handle them: float32 in the first-level cache, loaded from
-// and rounded to the tensor's dtype. The loops are plain, for the compiler to vectorise, but for
-// float16's, which it does not by the processor's conversions.
+// and rounded to the tensor's dtype. The loops are plain, for the compiler to vectorise; float16's
+// conversions are in halves.cpp.
 #pragma once
 
 #include <cstdint>

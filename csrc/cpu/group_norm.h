@@ -21,7 +21,7 @@ static_assert(kColumns <= kLanes);
 // What float32 adds before the sum goes on in float64: neighbours, 128 a lane, or pixels.
 constexpr int64_t kRun = 4096, kPixels = 256;
 // Channels of channels_last of which a tile has whole pixels: half precision is read and written in
-// the order of memory, which took 0.7 of the time that columns of it did.
+// the order of memory, which at 320 channels of 64x64 took 0.6 of the time that columns did.
 constexpr int64_t kPanel = 512;
 
 struct Range {

@@ -24,8 +24,6 @@ DX_INLINE void store_rows(const float* __restrict from, int64_t rows, int64_t le
 }
 
 #if defined(DX_X86)
-#define DX_AVX2_KERNEL __attribute__((target(DX_AVX2)))
-#define DX_AVX512_KERNEL __attribute__((target(DX_AVX512)))
 
 DX_AVX2_KERNEL void load_avx2(const Half* from, int64_t stride, int64_t rows, int64_t length,
                               float* to) {
@@ -84,7 +82,6 @@ DX_AVX512_KERNEL void store_avx512(const float* from, int64_t rows, int64_t leng
 }  // namespace
 
 void load(const Half* from, int64_t stride, int64_t rows, int64_t length, float* to) {
-  if (stride == length) length *= rows, rows = 1;
 #if defined(DX_X86)
   if (best_isa() == Isa::avx512) return load_avx512(from, stride, rows, length, to);
   if (best_isa() == Isa::avx2) return load_avx2(from, stride, rows, length, to);
@@ -93,7 +90,6 @@ void load(const Half* from, int64_t stride, int64_t rows, int64_t length, float*
 }
 
 void store(const float* from, int64_t rows, int64_t length, Half* to, int64_t stride) {
-  if (stride == length) length *= rows, rows = 1;
 #if defined(DX_X86)
   if (best_isa() == Isa::avx512) return store_avx512(from, rows, length, to, stride);
   if (best_isa() == Isa::avx2) return store_avx2(from, rows, length, to, stride);
@@ -102,12 +98,10 @@ void store(const float* from, int64_t rows, int64_t length, Half* to, int64_t st
 }
 
 void load(const BFloat16* from, int64_t stride, int64_t rows, int64_t length, float* to) {
-  if (stride == length) length *= rows, rows = 1;
   on_best_isa([=]() DX_KERNEL { load_rows(from, stride, rows, length, to); });
 }
 
 void store(const float* from, int64_t rows, int64_t length, BFloat16* to, int64_t stride) {
-  if (stride == length) length *= rows, rows = 1;
   on_best_isa([=]() DX_KERNEL { store_rows(from, rows, length, to, stride); });
 }
 

@@ -107,8 +107,6 @@ struct Uniform {
 // Two vectors of counters become one of their words, in pairs of neighbours: c[k][v]'s in the even
 // lanes, c[k][v + 1]'s in the odd ones. The ramps that the counters start from are such that a 4 x
 // 4 transposition within 128 bits then brings the normals in the order of their elements.
-#define DX_AVX512_KERNEL __attribute__((target(DX_AVX512)))
-
 DX_AVX512_KERNEL inline __m512i xor3_avx512(__m512i a, __m512i b, __m512i c) {
   return _mm512_ternarylogic_epi64(a, b, c, 0x96);
 }
@@ -147,8 +145,6 @@ DX_AVX512_KERNEL void normal_blocks_avx512(const Uniform& u, uint64_t first, int
     for (int i = 0; i < kCounters; i += 16) interleave_avx512(z, i, out + 4 * i);
   }
 }
-
-#define DX_AVX2_KERNEL __attribute__((target(DX_AVX2)))
 
 DX_AVX2_KERNEL inline __m256i xor3_avx2(__m256i a, __m256i b, __m256i c) {
   return _mm256_xor_si256(_mm256_xor_si256(a, b), c);

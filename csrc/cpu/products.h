@@ -42,7 +42,7 @@ inline void store(float* p, Vector v) { *p = v; }
 
 #if defined(DX_X86)
 namespace avx2 {
-#define DX_PRODUCTS_TARGET __attribute__((target(DX_AVX2)))
+#define DX_PRODUCTS_TARGET DX_AVX2_KERNEL
 using Vector = __m256;
 constexpr int kWidth = 8, kRows = 6;  // 16 registers: 12 sums, 2 filters, 1 number
 DX_PRODUCTS_TARGET inline Vector zero() { return _mm256_setzero_ps(); }
@@ -57,7 +57,7 @@ DX_PRODUCTS_TARGET inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v
 }  // namespace avx2
 
 namespace avx512 {
-#define DX_PRODUCTS_TARGET __attribute__((target(DX_AVX512)))
+#define DX_PRODUCTS_TARGET DX_AVX512_KERNEL
 using Vector = __m512;
 constexpr int kWidth = 16, kRows = 8;
 DX_PRODUCTS_TARGET inline Vector zero() { return _mm512_setzero_ps(); }

@@ -35,13 +35,16 @@ const char* name_of(Isa isa);
 #define DX_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,f16c,prefer-vector-width=512"
 #endif
 #define DX_AVX2 "avx2,fma,bmi2,f16c"
+// A function of one instruction set's intrinsics.
+#define DX_AVX512_KERNEL __attribute__((target(DX_AVX512)))
+#define DX_AVX2_KERNEL __attribute__((target(DX_AVX2)))
 
 template <class Kernel>
-__attribute__((target(DX_AVX512))) void run_avx512(const Kernel& kernel) {
+DX_AVX512_KERNEL void run_avx512(const Kernel& kernel) {
   kernel();
 }
 template <class Kernel>
-__attribute__((target(DX_AVX2))) void run_avx2(const Kernel& kernel) {
+DX_AVX2_KERNEL void run_avx2(const Kernel& kernel) {
   kernel();
 }
 #endif

@@ -10,15 +10,14 @@
 namespace dx {
 
 constexpr int64_t kTileElements = 2048;  // at most: 8 KiB of float32
-// Vectors that cross a line of the cache take twice as long; a line more keeps neighbours apart,
-// whose equal places would else wait for one another.
-struct alignas(64) TileBuffer {
-  float values[kTileElements + 16];
-};
+using TileBuffer = float[kTileElements];
 
 // Where a tile is in a tensor: rows of `length` neighbours, `stride` elements from one to the next.
 struct Place {
   int64_t first, stride, rows, length;
+
+  // One row where there is nothing between them.
+  Place joined() const { return stride == length ? Place{first, 0, 1, rows * length} : *this; }
 };
 
 // A tile as float32: row r begins at [r * stride].
@@ -44,14 +43,18 @@ class Source {
   Tile<const float> view(const Place& p, TileBuffer& buffer) const {
     if (in_place()) return {static_cast<const float*>(data_) + p.first, p.stride};
     if (dtype_ == Floating::float16)
-      load(static_cast<const Half*>(data_) + p.first, p.stride, p.rows, p.length, buffer.values);
+      load_from<Half>(p.joined(), buffer);
     else
-      load(static_cast<const BFloat16*>(data_) + p.first, p.stride, p.rows, p.length,
-           buffer.values);
-    return {buffer.values, p.length};
+      load_from<BFloat16>(p.joined(), buffer);
+    return {buffer, p.length};
   }
 
  private:
+  template <class T>
+  void load_from(const Place& p, float* to) const {
+    load(static_cast<const T*>(data_) + p.first, p.stride, p.rows, p.length, to);
+  }
+
   const void* data_;
   Floating dtype_;
 };
@@ -66,17 +69,20 @@ class Target {
 
   Tile<float> place(const Place& p, TileBuffer& buffer) const {
     if (in_place()) return {static_cast<float*>(data_) + p.first, p.stride};
-    return {buffer.values, p.length};
+    return {buffer, p.length};
   }
 
   void keep(const Tile<float>& tile, const Place& p) const {
-    if (dtype_ == Floating::float16)
-      store(tile.at, p.rows, p.length, static_cast<Half*>(data_) + p.first, p.stride);
-    else if (dtype_ == Floating::bfloat16)
-      store(tile.at, p.rows, p.length, static_cast<BFloat16*>(data_) + p.first, p.stride);
+    if (dtype_ == Floating::float16) store_to<Half>(p.joined(), tile.at);
+    if (dtype_ == Floating::bfloat16) store_to<BFloat16>(p.joined(), tile.at);
   }
 
  private:
+  template <class T>
+  void store_to(const Place& p, const float* from) const {
+    store(from, p.rows, p.length, static_cast<T*>(data_) + p.first, p.stride);
+  }
+
   void* data_;
   Floating dtype_;
 };

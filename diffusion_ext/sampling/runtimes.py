@@ -26,11 +26,11 @@ def missing(runtime: str) -> str:
 
 @functools.cache
 def openvino_core():
-    """OpenVINO's Core, one for the process and never given up.
+    """OpenVINO's Core, one for the process and never given up. ImportError where there is none.
 
-    `openvino.compile_model` makes one a call. Each gives its thread a signal stack of its own and
-    restores the one before when it is destroyed, whether or not that one's Core still lives: the
-    next signal then writes over whatever lies there by now.
+    `openvino.compile_model` makes one a call. Each gives its thread a signal stack (sigaltstack) of
+    its own and, when it is destroyed, restores the one before, whether or not that one's Core still
+    lives: the next signal then writes over whatever lies there by now.
     """
     import openvino
 
