@@ -1,28 +1,34 @@
-"""The command line: diffusion-ext demo | train | sample | evaluate | export | info.
+"""The command line: diffusion-ext demo | train | sample | evaluate | export | bench | info |
+completion.
 
 Each command is a dataclass whose fields are its options.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
 from ..training.torchrun import told_to_torchrun
+from .bench.command import Bench
+from .demo_page import write_demo
 from .evaluate import Evaluate
 from .information import info
+from .page import show
 from .places import file_of
 from .recognition import recognise_digits
 from .sample import Sample
 from .train import Train
 
+PROGRAM = "diffusion-ext"
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -60,6 +66,8 @@ class Demo:
     """classifier-free guidance scale"""
     seed: int = 0
     """of the training and the samples"""
+    open: bool = False
+    """show the page in a browser"""
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -68,7 +76,7 @@ class Demo:
             epochs=self.epochs, batch_size=64, checkpoint_every=5, seed=self.seed
         )
         Train(out=self.out, n_feat=32, training=training).run()
-        images, labels = Sample(
+        drawn = Sample(
             checkpoint=self.out,
             per_class=self.per_class,
             steps=self.steps,
@@ -76,20 +84,45 @@ class Demo:
             guidance=self.guidance,
             seed=self.seed,
         ).draw()
-        shares = recognise_digits(images, labels)
-        print(
-            f"recognised  {shares.generated:.1%} of {len(images)} generated digits as the digit "
-            f"asked for, by a classifier of {shares.held_out:.1%} on held-out real digits"
-        )
-        print(f"time        {time.perf_counter() - start:.0f} s")
+        shares = recognise_digits(drawn.images, drawn.labels)
+        facts = {
+            "recognised": f"{shares.generated:.1%} of {len(drawn.images)} generated digits as the "
+            f"digit asked for, by a classifier of {shares.held_out:.1%} on held-out real digits",
+            "time": f"{time.perf_counter() - start:.0f} s",
+        }
+        page = self.out / "demo.html"
+        write_demo(page, drawn.player, facts, self.out / "loss.png")
+        for name, fact in {**facts, "page": page}.items():
+            print(f"{name:<12}{fact}")
+        if self.open:
+            show(page)
 
 
 @dataclass(frozen=True)
 class Info:
     """Print what was built, which backend serves each op, and why anything is missing."""
 
+    json: bool = False
+    """print it as JSON, for programs"""
+
     def run(self) -> None:
-        print(info())
+        found = info()
+        print(json.dumps(asdict(found), indent=1) if self.json else found)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print what makes a shell complete the commands and options of diffusion-ext.
+
+    bash: diffusion-ext completion > ~/.local/share/bash-completion/completions/diffusion-ext
+    zsh: diffusion-ext completion zsh > a file _diffusion-ext in a folder of $fpath
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]] = "bash"
+    """whose completion"""
+
+    def run(self) -> None:
+        tyro.cli(Command, prog=PROGRAM, args=["--tyro-print-completion", self.shell])
 
 
 Command = (
@@ -98,7 +131,9 @@ Command = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
 
 
@@ -106,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 2 for what the user can put right, 130 after Ctrl-C;
     SIGTERM ends training with 143."""
     try:
-        command = tyro.cli(Command, prog="diffusion-ext", args=args)
+        command = tyro.cli(Command, prog=PROGRAM, args=args)
         told_to_torchrun(command.run)()
     except USER_ERRORS as error:
         print(f"diffusion-ext: {error}", file=sys.stderr)

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
 from PIL import Image
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-  body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 50em; padding: 0 1em;
-    color: #222; background: #fff }}
-  table {{ border-collapse: collapse; width: 100% }}
-  td, th {{ text-align: left; padding: .4em .6em; border-bottom: 1px solid #ddd }}
-  td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
-  img {{ max-width: 100%; image-rendering: auto }}
-  small {{ color: #666 }}
-</style>
-<h1>{title}</h1>
-<p>{how}</p>
-<table><tr><th>measure</th><th>samples</th><th>real, held out</th><th></th></tr>
-{rows}</table>
-<p><small>{note}</small></p>
-{pictures}
-</html>
-"""
-
+from .page import embedded, write_page
 
 NOTHING = "–"
 # measure, its name in evaluation.json, that of real images in the samples' place, whether it is a
@@ -64,14 +42,15 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
     note = f"Features: {numbers['feature_network']}. They compare runs on the same data alone."
     credit = html.escape(". ".join(["", *numbers["data"]]))
     shown = "".join(
-        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_embedded(picture)}">'
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{embedded(picture)}">'
         for title, picture in pictures.items()
     )
-    title = html.escape(f"Evaluation of {numbers['run']}")
-    page = PAGE.format(
-        title=title, how=html.escape(how), rows=cells, note=note + credit, pictures=shown
+    body = (
+        f"<p>{html.escape(how)}</p>\n"
+        f"<table><tr><th>measure</th><th>samples</th><th>real, held out</th><th></th></tr>\n{cells}"
+        f"</table>\n<p><small>{note + credit}</small></p>\n{shown}"
     )
-    path.write_text(page)
+    write_page(path, f"Evaluation of {numbers['run']}", body)
     return [how, *(f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows), note]
 
 
@@ -100,9 +79,3 @@ def _written(value: float | None, percent: bool) -> str:
     if value is None:
         return NOTHING
     return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
-
-
-def _embedded(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
-from ..sampling import SampleResult, sample
+from ..sampling import sample
 from ..sampling.engines import ENGINES
-from ..sampling.pictures import sample_grid, save_denoising_animation
 from ..training import StateDictOptions, TrainedModel, load_trained
 from ..training.folder_lock import FolderLock
 from ..training.processes import Processes
 from ..training.torchrun import joined
+from .page import show, write_page
 from .places import device_of, file_of
+from .player import STYLE
+from .sample_pictures import save_pictures
 from .sample_set import SampleSet, digest_of
 
-UNLABELLED_COLUMNS = 10
-ANIMATED_PER_CLASS = 3
-ANIMATED_FRAMES = 25
 DDPM_FRAME_RATE = 20
 
 FLOW_SAMPLERS = {"flow_euler": flow_euler, "flow_heun": flow_heun}
@@ -85,10 +82,18 @@ def options_of(options: SamplerOptions) -> dict:
     return {name: getattr(options, name) for name in SamplerOptions.__dataclass_fields__}
 
 
+class Drawn(NamedTuple):
+    """images [B, C, S, S], their labels [B], if any, and the page's player of their denoising."""
+
+    images: Tensor
+    labels: Tensor | None
+    player: str
+
+
 @dataclass(frozen=True)
 class Sample(SamplerOptions):
-    """Draw samples from a checkpoint: a grid, and the denoising as an animation; or, with --count,
-    a set of them in files, by the processes that torchrun starts."""
+    """Draw samples from a checkpoint: a grid, the denoising as an animation and as a page; or, with
+    --count, a set of them in files, by the processes that torchrun starts."""
 
     checkpoint: Path = Path("runs/digits")
     """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
@@ -107,18 +112,29 @@ class Sample(SamplerOptions):
     """torch device; auto is CUDA where there is one"""
     engine: Literal[ENGINES] = "eager"
     """what runs the network; auto measures them all once on this machine and takes the fastest"""
+    open: bool = False
+    """show the page in a browser"""
     state_dict: Annotated[StateDictOptions, tyro.conf.arg(name="")] = field(
         default_factory=StateDictOptions
     )
 
     def run(self) -> None:
-        if self.count is None:
-            self.draw()
-        else:
+        if self.count is not None:
             self.draw_set(self.count)
+            return
+        drawn, page = self.draw(), self.folder / "samples.html"
+        write_page(page, f"Samples of {self.checkpoint}", drawn.player, STYLE)
+        print(f"page        {page}")
+        if self.open:
+            show(page)
 
-    def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Writes the pictures. Returns the images [B, C, S, S] and their labels [B], if any."""
+    @property
+    def folder(self) -> Path:
+        """Of the pictures."""
+        return self.out or file_of(self.checkpoint).parent
+
+    def draw(self) -> Drawn:
+        """Writes the pictures."""
         if self.per_class < 1:
             raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
         path = file_of(self.checkpoint)
@@ -138,11 +154,8 @@ class Sample(SamplerOptions):
             engine=self.engine,
             save_rate=DDPM_FRAME_RATE if self.sampler == "ddpm" else 1,
         )
-        out = self.out or path.parent
-        out.mkdir(parents=True, exist_ok=True)
-        self._save_grid(out / "samples.png", result, names)
-        self._save_animation(out / "denoising.gif", result, table, names)
-        return result.images, labels
+        player = save_pictures(self.folder, result, table, names, self.per_class)
+        return Drawn(result.images, labels, player)
 
     def draw_set(self, count: int) -> None:
         """Writes samples as files: the batches go round the processes, and the images are
@@ -194,23 +207,3 @@ class Sample(SamplerOptions):
                 progress=False,
             )
             files.write(numbers, result.images[: len(numbers)])
-
-    def _save_grid(self, path: Path, result: SampleResult, names: Sequence[str]) -> None:
-        columns = self.per_class if names else min(self.per_class, UNLABELLED_COLUMNS)
-        sample_grid(result.images, columns, row_labels=names).save(path)
-        print(f"samples     {path}")
-
-    def _save_animation(
-        self, path: Path, result: SampleResult, table: StepTable, names: Sequence[str]
-    ) -> None:
-        # A frame kept after the step at timestep t is at the next timestep, or clean at the end.
-        reached = dict(zip(table.timesteps, [*table.timesteps[1:], 0], strict=True))
-        spread = np.linspace(0, len(result.frames) - 1, ANIMATED_FRAMES)
-        shown = np.unique(spread.round().astype(int))
-        timesteps = [reached[t] for t in result.frame_timesteps[shown]]
-        frames, columns = result.frames[shown], min(self.per_class, UNLABELLED_COLUMNS)
-        if names:  # a column for each class, a few samples of each below one another
-            by_class = frames.unflatten(1, (len(names), self.per_class))[:, :, :ANIMATED_PER_CLASS]
-            frames, columns = by_class.transpose(1, 2).flatten(1, 2), len(names)
-        save_denoising_animation(path, frames, timesteps, columns, names)
-        print(f"denoising   {path}")

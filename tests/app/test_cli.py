@@ -63,7 +63,7 @@ def help_of(capsys, *arguments):
 
 def test_help_lists_the_commands(capsys):
     text = help_of(capsys)
-    assert all(f"• {name}" in text for name in ("demo", "train", "sample", "info"))
+    assert all(f"• {name}" in text for name in ("demo", "train", "sample", "bench", "info"))
 
 
 def test_help_shows_every_default(capsys):
@@ -76,6 +76,8 @@ def test_help_shows_every_default(capsys):
         (cli.Sample, len(fields(cli.Sample)) + of_state_dicts),
         (cli.Evaluate, len(fields(cli.Evaluate))),
         (cli.Export, len(fields(cli.Export))),
+        (cli.Bench, len(fields(cli.Bench))),
+        (cli.Info, len(fields(cli.Info))),
     ):
         text = help_of(capsys, config.__name__.lower())
         assert text.count("(default:") == options
@@ -86,6 +88,25 @@ def test_help_shows_every_default(capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["backends"]["perturb"]["cpu"] == dx.info().backends["perturb"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    "words, wanted", [(["be"], "bench"), (["sample", "--sampler", "dpmpp_3"], "dpmpp_3m_sde")]
+)
+def test_completion(tmp_path, words, wanted):
+    script = tmp_path / "completion"
+    script.write_text(command("completion", "bash").stdout)
+    line = " ".join(["diffusion-ext", *words])
+    asked = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _tyro_diffusion_ext"
+    bash = ["bash", "-c", f'{asked}; echo "${{COMPREPLY[@]}}"']
+    assert subprocess.run(bash, capture_output=True, text=True).stdout.split() == [wanted]
 
 
 def test_train_writes_the_run(run):
@@ -103,6 +124,7 @@ def test_sample_writes_the_pictures_and_prints_where(run, tmp_path, capsys):
     arguments = ["sample", "--checkpoint", str(run), "--out", str(tmp_path / "pictures")]
     assert cli.main([*arguments, "--per-class", "2", "--steps", "5"]) == 0
     printed = capsys.readouterr().out
+    assert "samples.html" in printed
     for name in ("samples.png", "denoising.gif"):
         path = tmp_path / "pictures" / name
         assert str(path) in printed
@@ -128,7 +150,7 @@ def test_engines(run, tmp_path):
 
 def test_ddpm_and_a_checkpoint_file(run, tmp_path):
     path = run / "checkpoint.safetensors"
-    images, labels = cli.Sample(path, tmp_path, per_class=2, sampler="ddpm").draw()
+    images, labels, _ = cli.Sample(path, tmp_path, per_class=2, sampler="ddpm").draw()
     assert images.shape == (6, 3, 8, 8)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     with Image.open(tmp_path / "denoising.gif") as animation:
@@ -162,7 +184,7 @@ def test_a_sampler_that_lacks_what_is_asked(run, tmp_path, capsys, arguments, me
 def test_a_checkpoint_tells_what_its_network_predicts(array, tmp_path, capsys, prediction):
     run, options = str(tmp_path), ["--prediction", prediction]
     assert cli.main(["train", "--data", str(array), "--out", run, *TINY, *options]) == 0
-    images, _ = cli.Sample(tmp_path, per_class=1, steps=3).draw()
+    images = cli.Sample(tmp_path, per_class=1, steps=3).draw().images
     trained = load_trained(tmp_path / "checkpoint.safetensors")
     assert trained.prediction == prediction
     flow = prediction == "flow"
@@ -232,7 +254,7 @@ def test_images_without_classes(tmp_path):
     np.save(tmp_path / "grey.npy", np.zeros((8, 8, 8), np.uint8))
     data = str(tmp_path / "grey.npy")
     assert cli.main(["train", "--data", data, "--out", str(tmp_path), *TINY]) == 0
-    images, labels = cli.Sample(tmp_path, per_class=12, steps=2).draw()
+    images, labels, _ = cli.Sample(tmp_path, per_class=12, steps=2).draw()
     assert images.shape == (12, 1, 8, 8)
     assert labels is None
 
@@ -265,6 +287,9 @@ def test_demo(tmp_path, capsys):
     assert 0 <= float(found[1]) <= 100
     assert float(found[2]) > 97
     assert {p.name for p in tmp_path.iterdir()} >= {"samples.png", "denoising.gif", "loss.png"}
+    page = (tmp_path / "demo.html").read_text()
+    assert f"{found[1]}% of 20 generated digits" in page
+    assert page.count("data:image/png") == 2  # the samples and the loss curve
 
 
 def test_recognition_tells_digits_apart():
@@ -287,13 +312,24 @@ def test_as_a_process(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "--checkpoint", "nowhere"], "checkpoint: no file nowhere"),
+        (
+            ["sample", "--checkpoint", "nowhere"],
+            "checkpoint: no file nowhere; `diffusion-ext train` writes one: name the folder of its "
+            "run, such as runs/digits",
+        ),
         (["sample", "--per-class", "0"], "per_class: wanted at least 1, got 0"),
-        (["train", "--data", "nowhere"], "data: no file or folder nowhere"),
+        (
+            ["train", "--data", "nowhere"],
+            "data: no file or folder nowhere; wanted digits, emoji, a folder, .npy or .npz",
+        ),
         (["train", "--n-feat", "10"], "n_feat: wanted a positive multiple of 8, got 10"),
         (
             ["train", "--device", "abacus"],
             "device: wanted a torch device like cpu, got 'abacus'",
+        ),
+        (
+            ["train", "--device", "meta"],
+            f"device: meta is not there for torch {torch.__version__}; --device cpu always is",
         ),
     ],
 )

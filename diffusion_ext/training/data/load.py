@@ -53,5 +53,7 @@ def load_data(
     if path.suffix in (".npy", ".npz"):
         return load_image_array(path, labels, layout, value_range)
     if not path.exists():
-        raise FileNotFoundError(f"data: no file or folder {path}")
+        raise FileNotFoundError(
+            f"data: no file or folder {path}; wanted digits, emoji, a folder, .npy or .npz"
+        )
     raise ValueError(f'data: wanted "digits", "emoji", a folder, .npy or .npz, got {path}')

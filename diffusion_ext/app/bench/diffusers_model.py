@@ -1,0 +1,247 @@
+"""A network, an autoencoder and a scheduler of diffusers for `bench`: a folder's, or built in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...fusing import fuse
+from .subject import RANDOM_WEIGHTS, Part, Request, Subject, drawn
+
+# The configurations of well-known models; what is not said is diffusers' own default.
+BUILT_IN = {
+    "ddpm-cifar10": {  # google/ddpm-cifar10-32 (Ho et al. 2020)
+        "unet": {
+            "_class_name": "UNet2DModel", "sample_size": 32, "attention_head_dim": None,
+            "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+        },
+        "scheduler": {"_class_name": "DDIMScheduler"},
+    },
+    "stable-diffusion": {  # version 1.5 (Rombach et al. 2022)
+        "unet": {
+            "_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL", "sample_size": 512, "layers_per_block": 2,
+            "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        },
+        "scheduler": {
+            "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1,
+        },
+    },
+}  # fmt: skip
+PROMPT = 77  # tokens of a text
+CONFIGS = ("config.json", "scheduler_config.json")
+KINDS = {
+    "UNet2DModel": "unet", "UNet2DConditionModel": "unet",
+    "AutoencoderKL": "vae", "AutoencoderTiny": "vae", "VQModel": "vae",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a pipeline: its configuration, and the folder of its weights, if they are there."""
+
+    config: dict
+    folder: Path | None = None
+
+    @property
+    def class_name(self) -> str:
+        return self.config["_class_name"]
+
+    @property
+    def kind(self) -> str | None:
+        return "scheduler" if "Scheduler" in self.class_name else KINDS.get(self.class_name)
+
+    def build(self, request: Request) -> nn.Module:
+        """The network, on its device. Without weights in the folder, of random ones."""
+        diffusers, _ = _libraries()
+        diffusers.logging.set_verbosity_error()
+        torch.manual_seed(0)
+        cls, dtype = getattr(diffusers, self.class_name), request.torch_dtype
+        if self.has_weights:
+            model = cls.from_pretrained(self.folder, torch_dtype=dtype, local_files_only=True)
+        else:
+            model = cls.from_config(self.config).to(dtype)
+        return model.eval().to(request.device)
+
+    @property
+    def has_weights(self) -> bool:
+        suffixes = (".safetensors", ".bin")
+        return self.folder is not None and any(f.suffix in suffixes for f in self.folder.iterdir())
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*CONFIGS, "model_index.json"))
+
+
+def diffusers_model(request: Request) -> Subject:
+    """The parts that there are of network, sampler and decoder. Where the network reads a text,
+    guidance calls it on a doubled batch."""
+    found = components(request.model)
+    networks = {k: c.build(request) for k, c in found.items() if k != "scheduler"}
+    unet, vae = networks.get("unet"), networks.get("vae")
+    side, factor = _sides(unet, vae, request)
+    channels = unet.config.in_channels if unet else vae.config.latent_channels if vae else 4
+    latents = (request.batch, channels, side, side)
+    parts, steps = [], request.steps
+    if "scheduler" in found:
+        run, steps = _sampler(found["scheduler"], latents, request)
+        parts.append(Part("sampler", steps, run, per_call=steps))
+    if unet:
+        parts.insert(0, Part("network", steps, _network(unet, latents, request)))
+    if vae:
+        parts.append(Part("decoder", 1, _decoder(vae, side, request)))
+    last = vae.config.out_channels if vae else unet.config.out_channels if unet else channels
+    pictures = (request.batch, last, factor * side, factor * side)
+    title = ", ".join(component.class_name for component in found.values())
+    loaded = all(c.has_weights for k, c in found.items() if k in networks)
+    return Subject(title, pictures, parts, _advice(found), [] if loaded else [RANDOM_WEIGHTS])
+
+
+def components(model: str) -> dict[str, Component]:
+    """Of a built-in name, or of a folder: unet, vae and scheduler, as far as it has them.
+
+    Raises: ValueError for a folder that has none, or a network that is not known.
+    """
+    if model in BUILT_IN:
+        return {name: Component(config) for name, config in BUILT_IN[model].items()}
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        index = json.loads((folder / "model_index.json").read_text())
+        folders = [folder / name for name in index if (folder / name).is_dir()]
+    else:
+        folders = [folder]
+    read = [_component(folder) for folder in folders]
+    found = {c.kind: c for c in read if c is not None and c.kind is not None}
+    if not found or ("unet" not in found and len(folders) > 1):
+        names = ", ".join(c.class_name for c in read if c is not None)
+        raise ValueError(
+            f"model: wanted a {' or '.join(KINDS)} or a scheduler, got a folder of {names}"
+        )
+    return found
+
+
+def _component(folder: Path) -> Component | None:
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text())
+            return Component(config, folder) if "_class_name" in config else None
+    return None
+
+
+def _sides(unet, vae, request: Request) -> tuple[int, int]:
+    """(side of what the network sees, pixels of the picture for each of it)"""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
+    if request.size is not None:
+        if request.size % factor:
+            raise ValueError(f"size: wanted a multiple of {factor}, got {request.size}")
+        return request.size // factor, factor
+    made_for = unet.config.sample_size if unet else vae.config.sample_size if vae else 64
+    if not isinstance(made_for, int):
+        raise ValueError(f"size: the network is made for {made_for}: say a side with --size")
+    return made_for if unet or not vae else made_for // factor, factor
+
+
+def _network(unet: nn.Module, latents: tuple[int, ...], request: Request) -> Callable:
+    reads_text = type(unet).__name__ == "UNet2DConditionModel"
+    batch = 2 * request.batch if reads_text else request.batch
+    x, t = drawn((batch, *latents[1:]), request), torch.tensor(500, device=request.device)
+    options = _text(unet, batch, request) if reads_text else {}
+    if not reads_text and unet.config.num_class_embeds:
+        options = {"class_labels": torch.zeros(batch, dtype=torch.long, device=request.device)}
+    return _called(unet, unet.forward, request, x, t, return_dict=False, **options)
+
+
+def _text(unet: nn.Module, batch: int, request: Request) -> dict:
+    """A prompt's embeddings, and what Stable Diffusion XL wants beside them."""
+    width = unet.config.cross_attention_dim
+    if not isinstance(width, int):
+        raise ValueError(f"model: wanted a network with one cross_attention_dim, got {width}")
+    options = {"encoder_hidden_states": drawn((batch, PROMPT, width), request, seed=1)}
+    if unet.config.addition_embed_type == "text_time":
+        times = 6 * unet.config.addition_time_embed_dim
+        pooled = unet.config.projection_class_embeddings_input_dim - times
+        options["added_cond_kwargs"] = {
+            "text_embeds": drawn((batch, pooled), request, seed=2),
+            "time_ids": torch.zeros(batch, 6, device=request.device, dtype=request.torch_dtype),
+        }
+    elif unet.config.addition_embed_type is not None or unet.config.class_embed_type is not None:
+        raise ValueError("model: `bench` knows the inputs of Stable Diffusion 1, 2 and XL alone")
+    return options
+
+
+def _decoder(vae: nn.Module, side: int, request: Request) -> Callable:
+    z = drawn((request.batch, vae.config.latent_channels, side, side), request)
+    return _called(vae, vae.decode, request, z, return_dict=False)
+
+
+def _called(model: nn.Module, function: Callable, request: Request, x: Tensor, *rest, **options):
+    """A call of the model's function in the request's way."""
+    if request.way == "compile":
+        function = torch.compile(function)
+    elif request.way == "ours":
+        fuse(model.to(memory_format=torch.channels_last))
+        x = x.to(memory_format=torch.channels_last)
+    return lambda: function(x, *rest, **options)[0]
+
+
+def _sampler(component: Component, latents: tuple[int, ...], request: Request):
+    """(a run of all its steps on what a network would have given, the number of its calls)"""
+    diffusers, fused = _libraries()
+    theirs = getattr(diffusers, component.class_name)
+    cls = getattr(fused, component.class_name, theirs) if request.way == "ours" else theirs
+    scheduler = cls.from_config(component.config)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    start, output = drawn(latents, request), drawn(latents, request, seed=3)
+
+    def run() -> Tensor:
+        scheduler.set_timesteps(request.steps, device=request.device)
+        generator = torch.Generator(request.device).manual_seed(0)
+        options = {"generator": generator} if takes_generator else {}
+        x = start * getattr(scheduler, "init_noise_sigma", 1.0)
+        for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(output, t, x, return_dict=False, **options)[0]
+        return x
+
+    scheduler.set_timesteps(request.steps)
+    return run, len(scheduler.timesteps)
+
+
+def _advice(found: dict[str, Component]) -> list[str]:
+    """Python that gives a pipeline what was timed."""
+    _, fused = _libraries()
+    lines = ["import diffusion_ext as dx"]
+    lines += [
+        f"dx.fuse(pipe.{name}.to(memory_format=torch.channels_last))"
+        for name in found
+        if name != "scheduler"
+    ]
+    if "scheduler" in found and (name := found["scheduler"].class_name) in fused.__all__:
+        lines += [
+            f"from diffusion_ext.integrations.diffusers import {name}",
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config)",
+        ]
+    return lines
+
+
+def _libraries():
+    """(diffusers, our schedulers for it). Raises: ImportError that says what to install."""
+    from ...integrations import diffusers as fused  # isort: skip
+    import diffusers
+
+    return diffusers, fused

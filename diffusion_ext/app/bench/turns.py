@@ -1,0 +1,158 @@
+"""Times the ways by turns, each in its own process, so that what slows the machine slows all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+
+import numpy as np
+from tqdm import tqdm
+
+from .subject import WAYS, Request
+from .worker import Ready, serve
+
+TURNS = 5
+SLICE = 0.4  # seconds of a turn at most
+READY_SHARE = 0.6  # of the time, to make the ways ready; what is left is for timing
+
+
+@dataclass
+class Way:
+    """A way and what became of it.
+
+    Attributes:
+        ready: None where it failed, or took too long: `failure` says so.
+        times: seconds of one use, for each part and round.
+    """
+
+    name: str
+    ready: Ready | None = None
+    failure: str = ""
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    def best(self, part: str) -> float:
+        return min(self.times[part])
+
+    def seconds_of_a_batch(self) -> float:
+        """All parts, as often as a batch of pictures needs them."""
+        return sum(uses * self.best(part) for part, uses in self.ready.parts)
+
+    def difference(self, other: Way) -> float:
+        """The largest from the other way's results, over the largest value."""
+        pairs = zip(self.ready.outputs, other.ready.outputs, strict=True)
+        return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+
+
+class Process:
+    """A way's process, in a session of its own, so that its compilers end with it."""
+
+    def __init__(self, request: Request):
+        self.connection, theirs = Pipe()
+        handle = theirs.fileno()
+        code = f"from {serve.__module__} import serve; serve({handle})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[handle], start_new_session=True
+        )
+        theirs.close()
+        self.connection.send(request)
+
+    def received(self) -> Ready | list[float]:
+        """Raises: what the process raised; RuntimeError where it died."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            status = self.process.wait()
+            told = "killed, as for lack of memory" if status == -signal.SIGKILL else f"{status=}"
+            raise RuntimeError(f"its process ended: {told}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def timed(self, part: int, seconds: float) -> list[float]:
+        self.connection.send((part, seconds))
+        return self.received()
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+
+def measured(request: Request, seconds: float) -> dict[str, Way]:
+    """Every way, made ready side by side and timed by turns, in about so many seconds.
+
+    Raises: ValueError, TypeError, OSError or ImportError where the eager way fails: then there is
+    nothing to compare with.
+    """
+    end = time.perf_counter() + seconds
+    ways = {name: Way(name) for name in WAYS}
+    processes = {name: Process(replace(request, way=name)) for name in WAYS}
+    try:
+        _await(ways, processes, end - (1 - READY_SHARE) * seconds)
+        ready = {name: processes[name] for name, way in ways.items() if way.ready}
+        time_all(ways, ready, end)
+    finally:
+        for process in processes.values():
+            process.end()
+    return ways
+
+
+def _await(ways: dict[str, Way], processes: dict[str, Process], until: float) -> None:
+    """Until each is ready, has failed or, but for the eager way, the time is over."""
+    waiting, start = dict(processes), time.perf_counter()
+    with tqdm(total=len(ways), bar_format="{desc} {elapsed}", leave=False, disable=None) as bar:
+        while waiting:
+            bar.set_description_str("getting ready: " + ", ".join(WAYS[name] for name in waiting))
+            for name, process in list(waiting.items()):
+                if process.connection.poll(0.1):
+                    receive(ways[name], process)
+                elif time.perf_counter() > until and name != "eager":
+                    ways[name].failure = f"not ready in {time.perf_counter() - start:.0f} s"
+                    process.end()
+                else:
+                    continue
+                del waiting[name]
+            bar.refresh()
+
+
+def receive(way: Way, process: Process) -> None:
+    try:
+        way.ready = process.received()
+    except Exception as error:
+        leave_out(way, error)
+
+
+def leave_out(way: Way, error: Exception) -> None:
+    """Raises the error of the eager way."""
+    if way.name == "eager":
+        if isinstance(error, RuntimeError):  # torch's, or the process has died
+            raise ValueError(f"model: torch itself cannot run it here: {error}") from error
+        raise error
+    way.failure, way.times = str(error).strip().partition("\n")[0], {}
+
+
+def time_all(ways: dict[str, Way], processes: dict[str, Process], until: float) -> None:
+    """Every part in every process by turns, until the time is over; once at least."""
+    parts = [name for name, _ in ways["eager"].ready.parts]
+    left = TURNS * len(parts) * len(processes)
+    with tqdm(total=left, desc="timing", unit="turn", leave=False, disable=None) as bar:
+        for _ in range(TURNS):
+            for i, part in enumerate(parts):
+                for name, process in list(processes.items()):
+                    seconds = max(0.0, min(SLICE, (until - time.perf_counter()) / left))
+                    try:
+                        ways[name].times.setdefault(part, []).extend(process.timed(i, seconds))
+                    except (RuntimeError, ConnectionError) as error:
+                        leave_out(ways[name], error)
+                        del processes[name]
+                    left -= 1
+                    bar.update()
+            if time.perf_counter() > until:
+                break

@@ -1,0 +1,99 @@
+"""The process of one way: it makes the parts ready, and then times them when it is asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...ops import choices
+from .context_unet import context_unet
+from .diffusers_model import BUILT_IN, diffusers_model, is_diffusers_folder
+from .subject import Part, Request, Subject
+
+CONTEXT_UNET = "context-unet"
+NAMES = (CONTEXT_UNET, *BUILT_IN)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a way's process tells once its parts have run.
+
+    Attributes:
+        title, shape, advice, notes: of the subject.
+        parts: (name, uses) of each. outputs: what each has computed.
+        first: seconds that each part's first call took, compilation and all.
+    """
+
+    title: str
+    shape: tuple[int, ...]
+    advice: list[str]
+    notes: list[str]
+    parts: list[tuple[str, int]]
+    outputs: list[np.ndarray] = field(repr=False)
+    first: list[float]
+
+
+def subject(request: Request) -> Subject:
+    """Raises: ValueError, OSError for a model that is not there or not known."""
+    if request.model == CONTEXT_UNET:
+        return context_unet(request)
+    if request.model in BUILT_IN or is_diffusers_folder(Path(request.model)):
+        return diffusers_model(request)
+    if Path(request.model).exists():
+        return context_unet(request, Path(request.model))
+    raise FileNotFoundError(
+        f"model: no file or folder {request.model}; wanted one, or {', '.join(NAMES)}"
+    )
+
+
+def serve(handle: int) -> None:
+    """Receives a `Request` and sends a `Ready`, or the error; then, for each (part, seconds), the
+    times of its calls, until the connection ends. Args: handle: of the connection's file."""
+    connection = Connection(handle)
+    with contextlib.suppress(EOFError, ConnectionError):
+        request = connection.recv()
+        try:
+            with torch.no_grad():
+                _serve(connection, request)
+        except Exception as error:
+            connection.send(error_without_cause(error))
+
+
+def error_without_cause(error: Exception) -> Exception:
+    """One that can be sent: a cause or an argument of torch's may not be."""
+    kinds = (ValueError, TypeError, OSError, ImportError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+    text = str(error).strip() or type(error).__name__
+    return kind(text if kind is not RuntimeError else f"{type(error).__name__}: {text}")
+
+
+def _serve(connection: Connection, request: Request) -> None:
+    of, device = subject(request), torch.device(request.device)
+    outputs, first = [], []
+    for part in of.parts:
+        start = time.perf_counter()
+        outputs.append(part.call().float().cpu().numpy())
+        first.append(time.perf_counter() - start)
+    parts = [(part.name, part.uses) for part in of.parts]
+    connection.send(Ready(of.title, of.shape, of.advice, of.notes, parts, outputs, first))
+    while True:
+        index, seconds = connection.recv()
+        connection.send(timed(of.parts[index], seconds, device))
+
+
+def timed(part: Part, seconds: float, device: torch.device) -> list[float]:
+    """Seconds of one use, for each of the calls that fit; at least one. A call before them, if it
+    is short, finds the caches as the other ways have left them."""
+    once = choices.seconds(part.call, device)
+    if once >= seconds:
+        return [once / part.per_call]
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(choices.seconds(part.call, device) / part.per_call)
+    return times
