@@ -1,13 +1,4 @@
-# make demo   sets up, builds, trains on real digits, samples them, shows pictures
-# make test   sets up, builds, lints, runs every test
-# make bench  sets up, builds, times every implementation beside the others, judges the ratios
-# make emulated   builds the CUDA kernels for the emulated GPU, and what tests it
-# make sanitized  runs the kernels there, and fuzzes the CPU's, under AddressSanitizer and
-#                 UndefinedBehaviorSanitizer
-# make gpu-check  proves, tunes and measures the CUDA kernels on the GPU at hand, with PYTHON's torch
-#                 (CALL=first, CALL=second; RESULTS=folder; GPU_CHECK=stage,stage)
-# make gpu-wheels puts what a GPU's machine without network lacks into .wheels
-# make cmake  builds with CMake into build/cmake (SANITIZE=address,undefined for the sanitizers)
+# `make help` lists the targets. They set up what they need in .venv.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,9 +11,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
     -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: demo test bench lint format build emulated sanitized gpu-check gpu-wheels cmake clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench docs notebooks wheels lint format build emulated sanitized gpu-check \
+    gpu-wheels cmake clean
 
-demo: build
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: build ## train on real digits, sample them, show pictures: four minutes
 	$(BIN)/diffusion-ext demo
 
 # A process of tests on each core, at most four: a thread of torch for each, which has little to do.
@@ -33,29 +29,42 @@ PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(abspath $(BIN))/p
     -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
     --timeout 900 --timeout-method thread -p no:cacheprovider
 
-test: build lint emulated
+test: build lint docs emulated ## build, lint, build the documentation, run every test
 	$(PYTEST) --benchmark-disable tests benchmarks
 
 # Half an hour on two cores. benchmarks/results/<device> has the results; a missed target is an error.
 # On a GPU, for which there are no targets here (gpu-check has some): make bench BENCH_REPORT=
 BENCH_REPORT ?= --fail-below benchmarks/targets
-bench: build
+bench: build ## every implementation beside the others, and the targets: half an hour
 	$(BIN)/python -m pytest -v benchmarks --benchmark-max-time=0.3 \
 	    --benchmark-json=build/benchmarks.json --benchmark-group-by=group \
 	    --benchmark-columns=min,median,rounds --benchmark-sort=min
 	$(BIN)/python -m benchmarks.report build/benchmarks.json $(BENCH_REPORT)
 
-lint: $(VENV)/ready
+# Warnings are errors: of the builder, of links, of docstrings.
+docs: build ## the documentation, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+notebooks: build ## run the tutorials and keep their results in them
+	$(BIN)/python release/notebooks.py
+
+# The CUDA library takes six minutes on two cores more: it is for every GPU that the toolkit knows.
+wheels: $(VENV)/ready ## the sdist and a manylinux wheel, tried in an empty environment (CUDA=1: with the CUDA library)
+	$(BIN)/python release/wheels.py $(if $(CUDA),--cuda) --torch $(TORCH)
+	$(BIN)/twine check --strict dist/*/*
+
+lint: $(VENV)/ready ## ruff, clang-format, the types of the public names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python release/public_types.py
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: $(VENV)/ready
+format: $(VENV)/ready ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-build: $(NATIVE)
+build: $(NATIVE) ## the C++ library, and the CUDA library where torch has CUDA
 
 # torch first and by itself: whatever depends on it then takes the one that is there.
 $(VENV)/ready: pyproject.toml
@@ -72,7 +81,7 @@ $(NATIVE): $(VENV)/ready $(SOURCES)
 	DIFFUSION_EXT_NATIVE=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-emulated: $(VENV)/ready
+emulated: $(VENV)/ready ## the CUDA kernels for the emulated GPU, and what tests it
 	$(CMAKE) -B build/emulated
 	$(BIN)/cmake --build build/emulated --target cuda_emulated planted_bugs
 
@@ -80,7 +89,7 @@ emulated: $(VENV)/ready
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 DIFFUSION_EXT_EMULATED=$(abspath build/sanitized)
 
-sanitized: build
+sanitized: build ## the kernels and a fuzz of them under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE) -B build/sanitized -DDIFFUSION_EXT_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs _C
 	$(SANITIZED) $(PYTEST) --dist load -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
@@ -88,16 +97,16 @@ sanitized: build
 	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
 
 # No venv of ours: what drives a GPU comes with its machine.
-gpu-check:
+gpu-check: ## prove, tune and measure the CUDA kernels on a GPU (CALL=first, CALL=second; docs/gpu.md)
 	$(PYTHON) benchmarks/gpu_check.py $(if $(CALL),--call $(CALL)) $(if $(RESULTS),--results $(RESULTS))
 
-gpu-wheels: $(VENV)/ready
+gpu-wheels: $(VENV)/ready ## what a GPU's machine without network lacks, in .wheels
 	$(BIN)/python benchmarks/gpu/wheels.py
 
-cmake: $(VENV)/ready
+cmake: $(VENV)/ready ## the same sources by CMake: compile_commands.json, ctest (SANITIZE=address,undefined)
 	$(CMAKE) -B build/cmake -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DDIFFUSION_EXT_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-clean:
+clean: ## remove what was built
 	rm -rf build dist *.egg-info diffusion_ext/*.so diffusion_ext/_build.json $(NATIVE)

@@ -105,15 +105,15 @@ def cuda_extension():
     return Extension(
         "diffusion_ext._cuda",
         sources("cuda", ".cu") + sources("cuda/instances", ".cu"),
-        library_dirs=[*cpp_extension.library_paths(), *toolkit.libraries],
-        libraries=["torch_cpu", "cudart"],
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu"],
         extra_compile_args={"nvcc": NVCC_FLAGS + headers},
         # The current stream is libtorch_cuda.so's to tell, which a torch without CUDA has not got
         # to link. import torch loads its libraries for itself (RTLD_LOCAL), so ours finds only what
         # it names, and what that names in turn: libtorch.so, which every torch has, and which names
         # libtorch_cuda.so where there is one. No symbol is its own: hence --no-as-needed. No rpath:
         # torch has loaded all of them before us, libcudart too.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", str(toolkit.runtime)],
         language="c++",
     )
 

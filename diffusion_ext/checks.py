@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Device: TypeAlias = torch.device | str | int
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

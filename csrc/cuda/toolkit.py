@@ -22,6 +22,7 @@ class Toolkit:
         home: its folder, by nvcc's own word: what is on PATH may be a wrapper.
         nvcc: the compiler.
         libraries: the folders of libcudart.
+        runtime: libcudart itself; that of a wheel on a package index has its version in the name.
         release: such as "13.0".
 
     Raises: FileNotFoundError where there is none.
@@ -36,7 +37,12 @@ class Toolkit:
         plan = ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
         self.home = pathlib.Path(re.search(r"TOP=(.*)", plan)[1].strip()).resolve()
         self.nvcc = self.home / "bin" / "nvcc"
-        self.libraries = re.findall(r'"-L(.*?)"', re.search(r"LIBRARIES=(.*)", plan)[1])
+        named = re.findall(r'"-L(.*?)"', re.search(r"LIBRARIES=(.*)", plan)[1])
+        self.libraries = [*named, str(self.home / "lib")]
+        found = (p for at in self.libraries for p in sorted(pathlib.Path(at).glob("libcudart.so*")))
+        self.runtime = next(found, None)
+        if self.runtime is None:
+            raise FileNotFoundError(f"no CUDA toolkit: no libcudart.so in {self.libraries}")
         self.release = re.search(r"release ([\d.]+)", ask(nvcc, "--version"))[1]
 
     def check_serves(self, torch) -> None:

@@ -4,15 +4,18 @@ context)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..samplers import NoiseSchedule
 
 __all__ = ["from_denoiser", "from_diffusers", "from_guided_diffusion"]
 
 
 def from_diffusers(
-    model: Callable, timesteps: int = 1000, classes: int | None = None
+    model: Callable[..., Any], timesteps: int = 1000, classes: int | None = None
 ) -> DiffusersModel:
     """A diffusers model: model(x, timestep, ...).sample, timesteps counted from 0 to T-1.
 
@@ -32,7 +35,7 @@ def from_diffusers(
     return DiffusersModel(model, timesteps, classes)
 
 
-def from_guided_diffusion(model: Callable, timesteps: int = 1000) -> GuidedDiffusionModel:
+def from_guided_diffusion(model: Callable[..., Any], timesteps: int = 1000) -> GuidedDiffusionModel:
     """A model(x, t, **context) of integer timesteps from 0. Where its output is [B, 2C, H, W], mean
     and variance, the mean is kept: the table has its own variance.
 
@@ -42,7 +45,7 @@ def from_guided_diffusion(model: Callable, timesteps: int = 1000) -> GuidedDiffu
     return GuidedDiffusionModel(model, timesteps)
 
 
-def from_denoiser(denoiser: Callable, schedule) -> Denoiser:
+def from_denoiser(denoiser: Callable[..., Any], schedule: NoiseSchedule) -> Denoiser:
     """A k-diffusion style denoiser(x, sigma, **context) of x0 + sigma·ε, which returns x0.
 
     Its x0 is a model's with prediction="x0": make the table so. schedule: a NoiseSchedule, which
@@ -55,7 +58,7 @@ def from_denoiser(denoiser: Callable, schedule) -> Denoiser:
 class DiffusersModel(nn.Module):
     """See `from_diffusers`."""
 
-    def __init__(self, model: Callable, timesteps: int, classes: int | None = None):
+    def __init__(self, model: Callable[..., Any], timesteps: int, classes: int | None = None):
         super().__init__()
         self.model, self.timesteps, self.classes = model, timesteps, classes
 
@@ -77,7 +80,7 @@ class DiffusersModel(nn.Module):
 class GuidedDiffusionModel(nn.Module):
     """See `from_guided_diffusion`."""
 
-    def __init__(self, model: Callable, timesteps: int):
+    def __init__(self, model: Callable[..., Any], timesteps: int):
         super().__init__()
         self.model, self.timesteps = model, timesteps
 
@@ -88,7 +91,7 @@ class GuidedDiffusionModel(nn.Module):
 class Denoiser(nn.Module):
     """See `from_denoiser`."""
 
-    def __init__(self, denoiser: Callable, schedule):
+    def __init__(self, denoiser: Callable[..., Any], schedule: NoiseSchedule):
         super().__init__()
         self.denoiser, self.last = denoiser, schedule.timesteps
         # No buffer, which .half() would round.

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ __all__ = [
 ]  # fmt: skip
 
 sampling = sys.modules[__name__]  # k-diffusion has them in a module of that name
+Denoiser = Callable[..., Tensor]  # (x [B,*], sigma [B], **extra_args) -> x0 [B,*]
+Options = dict[str, Any] | None
+Callback = Callable[[dict[str, Any]], Any] | None
+NoiseSampler = Callable[[Tensor, Tensor], Tensor] | str | None  # (sigma, next sigma) -> [B,*]
 COUNTER = "counter"  # as a noise_sampler: noise made in the kernel
 
 
@@ -50,8 +55,9 @@ def __getattr__(name: str):
 
 
 def sample_euler(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Euler's method: `diffusion_ext.euler`.
 
@@ -69,8 +75,9 @@ def sample_euler(
 
 
 def sample_heun(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Heun's method: `diffusion_ext.heun`. Args, returns and raises as `sample_euler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
@@ -78,8 +85,9 @@ def sample_heun(
 
 
 def sample_dpm_2(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2: `diffusion_ext.dpm2`. Args, returns and raises as `sample_euler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
@@ -87,22 +95,27 @@ def sample_dpm_2(
 
 
 def sample_lms(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, order=4
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None, order: int = 4
 ) -> Tensor:  # fmt: skip
     """Linear multistep: `diffusion_ext.lms`. Args, returns and raises as `sample_euler`."""
     check_choice("order", order, (1, 2, 3, 4))
     return _Run(model, x, sigmas, extra_args, callback, disable).through(lms_rule, order=order)
 
 
-def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
+def sample_dpmpp_2m(
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M): `diffusion_ext.dpmpp_2m`. Args, returns and raises as `sample_euler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     return run.through(multistep_rule, **_of_multistep(2, "midpoint", 0.0, 1.0))
 
 
 def sample_euler_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
 ) -> Tensor:  # fmt: skip
     """Euler with noise: `diffusion_ext.euler_ancestral`.
 
@@ -117,8 +130,9 @@ def sample_euler_ancestral(
 
 
 def sample_dpm_2_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2 with noise: `diffusion_ext.dpm2_ancestral`.
 
@@ -130,8 +144,9 @@ def sample_dpm_2_ancestral(
 
 
 def sample_dpmpp_2s_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S) with noise: `diffusion_ext.dpmpp_2s_ancestral`.
 
@@ -143,8 +158,9 @@ def sample_dpmpp_2s_ancestral(
 
 
 def sample_dpmpp_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, r=1 / 2,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, r: float = 1 / 2,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++ for the SDE: `diffusion_ext.dpmpp_sde`.
 
@@ -157,8 +173,10 @@ def sample_dpmpp_sde(
 
 
 def sample_dpmpp_2m_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, solver_type="midpoint",
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
+    solver_type: str = "midpoint",
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) for the SDE: `diffusion_ext.dpmpp_2m_sde`.
 
@@ -171,8 +189,9 @@ def sample_dpmpp_2m_sde(
 
 
 def sample_dpmpp_3m_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None,
+    model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Options = None,
+    callback: Callback = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M) for the SDE: `diffusion_ext.dpmpp_3m_sde`.
 

@@ -6,6 +6,7 @@ Module names and parameter shapes are a contract: published state dicts load wit
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,9 @@ class EmbedFC(nn.Module):
         return self.model(x)
 
 
+Embeddings: TypeAlias = tuple[Tensor, ...]  # [n or B, 2·n_feat], [n or B, n_feat]
+
+
 class UnetForward(nn.Module):
     """What a ContextUnet computes, of modules and sizes that are named as its own.
 
@@ -161,7 +165,7 @@ class UnetForward(nn.Module):
         self.check_input(x, t, c)
         return self.predict(x, *self.prepare(t, c))
 
-    def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[tuple[Tensor, ...], ...]:
+    def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[Embeddings, Embeddings]:
         """The embeddings of times t [n] and of a context c [B, n_cfeat], in the parameters' dtype.
 
         Returns: (shift1 [n, 2·n_feat], shift2 [n, n_feat]) of the times, and
@@ -173,7 +177,7 @@ class UnetForward(nn.Module):
         shifts = self.timeembed1(t), self.timeembed2(t)
         return shifts, (self.contextembed1(c), self.contextembed2(c))
 
-    def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
+    def predict(self, x: Tensor, shifts: Embeddings, scales: Embeddings) -> Tensor:
         """The noise in x [B, in_channels, height, height], from embeddings of B rows or of one."""
         batch = x.shape[0]
         shift1, scale1 = (rows[0].expand(batch, -1) for rows in (shifts, scales))

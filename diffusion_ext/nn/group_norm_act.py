@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ..checks import check_at_least_1, check_bool, check_choice, check_number
+from ..checks import Device, check_at_least_1, check_bool, check_choice, check_number
 from ..ops import group_norm_act
 from ..ops.group_norm_act import ACTIVATIONS
 
@@ -30,8 +31,8 @@ class GroupNormAct(nn.GroupNorm):
         act: str = "silu",
         eps: float = 1e-5,
         affine: bool = True,
-        device=None,
-        dtype=None,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_choice("act", act, ACTIVATIONS)
         check_at_least_1("num_groups", num_groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ SHAPES = {
 }
 
 
-def load_context_unet(path: str | Path, **options) -> ContextUnet:
+def load_context_unet(path: str | Path, **options: Any) -> ContextUnet:
     """The network whose state dict a file holds; its sizes are read off the parameters' shapes.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..ops.layouts import layout_of
 from .context_unet import (
     RESIDUAL_SCALE,
     ContextUnet,
+    Embeddings,
     EmbedFC,
     ResidualConvBlock,
     UnetForward,
@@ -90,7 +92,9 @@ def _in_its_own_dtype(method: Callable) -> Callable:
 class OptimizedContextUnet(UnetForward):
     """What `optimize_for_sampling` makes; it is called as the ContextUnet is."""
 
-    def __init__(self, model: ContextUnet, batch: int, dtype: torch.dtype, layout):
+    def __init__(
+        self, model: ContextUnet, batch: int, dtype: torch.dtype, layout: torch.memory_format
+    ):
         super().__init__()
         self.in_channels, self.n_feat = model.in_channels, model.n_feat
         self.n_cfeat, self.height = model.n_cfeat, model.height
@@ -119,13 +123,13 @@ class OptimizedContextUnet(UnetForward):
 
     @torch.no_grad()
     @_in_its_own_dtype
-    def prepare(self, t: Tensor, c: Tensor | None = None):
+    def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[Embeddings, Embeddings]:
         embeddings = super().prepare(t, c)  # in the model's dtype
         return tuple(tuple(e.to(self.dtype) for e in part) for part in embeddings)
 
     @torch.no_grad()
     @_in_its_own_dtype
-    def predict(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
+    def predict(self, x: Tensor, shifts: Embeddings, scales: Embeddings) -> Tensor:
         inputs = x.to(self.dtype, memory_format=self.memory_format)
         predict = self.one_call if self.one_call.serves(inputs) else super().predict
         y = predict(inputs, shifts, scales)
@@ -141,7 +145,7 @@ class OptimizedContextUnet(UnetForward):
             "optimize_for_sampling it again"
         )
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
             "an optimized copy keeps its weights: load the original's, then "
             "optimize_for_sampling it again"

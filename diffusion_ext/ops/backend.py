@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Callable
 
@@ -48,6 +49,9 @@ def _load_cuda() -> str | None:
     if not libraries:
         _, _, why = build_record().get("cuda", "").partition("not built: ")
         return "the CUDA library was not built" + (f": {why}" if why else "")
+    built = re.match(r"nvcc (\d+)", build_record().get("cuda", ""))
+    if built and built[1] != torch.version.cuda.split(".")[0]:  # each major has its own runtime
+        return f"the CUDA library is of CUDA {built[1]}, torch of CUDA {torch.version.cuda}"
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..checks import as_device, as_seeds, check_dtype, check_int, check_sizes
+from ..checks import Device, as_device, as_seeds, check_dtype, check_int, check_sizes
 from . import reference
 from .backend import kernels, register_fake, serves
 
 
 def philox_normal(
     seeds: int | Tensor,
-    shape,
+    shape: Sequence[int],
     step: int = 0,
     stream: int = 0,
     dtype: torch.dtype = torch.float32,
-    device=None,
+    device: Device | None = None,
 ) -> Tensor:
     """Standard normals that depend on each sample's seed alone, not on the batch or the device.
 

@@ -39,7 +39,7 @@ def sampler_step(
     guidance: float = 1.0,
     return_x0: bool = False,
     slots: Tensor | None = None,
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """Apply a row of a `StepTable`: x' and, where asked, the data prediction x0.
 
         m  = m_uncond + guidance·(m_cond - m_uncond)      where model_output is [2B, *]

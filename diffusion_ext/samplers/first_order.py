@@ -15,7 +15,9 @@ from .schedules import NoiseSchedule, check_schedule
 from .step_table import StepTable
 
 
-def ddpm(schedule: NoiseSchedule, clip: float | None = None, prediction: str = "epsilon"):
+def ddpm(
+    schedule: NoiseSchedule, clip: float | None = None, prediction: str = "epsilon"
+) -> StepTable:
     """Ancestral sampling over all T steps (Ho et al. 2020, algorithm 2), σ_t² = β_t.
 
     The posterior mean is taken as its weights of x0 and x_t (eq. 7), which for an epsilon model
@@ -51,7 +53,7 @@ def ddim(
     spacing: str = "trailing",
     clip: float | None = None,
     prediction: str = "epsilon",
-):
+) -> StepTable:
     """DDIM on a subsequence of the schedule (Song et al. 2021, eq. 12, σ from eq. 16).
 
     Args:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..checks import check_interval
 from .step_table import StepTable
 
 
-def guided(table: StepTable, scale, interval: tuple[float, float] | None = None) -> StepTable:
+def guided(
+    table: StepTable, scale: ArrayLike, interval: tuple[float, float] | None = None
+) -> StepTable:
     """A table with classifier-free guidance by row, for instance in an interval of noise alone.
 
     Guidance at high noise costs variety and at low noise has no effect (Kynkäänniemi et al. 2024).

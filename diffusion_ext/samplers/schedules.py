@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from ..checks import check_at_least_0, check_at_least_1, check_number
+from ..checks import Device, check_at_least_0, check_at_least_1, check_number
 
 __all__ = ["NoiseSchedule"]
 
@@ -35,7 +37,9 @@ class NoiseSchedule:
     signal: np.ndarray = field(init=False, repr=False)
     sigma: np.ndarray = field(init=False, repr=False)
     timesteps: int = field(init=False)
-    _tables: dict = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[tuple[Any, ...], torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _digest: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +58,7 @@ class NoiseSchedule:
         content = hashlib.sha256(self.beta.tobytes() + self.alpha_bar.tobytes())
         object.__setattr__(self, "_digest", content.hexdigest())
 
-    def tensor(self, name: str, device: torch.device, dtype=torch.float32) -> torch.Tensor:
+    def tensor(self, name: str, device: Device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A table of `values` on `device`, kept there.
 
         Returns: [T+1] of `dtype`.
@@ -84,7 +88,7 @@ class NoiseSchedule:
         }
         return derived[name] if name in derived else getattr(self, name)
 
-    def constant(self, make: Callable, *arguments):
+    def constant(self, make: Callable[..., Any], *arguments: Any) -> Any:
         """What `make` makes of this schedule: a constant to torch.compile, which traces no numpy.
 
         It compiles again where the arguments, or the numbers of the schedule, are others.
@@ -97,11 +101,13 @@ class NoiseSchedule:
     # torch 2.10 and 2.11 take no schedule as an argument of such a function, only as the object of
     # a method, and no torch looks whether that is still the same: the digest tells.
     @torch.compiler.assume_constant_result
-    def _constant(self, digest: str, make: Callable, *arguments):
+    def _constant(self, digest: str, make: Callable[..., Any], *arguments: Any) -> Any:
         return make(self, *arguments)
 
     @classmethod
-    def linear(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):
+    def linear(
+        cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
         """Linear β over T+1 entries: β_i = β_start + (β_end - β_start) i/T, ᾱ_i = Π_{j<=i} (1-β_j).
 
         The product starts at j = 0 (so ᾱ_1 = α_0 α_1), and ᾱ_0 is then set to 1. Ho et al.'s
@@ -116,7 +122,9 @@ class NoiseSchedule:
         return cls(beta, alpha_bar)
 
     @classmethod
-    def course(cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02):
+    def course(
+        cls, timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
         """`linear`, evaluated in float32 in the order of the course's notebook.
 
         Bit for bit the table that the published course checkpoints were trained with.
@@ -133,7 +141,7 @@ class NoiseSchedule:
     @classmethod
     def scaled_linear(
         cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-    ):
+    ) -> NoiseSchedule:
         """√β linear over T entries (Rombach et al. 2022; Stable Diffusion's defaults).
 
         Raises: ValueError, as `linear`.
@@ -142,7 +150,9 @@ class NoiseSchedule:
         return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2)
 
     @classmethod
-    def cosine(cls, timesteps: int = 500, offset: float = 0.008, beta_max: float = 0.999):
+    def cosine(
+        cls, timesteps: int = 500, offset: float = 0.008, beta_max: float = 0.999
+    ) -> NoiseSchedule:
         """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + s)/(1 + s)) (Nichol & Dhariwal 2021, eq. 17).
 
         Args: offset is s; β is clipped at `beta_max`, so that ᾱ_T stays above 0.
@@ -162,7 +172,7 @@ class NoiseSchedule:
         return cls.from_betas(beta)
 
     @classmethod
-    def from_betas(cls, betas):
+    def from_betas(cls, betas: ArrayLike | torch.Tensor) -> NoiseSchedule:
         """From T betas, those of timesteps 1..T: ᾱ_t = Π_{s<=t} (1-β_s) (Ho et al. 2020, eq. 4).
 
         Args: betas: [T] numbers in (0, 1], as a sequence, array or tensor.
@@ -188,7 +198,7 @@ class NoiseSchedule:
         beta = np.concatenate(([0.0], betas))
         return cls(beta, np.cumprod(1 - beta))
 
-    def zero_terminal_snr(self):
+    def zero_terminal_snr(self) -> NoiseSchedule:
         """This schedule with √ᾱ shifted and scaled so that ᾱ_T = 0 (Lin et al. 2023, algorithm 1).
 
         At t = T the sample is then pure noise, and an epsilon model says nothing about x_0 there:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..checks import Device
 from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
@@ -42,7 +44,9 @@ class StepTable:
     slots: int | None = None
     begins: np.ndarray | None = None
     rest: Callable[[int, RowShape], StepTable] | None = field(default=None, repr=False)
-    _tensors: dict = field(default_factory=dict, init=False, repr=False)
+    _tensors: dict[tuple[Any, ...], torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.times is None:
@@ -121,7 +125,9 @@ class StepTable:
         """float32 [n, columns], as the kernels read the weights, whatever the sample's dtype."""
         return self.weights.astype(np.float32)
 
-    def tensors(self, device, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(
+        self, device: Device, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(coefficients [n, columns], timesteps int64 [n]) on `device`, copied there once.
 
         The coefficients are float32, or float64 where the samples' dtype is.
@@ -129,7 +135,9 @@ class StepTable:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return self._on(device, "weights", dtype), self._on(device, "timesteps", torch.int64)
 
-    def run_tensors(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run_tensors(
+        self, device: Device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(times [n], levels [n+1, 2] or None) on `device`, copied there once.
 
         They are float32 at least: half precision cannot tell one timestep of a thousand from the

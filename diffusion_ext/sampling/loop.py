@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import as_seeds, check_sizes
+from ..checks import Device, as_seeds, check_sizes
 from ..samplers import StepTable
 from .auto import Way, fastest
 from .conditioning import as_context, doubled
@@ -44,10 +45,10 @@ class SampleResult:
 
 
 def sample(
-    model: Callable,
-    shape,
+    model: Callable[..., Any],
+    shape: Sequence[int],
     table: StepTable,
-    context=None,
+    context: Any = None,
     guidance_scale: float = 1.0,
     seeds: int | Tensor = 0,
     x_T: Tensor | None = None,
@@ -56,9 +57,9 @@ def sample(
     engine: str = "eager",
     progress: bool = True,
     callback: Callable[[int, int, Tensor], None] | None = None,
-    device=None,
+    device: Device | None = None,
     dtype: torch.dtype | None = None,
-    null_context=None,
+    null_context: Any = None,
     start: Tensor | None = None,
     first_step: int = 0,
     mask: Tensor | None = None,

@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +57,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     schedule: NoiseSchedule
     model_configuration: dict[str, int | str]
-    training: dict
+    training: dict[str, Any]
     class_names: tuple[str, ...]
     losses: list[float]
     steps: int
@@ -70,7 +71,7 @@ class Checkpoint:
     skipped_steps: int = 0
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], fields: dict, path: str | Path) -> Checkpoint:
+    def of(cls, tensors: dict[str, Tensor], fields: dict[str, Any], path: str | Path) -> Checkpoint:
         """Of tensors by `<group>.<name>` and of the rest, both read from a file.
 
         Raises: ValueError where they are not a checkpoint's.

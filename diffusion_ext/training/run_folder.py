@@ -13,9 +13,9 @@ from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_who
 from .processes import Processes
 from .sharded_checkpoints import SHARDED, load_sharded, save_sharded, sharded_checkpoints
 
-CHECKPOINT_NAME, BEST_NAME, CONFIG_NAME = (
-    "checkpoint.safetensors", "best.safetensors", "config.json",
-)  # fmt: skip
+CHECKPOINT_NAME = "checkpoint.safetensors"
+BEST_NAME = "best.safetensors"
+CONFIG_NAME = "config.json"
 EARLIER = "checkpoint-{:08d}.safetensors"  # by the steps of the run
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +56,10 @@ class Trainer:
         about: what else config.json is to tell, as where the data came from.
 
     Attributes:
-        model: as trained. ema_model: its moving average, in evaluation mode: sample from this.
-        losses: the mean loss of each epoch so far; validation_losses: that of the average on the
-        images held out.
+        model: as trained.
+        ema_model: its moving average, in evaluation mode: sample from this.
+        losses: the mean loss of each epoch so far.
+        validation_losses: those of the average on the images held out.
 
     Every random draw is a function of the seed and of the place in the run, so a run that is
     stopped and resumed continues exactly.
@@ -74,7 +76,7 @@ class Trainer:
         config: TrainingConfig | None = None,
         device: torch.device | str | None = None,
         draw_timesteps: DrawTimesteps | None = None,
-        about: dict | None = None,
+        about: dict[str, Any] | None = None,
     ):
         check_fit(model, data)
         self.config = config or TrainingConfig()

@@ -279,6 +279,9 @@ def test_the_figures(tmp_path):
     assert "width: 100.0%" in page
     assert "width: 40.0%" in page
     assert "line &lt;1&gt;" in page
+    record = json.loads((tmp_path / "page.json").read_text())
+    assert record["seconds"]["ours"] == {"network": 0.1, "sampler": 0.06, "picture": 0.8}
+    assert record["calls"] == {"network": 10, "sampler": 10}
 
 
 def test_ours_may_fail():

@@ -17,6 +17,8 @@ import torch
 from test_build import ROOT, python, run
 from toolkit import Toolkit
 
+from diffusion_ext.ops import backend
+
 ARCHITECTURE = "9.0"
 BUILD = ROOT / "build" / "cuda"
 
@@ -284,3 +286,31 @@ def test_architectures(program, tmp_path, gpus, known, chosen, monkeypatch):
     assert toolkit.architectures() == chosen
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX")
     assert toolkit.architectures() == "7.5+PTX"
+
+
+@pytest.mark.parametrize("name", ["libcudart.so", "libcudart.so.13"])
+def test_a_toolkit_whose_runtime_is_in_lib(program, tmp_path, monkeypatch, name):
+    """As in the wheels of a package index, which have no libcudart.so without a version."""
+    plan = f'#$ TOP={tmp_path}\n#$ LIBRARIES= "-L{tmp_path}/lib64"'
+    program("nvcc", f"echo '{plan}'; echo release 13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no libcudart\.so in .*lib64"):
+        Toolkit()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / name).touch()
+    assert Toolkit().runtime == tmp_path / "lib" / name
+
+
+@pytest.mark.parametrize(
+    "release, why", [("12.8", "the CUDA library is of CUDA 13, torch of CUDA 12.8"), ("13.2", None)]
+)
+def test_a_library_of_another_major_version_is_not_loaded(monkeypatch, tmp_path, release, why):
+    loaded = []
+    (tmp_path / "_cuda.so").touch()
+    monkeypatch.setattr(backend, "PACKAGE", tmp_path)
+    monkeypatch.setattr(backend, "build_record", lambda: {"cuda": "nvcc 13.0 for 9.0: -O3"})
+    monkeypatch.setattr(torch.version, "cuda", release)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.delitem(backend.missing, "cpu", raising=False)
+    assert backend._load_cuda() == why
+    assert loaded == ([] if why else [str(tmp_path / "_cuda.so")])

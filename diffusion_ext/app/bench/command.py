@@ -39,7 +39,7 @@ class Bench:
     seconds: float = 120.0
     """how long it may take; slow ways are left out, and said to be"""
     out: Path = Path("runs/bench.html")
-    """the page"""
+    """the page; the figures come beside it as JSON"""
     open: bool = False
     """show the page in a browser"""
 

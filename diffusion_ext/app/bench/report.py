@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -104,8 +105,25 @@ class Result:
         head = [self.title, self.machine, ""]
         return "\n".join([*head, *lines, "", self.verdict(), *notes, "", "To have it:", *advice])
 
+    def record(self) -> dict:
+        """The figures as JSON has them: seconds of one call, and of a picture."""
+        ready = self.ways["eager"].ready
+        seconds = {
+            name: {
+                **{part: way.best(part) for part, _ in ready.parts},
+                "picture": way.seconds_of_a_batch() / ready.shape[0],
+            }
+            for name, way in self.timed.items()
+        }
+        return {
+            "title": self.title, "machine": self.machine, "request": asdict(self.request),
+            "calls": dict(ready.parts), "seconds": seconds, "notes": self.notes(),
+        }  # fmt: skip
+
     def write(self, path: Path) -> None:
-        """The HTML page."""
+        """The HTML page, and the record beside it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(self.record(), indent=1) + "\n")
         heads = "".join(f'<th class="n">{head}</th>' for head in self.heads()[1:])
         rows = "".join(
             f"<tr><td>{row[0]}</td>{''.join(_cells(row[1:]))}</tr>\n" for row in self.rows()

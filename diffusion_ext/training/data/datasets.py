@@ -19,7 +19,7 @@ LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
 def from_dataset(
-    dataset,
+    dataset: Any,
     size: int | None = None,
     class_names: tuple[str, ...] | None = None,
     value_range: str = "auto",
