@@ -20,6 +20,7 @@ NAMESPACES = {"native": "diffusion_ext"}
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+OWNER = "_diffusion_ext_of"  # in torch.ops: the package whose ops are there
 
 
 def build_record() -> dict[str, str]:
@@ -30,12 +31,18 @@ def build_record() -> dict[str, str]:
 
 def _load_cpu() -> str | None:
     """Import `_C`, which registers the ops and their CPU kernels; the reason where that fails."""
+    # A second copy of the package (the hub's, beside an installed one) must not register its ops
+    # beside the first one's: torch does not survive that.
+    other = vars(torch.ops).get(OWNER, PACKAGE)
+    if other != PACKAGE:
+        return f"another copy of diffusion_ext is loaded in this process, that of {other}"
     try:
-        importlib.import_module("diffusion_ext._C")
+        importlib.import_module(".._C", __package__)  # of this package, whatever it is called
     except ImportError as error:
         if any(PACKAGE.glob("_C*.so")) or any(PACKAGE.glob("_C*.pyd")):
             return f"the built library does not load: {error}"
         return "the C++ library was not built"
+    vars(torch.ops)[OWNER] = PACKAGE
     return None
 
 
