@@ -8,6 +8,7 @@ import posixpath
 import re
 import sys
 
+import plotly
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,8 +24,8 @@ def on_files(files, config):
         text = _inside_docs((ROOT / source).read_text())
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "plots.md", content=_plots()))
-    plotly = pathlib.Path(sys.modules["plotly"].__file__).parent / "package_data" / "plotly.min.js"
-    files.append(File.generated(config, "assets/plotly.min.js", abs_src_path=str(plotly)))
+    script = pathlib.Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    files.append(File.generated(config, "assets/plotly.min.js", abs_src_path=str(script)))
     for page in [file for file in files if file.src_uri.endswith(".md")]:
         for target in LINK.findall(page.content_string):
             named = _outside(page.src_uri, target[1])

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 import diffusion_ext as dx
 from diffusion_ext import samplers
@@ -68,6 +69,21 @@ def test_what_tables_and_noise_say(capsys):
     assert capsys.readouterr().out == "[500 333 167]\n(3, 7)\n"
     run("docs/noise.md")
     assert capsys.readouterr().out == "True\n"
+
+
+def test_what_samplers_says_of_guidance():
+    schedule, labels = dx.NoiseSchedule.linear(100), torch.tensor([0, 1])
+    model = dx.nn.ContextUnet(3, n_feat=8, n_cfeat=2, height=8)
+    given = {"dx": dx, "schedule": schedule, "model": model, "labels": labels}
+    names = run("docs/samplers.md", {**given, "shape": (2, 3, 8, 8)})
+    assert names["images"].shape == (2, 3, 8, 8)
+
+
+def test_all_python_of_the_documents_is_run():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    have = {str(page.relative_to(ROOT)) for page in pages if "```python" in page.read_text()}
+    here = pathlib.Path(__file__).read_text()
+    assert [page for page in have if f'run("{page}"' not in here] == []
 
 
 def test_the_samplers_that_are_added_are_ddim_and_ipndm():

@@ -55,23 +55,22 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Put model's GroupNorms on the fused op, in place, with the activations that follow them, and
-    its convolutions on ours.
+    """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions.
 
-    An activation is fused where the structure proves that it follows its norm: neighbours in an
-    nn.Sequential, diffusers' ResnetBlock2D (with its time embedding, added or as scale and shift)
-    and the output norms of diffusers' UNets and autoencoders. Every other GroupNorm is fused alone.
+    Norms: an activation is fused with its norm where the structure proves that it follows it:
+    neighbours in an nn.Sequential, diffusers' ResnetBlock2D (with its time embedding) and the
+    output norms of diffusers' UNets and autoencoders. Every other GroupNorm is fused alone.
 
-    Convolutions run on ours on a CPU, in float32, where their input is channels_last: so move the
-    model and the images to that. Without gradients, weights are laid out once, in memory of their
-    own (see `FuseReport`), and again when they have changed. With gradients, 3x3 filters of stride
-    1 and padding 1 run by Winograd's algorithm.
+    Convolutions: on a CPU, in float32 and channels_last; so move the model and the images to that.
+    Without gradients, weights are laid out once, in memory of their own (see `FuseReport`), and
+    again when they change. With gradients, 3x3 filters of stride 1 and padding 1 run by Winograd's
+    algorithm.
 
-    Parameters, module names, the state dict and the module objects themselves stay: what changes is
-    their class. Modules with hooks, and subclasses with a forward of their own, are left. Where no
-    kernel serves an input (float64, another device), a fused module computes as it did before.
-    A swapped class stands in for the one that was (see stand_in.py), so adapters and other wrappers
-    find what they look for. Fuse before torch.compile; a pickle of the model needs diffusion_ext.
+    Parameters, module names, the state dict and the module objects stay; only their classes change.
+    A new class stands in for the old one (see stand_in.py), so that adapters and other wrappers
+    find what they look for. Modules with hooks, and subclasses with a forward of their own, are
+    left as they are. Where no kernel serves an input (float64, another device), a fused module
+    computes as before. Fuse before torch.compile. A pickle of the model needs diffusion_ext.
 
     Returns: FuseReport of every GroupNorm in model; print it. Fusing again changes nothing.
     Raises: TypeError unless model is a torch.nn.Module.

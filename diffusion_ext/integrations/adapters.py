@@ -48,8 +48,8 @@ def from_guided_diffusion(model: Callable[..., Any], timesteps: int = 1000) -> G
 def from_denoiser(denoiser: Callable[..., Any], schedule: NoiseSchedule) -> Denoiser:
     """A k-diffusion style denoiser(x, sigma, **context) of x0 + sigma·ε, which returns x0.
 
-    Its x0 is a model's with prediction="x0": make the table so. schedule: a NoiseSchedule, which
-    tells the noise ratio sigma/signal at t; a t between timesteps has log sigma interpolated.
+    Make the table with prediction="x0". schedule: a NoiseSchedule, which gives sigma/signal at t;
+    between timesteps log sigma is interpolated.
     Returns: a module, as `from_diffusers`.
     """
     return Denoiser(denoiser, schedule)

@@ -38,25 +38,23 @@ def optimize_for_sampling(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> OptimizedContextUnet:
-    """A copy of a ContextUnet for inference alone, to hand to `sample` in its place.
+    """A faster copy of a ContextUnet for inference, to hand to `sample` in its place.
 
-    BatchNorms and the division of the residual are folded into the convolutions, whose weights are
-    laid out once; GELU, the residual and what is side by side run in their own pass, transposed
-    convolutions are products of matrices; `sample` has the copy embed the times and the context of
-    a run at once. It stays as it was made: later weights, other devices and gradients are the
-    original's.
+    BatchNorms and the residual's division are folded into the convolutions, whose weights are laid
+    out once. GELU, residual and concatenation run in the convolutions' own pass. Transposed
+    convolutions are matrix products. The copy does not follow the original: after new weights, make
+    it again. It cannot move to another device, and has no gradients.
 
     Args:
         model: in either mode; the copy is in evaluation mode.
-        batch: of the images that it is to be fastest for, a guided batch counted twice. It takes
-            any.
+        batch: the number of images that it shall be fastest for; guidance doubles it. It takes any
+            number.
         dtype: of the convolutions, by default the model's: torch.bfloat16 or torch.float16 for half
             precision. The embeddings, and what `sample` does between, keep the model's.
-        memory_format: of the images inside. None times a few forwards in torch.contiguous_format
-            and in torch.channels_last on this device and keeps the faster (`.memory_format` says
-            which), and the choice in a file (`info` shows it) for later calls and processes. On
-            another machine it may be another one, with other rounding: name one for results that
-            are the same to the bit everywhere.
+        memory_format: of the images inside. None times torch.contiguous_format and
+            torch.channels_last once on this machine, takes the faster (`.memory_format` says which)
+            and keeps the choice in a file, which `info` shows. The two round otherwise: name one
+            for the same bits on every machine.
 
     The outputs are the model's to rounding: to 1e-5 of the largest in float32, 3e-2 in bfloat16.
 

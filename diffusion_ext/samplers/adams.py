@@ -61,9 +61,9 @@ def deis(
     prediction: str = "epsilon",
     order: int = 3,
 ) -> StepTable:
-    """DEIS (Zhang & Chen 2023, tAB-DEIS with the polynomial in log r): `lms`, but for that.
+    """DEIS (Zhang & Chen 2023, tAB-DEIS): as `lms`, with its polynomial in log r.
 
-    The last step is of first order and, of fewer than 15, the one before of second at most.
+    The last step is of first order. With fewer than 15 steps, the one before is of second at most.
 
     Args: as `ddim`; order: from 1 to 4. Returns and raises as `ddim`.
     """
@@ -94,8 +94,8 @@ def ipndm(
     prediction: str = "epsilon",
     order: int = 4,
 ) -> StepTable:
-    """iPNDM (Zhang & Chen 2023, appendix): Adams and Bashforth's weights of the last ε as if the
-    steps were even, with fewer in the first steps.
+    """iPNDM (Zhang & Chen 2023, appendix): Adams and Bashforth's weights for steps of equal length,
+    over the last ε; the first steps have fewer.
 
     Args: as `ddim`; order: from 1 to 4. Returns and raises as `ddim`.
     """

@@ -100,10 +100,10 @@ def ddim_inversion(
     spacing: str = "trailing",
     prediction: str = "epsilon",
 ) -> StepTable:
-    """DDIM backwards: from an image to the noise that `ddim` makes it of (Song et al. 2021, 4.3).
+    """DDIM backwards: from an image to the noise that `ddim` turns into it (Song et al. 2021, 4.3).
 
-    Each step takes ε and x0 at the level it starts from, with the model given the timestep that it
-    goes to: at the clean image there is none that it was trained on. Start with sample(x_T=image).
+    Each step takes ε and x0 at the level it starts from. The model is given the timestep that the
+    step goes to, since it knows none for the clean image. Start with sample(x_T=image).
 
     Args: as `ddim`; prediction: "epsilon" or "v". Returns: StepTable of n rows, t ascending.
     """

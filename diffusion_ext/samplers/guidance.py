@@ -14,7 +14,7 @@ from .step_table import StepTable
 def guided(
     table: StepTable, scale: ArrayLike, interval: tuple[float, float] | None = None
 ) -> StepTable:
-    """A table with classifier-free guidance by row, for instance in an interval of noise alone.
+    """A table with a guidance scale for each row, for instance only within an interval of noise.
 
     Guidance at high noise costs variety and at low noise has no effect (Kynkäänniemi et al. 2024).
     A row of scale 1 calls the model with the context only: half the work.

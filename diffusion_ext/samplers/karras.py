@@ -160,7 +160,7 @@ def dpm2_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> StepTable:
-    """`dpm2` down to less than the next level, and noise up to it (see `Ancestral`).
+    """`dpm2` to a level below the next one, then noise up to that (see `Ancestral`).
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.
     """
@@ -181,7 +181,7 @@ def dpmpp_2s_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> StepTable:
-    """DPM-Solver++(2S) down to less than the next level, and noise up to it; two model calls a step
+    """DPM-Solver++(2S) to a level below the next one, then noise up to that; two model calls a step
     but for the last (Lu et al. 2022b, algorithm 1 with its midpoint in λ; see `Ancestral`).
 
     Args: as `ddim`; s_noise: scales the noise. Returns and raises as `ddim`.

@@ -28,8 +28,8 @@ def ddpm_step(
 
     Args:
         x: [B, *], the sample at t. model_output: [B, *], the predicted noise, in x's dtype.
-        t: from 1 to T, an int of Python's or numpy's, or integers [] or [B]. Those that lie on
-            another device than the CPU are not waited for.
+        t: from 1 to T, an int of Python's or numpy's, or integers [] or [B]. A tensor on a GPU is
+            used there, without waiting for it.
         noise: z [B, *] or a torch.Generator; seeds: int64 [B] or an int, for z made in the kernel.
             With neither, seeds are drawn from torch's default generator. None is needed at t = 1.
 

@@ -20,7 +20,7 @@ class StepTable:
     """A sampler, ready to run: one row of coefficients for each call of the model.
 
     Attributes:
-        timesteps: int64 [n], the step word of each row's noise: on a schedule its timestep.
+        timesteps: int64 [n], the timestep of each row, which also numbers the row's noise.
         weights: float64 [n, columns]: kx km | ax am a0 a1..aS az, then what the slots receive and
             a guidance scale, where the table has them (see `RowShape`).
         clip: x0 is clipped to [-clip, clip]; None for no clipping.
@@ -30,9 +30,9 @@ class StepTable:
             last: x = signal·x0 + sigma·ε. None where they are not known.
         slots: S, how many tensors it remembers things in; by default 1 where a row looks back at
             the x0 of the row before, else 0.
-        begins: bool [n], whether a step begins with the row, which may have further calls.
-        rest: rest(step, shape) -> the table from a step on with nothing remembered before it; None
-            where no sampler made the table.
+        begins: bool [n], whether a step begins with the row: a step may call the model twice.
+        rest: rest(step, shape) -> the table from a step on, begun with empty slots; None for a
+            table that no sampler made.
     """
 
     timesteps: np.ndarray
@@ -101,9 +101,9 @@ class StepTable:
         return x.new_empty_strided((self.slots, *x.shape), strides).zero_()
 
     def starting_at(self, row: int) -> StepTable:
-        """This table, with its rows from `row` on as they are where nothing is remembered yet.
+        """This table for a run that starts at `row`, with empty slots. The rows before it stay.
 
-        Raises: ValueError where that row is inside a step, or what is remembered cannot be missed.
+        Raises: ValueError for a row inside a step, or a table that cannot start without its slots.
         """
         if row == 0 or not self.slots:
             return self

@@ -67,14 +67,12 @@ def sample(
 ) -> SampleResult:
     """Draw samples: run the model and the table's steps from noise to images.
 
-    The sample is updated in place; with the kernels, the loop itself allocates nothing where the
-    model's output lies in memory as its input does (channels_last if x_T is, or the model's
-    weights are). A sample depends on its own seed alone, whatever the batch it is drawn in.
+    Each step is one kernel, which updates the sample in place. A sample depends on its own seed
+    alone, whatever the batch it is drawn in. Samples are channels_last if x_T is, or if the model's
+    weights are.
 
-    A ContextUnet as it is, without hooks or methods of yours, embeds the times and the context of
-    the whole run at once: its outputs to the rounding of a product of matrices. What would change
-    more, hold a copy of the weights or choose by the clock is `optimize_for_sampling`'s and the
-    engine "auto"'s.
+    A ContextUnet without hooks embeds the times and the context of the whole run at once, which
+    may change the last bits of its outputs.
 
     Args:
         model: model(x [B,C,H,W], t [B] = table.times[i], c [B,n] or None) -> [B,C,H,W]. x and t are
@@ -93,21 +91,18 @@ def sample(
             for steps that add none. Or a torch.Generator, which then draws x_T too.
         save_rate: keep a frame after the first step and those at t < 8 and multiples of save_rate;
             None keeps none.
-        engine: "eager" calls the model at each step. "compile" calls it under torch.compile, whose
-            outputs are the model's to rounding. "graph", on a GPU, captures model and step in a
-            CUDA graph, once for each kind of run, and replays it: the bits of "eager", and no wait
-            for the GPU within the loop. It wants the kernel's noise and a model that is nothing but
-            work for the GPU: its Python runs at the capture alone. The last graphs of a model are
-            kept for as long as the model is. "trace" writes down the operators of one call of a
-            module and runs those, without the Python around them: a small network's gain, with the
-            bits of its calls. "onnxruntime" and "openvino", on a CPU in float32, export the module
-            and run that; extras of their names bring them. "auto" times all of these on this model
-            and shape, and the network optimized or fused, as a copy. It takes the fastest and keeps
-            the choice in a file (`info` shows it), so that later runs and processes only take it.
-            The first time takes 10 seconds for a small ContextUnet and half a minute for a
-            UNet2DModel of 64 to 256 channels, most of them torch.compile's. What was traced,
-            exported or copied is kept for as long as the model is, and made anew when a run begins
-            with other weights; other changes in the module go unnoticed.
+        engine: what runs the model (docs/engines.md).
+            "eager": the model as it is.
+            "compile": under torch.compile; the same outputs, to rounding.
+            "graph": model and step in one CUDA graph, captured once and replayed, with the bits of
+            "eager". It needs a GPU, the kernel's noise, and a model whose Python runs only once.
+            "trace": the operators of one call, run without the Python around them, with the bits of
+            the model's calls.
+            "onnxruntime", "openvino": the exported module, on a CPU in float32.
+            "auto": the fastest of these and of a faster copy of the model. The first run measures
+            (10 to 30 seconds) and keeps the choice in a file, which `info` shows.
+            A trace, an export or a copy is made anew when the weights have changed; it does not
+            notice other changes in the module.
         progress: show a progress bar, on a terminal.
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
         device, dtype: of the samples; by default those of the model's parameters, else the CPU and

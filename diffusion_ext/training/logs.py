@@ -211,7 +211,7 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, str]]:
-    """The lines of a log.csv, but for one that was cut short; none where there is no file."""
+    """The lines of a log.csv, without one that was cut short; none if there is no file."""
     if not Path(path).is_file():
         return []
     with open(path, newline="") as file:

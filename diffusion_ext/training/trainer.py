@@ -40,20 +40,20 @@ SAVE = 1  # a wish of a process; the others are the numbers of signals, which ar
 
 
 class Trainer:
-    """Trains a network to predict the noise in noised images, or what else config.prediction says.
+    """Trains a network to predict the noise in noised images, or what config.prediction names.
 
     Args:
         model: any module model(x_t [B,C,S,S], t/T [B], context [B,*] or None) -> [B,C,S,S]: a
             ContextUnet, a diffusers network by `adapters.from_diffusers`, your own. Trained in
             place, and moved to `device` and channels_last.
-        schedule: the noise schedule; a flow takes from it T alone.
+        schedule: the noise schedule; of it a flow needs only T.
         data: images and contexts; ImageData is held on `device` whole, LazyData read as needed.
         folder: where checkpoints, log and pictures are written.
         config: see TrainingConfig.
         device: default the model's.
         draw_timesteps: (numpy Generator, n) -> n integers from 1 to T, in place of
             config.timestep_sampling.
-        about: what else config.json is to tell, as where the data came from.
+        about: what config.json shall say too, such as where the data came from.
 
     Attributes:
         model: as trained.
@@ -64,7 +64,7 @@ class Trainer:
     Every random draw is a function of the seed and of the place in the run, so a run that is
     stopped and resumed continues exactly.
 
-    Raises: ValueError where the data does not fit the model, or an option is not to be had.
+    Raises: ValueError where the data does not fit the model, or an option is not available.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import torch
 from diffusion_ext.app import cli
 from diffusion_ext.app.bench import diffusers_model
 from diffusion_ext.app.bench.report import Result, written
-from diffusion_ext.app.bench.subject import WAYS, Request
+from diffusion_ext.app.bench.subject import RANDOM_WEIGHTS, WAYS, Request
 from diffusion_ext.app.bench.turns import Process, Way, measured, receive, time_all
 from diffusion_ext.app.bench.worker import NAMES, Ready, subject
 from diffusion_ext.nn import ContextUnet
@@ -119,6 +119,9 @@ def test_its_weights_where_they_are_there(tmp_path):
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(found.parts[0].call(), unet(x, 500).sample)
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert subject(Request(str(folder / "unet"), "eager")).notes == [RANDOM_WEIGHTS]
 
 
 @pytest.mark.filterwarnings("ignore:__array__")

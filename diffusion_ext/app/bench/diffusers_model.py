@@ -44,6 +44,11 @@ BUILT_IN = {
 }  # fmt: skip
 PROMPT = 77  # tokens of a text
 CONFIGS = ("config.json", "scheduler_config.json")
+WEIGHTS = [
+    f"diffusion_pytorch_model.{kind}{parts}"
+    for kind in ("safetensors", "bin")
+    for parts in ("", ".index.json")
+]
 KINDS = {
     "UNet2DModel": "unet", "UNet2DConditionModel": "unet",
     "AutoencoderKL": "vae", "AutoencoderTiny": "vae", "VQModel": "vae",
@@ -79,8 +84,8 @@ class Component:
 
     @property
     def has_weights(self) -> bool:
-        suffixes = (".safetensors", ".bin")
-        return self.folder is not None and any(f.suffix in suffixes for f in self.folder.iterdir())
+        """Whole, or in parts; a variant of another precision alone is none."""
+        return self.folder is not None and any((self.folder / name).is_file() for name in WEIGHTS)
 
 
 def is_diffusers_folder(folder: Path) -> bool:

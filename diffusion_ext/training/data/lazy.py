@@ -34,7 +34,7 @@ class LazyData:
     """Data for Trainer that holds no image for longer than a batch takes.
 
     Args:
-        source: see above.
+        source: where images are read from, a `Source`.
         class_names: of its labels, where it has any: contexts are one-hot. Labels that are vectors
             are contexts as they are.
         workers: processes that read ahead; 0 reads in this one.
@@ -75,7 +75,7 @@ class LazyData:
         return named(index) if named else f"image {index}"
 
     def batches(self, indices: Iterable[np.ndarray], device: torch.device) -> Iterator[Batch]:
-        """A batch for each array of indices, less what cannot be read."""
+        """A batch for each array of indices, without the images that cannot be read."""
         for images, labels, kept, whole in self.read(indices, device.type == "cuda"):
             yield Batch(
                 to_float(moved(images, device)),

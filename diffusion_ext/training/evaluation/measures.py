@@ -50,8 +50,8 @@ def _within(points: Tensor, others: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each of some images: the root of the mean square of what separates it from the nearest of
-    others, [N], and which that is, int64 [N]."""
+    """For each image, its distance from the nearest of some others, the root of the mean square
+    difference of pixels, [N], and which one that is, int64 [N]."""
 
     distance: Tensor
     index: Tensor
