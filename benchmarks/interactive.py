@@ -14,6 +14,8 @@ Point at a bar for its milliseconds; click a name to hide it. [Benchmarks](bench
 it was measured, what bounds it, and what a warm heap changes.
 
 """
+# A narrow page scrolls it.
+WIDE = '<div style="overflow-x: auto"><div style="min-width: 42em">{}</div></div>'
 PLOTLY = "assets/plotly.min.js"
 INKS = {
     "eager": "#9aa5b1", "reference": "#c9d1db", "compiled": "#e07b00",
@@ -34,10 +36,10 @@ def page() -> str:
         machine = results.machine
         about = f"torch {machine['torch']}, {machine['date']}"
         plot = figure(results).to_html(
-            full_html=False, include_plotlyjs=False, div_id=slug(machine["device"]),
+            full_html=False, include_plotlyjs=False, div_id=f"plot-{slug(machine['device'])}",
             config={"displayModeBar": False},
         )  # fmt: skip
-        parts.append(f"## {machine['device']}\n\n{about}\n\n{plot}\n\n")
+        parts.append(f"## {machine['device']}\n\n{about}\n\n{WIDE.format(plot)}\n\n")
     return parts[0] + f'<script src="{PLOTLY}"></script>\n\n' + "".join(parts[1:])
 
 
