@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from diffusion_ext.app import cli
-from diffusion_ext.app.bench import diffusers_model
+from diffusion_ext.app.bench import diffusers_folder
 from diffusion_ext.app.bench.report import Result, written
 from diffusion_ext.app.bench.subject import RANDOM_WEIGHTS, WAYS, Request
 from diffusion_ext.app.bench.turns import Process, Way, measured, receive, time_all
@@ -140,7 +141,7 @@ def test_half_precision(tmp_path):
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_what_is_built_in_is_known_to_diffusers(name):
     diffusers = pytest.importorskip("diffusers")
-    for component in diffusers_model.components(name).values():
+    for component in diffusers_folder.components(name).values():
         cls = getattr(diffusers, component.class_name)
         options = {k: v for k, v in component.config.items() if not k.startswith("_")}
         with torch.device("meta"):
@@ -150,7 +151,7 @@ def test_what_is_built_in_is_known_to_diffusers(name):
 
 def test_stable_diffusions_size():
     diffusers = pytest.importorskip("diffusers")
-    found = diffusers_model.components("stable-diffusion")
+    found = diffusers_folder.components("stable-diffusion")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(found["unet"].config)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
@@ -170,6 +171,13 @@ def test_user_errors(arguments, message, tmp_path, capsys):
     assert cli.main(["bench", *arguments, "--out", str(tmp_path / "page.html")]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_train(tmp_path, checkpoint):
+    """Its folder has a config.json, as diffusers' have."""
+    (tmp_path / "config.json").write_text(json.dumps({"training": {}}))
+    shutil.copy(checkpoint, tmp_path / "checkpoint.safetensors")
+    assert subject(Request(str(tmp_path), "eager")).title == "ContextUnet, n_feat 8"
 
 
 def test_a_size_that_the_checkpoint_has_not(checkpoint):

@@ -13,7 +13,8 @@ import torch
 
 from ...ops import choices
 from .context_unet import context_unet
-from .diffusers_model import BUILT_IN, diffusers_model, is_diffusers_folder
+from .diffusers_folder import BUILT_IN, is_diffusers_folder
+from .diffusers_model import diffusers_model
 from .subject import Part, Request, Subject
 
 CONTEXT_UNET = "context-unet"
