@@ -53,7 +53,7 @@ def optimize_for_sampling(
             precision. The embeddings, and what `sample` does between, keep the model's.
         memory_format: of the images inside. None times torch.contiguous_format and
             torch.channels_last once on this machine, takes the faster (`.memory_format` says which)
-            and keeps the choice in a file, which `info` shows. The two round otherwise: name one
+            and keeps the choice in a file, which `info` shows. The two round differently: name one
             for the same bits on every machine.
 
     The outputs are the model's to rounding: to 1e-5 of the largest in float32, 3e-2 in bfloat16.
