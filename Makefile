@@ -18,7 +18,7 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: build ## train on real digits, sample them, show pictures: four minutes
+demo: build ## train on real digits, sample them, show pictures: three minutes
 	$(BIN)/diffusion-ext demo
 
 # A process of tests on each core, at most four: a thread of torch for each, which has little to do.

@@ -37,7 +37,7 @@ class Bench:
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
     seconds: float = 120.0
-    """how long it may take; slow ways are left out, and said to be"""
+    """how long it may take, about; torch.compile is left out where it needs longer"""
     out: Path = Path("runs/bench.html")
     """the page; the figures come beside it as JSON"""
     open: bool = False
