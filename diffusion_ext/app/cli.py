@@ -118,7 +118,7 @@ class Completion:
     zsh: diffusion-ext completion zsh > a file _diffusion-ext in a folder of $fpath
     """
 
-    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]] = "bash"
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]] = "bash"
     """whose completion"""
 
     def run(self) -> None:

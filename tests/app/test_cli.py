@@ -109,6 +109,13 @@ def test_completion(tmp_path, words, wanted):
     assert subprocess.run(bash, capture_output=True, text=True).stdout.split() == [wanted]
 
 
+def test_completion_of_zsh(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["completion", "zsh"])
+    assert not exit_.value.code
+    assert capsys.readouterr().out.startswith("#compdef diffusion-ext")
+
+
 def test_train_writes_the_run(run):
     pytest.importorskip("matplotlib")
     assert {path.name for path in run.iterdir()} >= {"checkpoint.safetensors", "loss.png"}
