@@ -13,6 +13,7 @@ import sys
 
 from matplotlib.figure import Figure
 
+from diffusion_ext.app.bench.report import written
 from diffusion_ext.app.bench.subject import WAYS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def plot(found: dict[str, dict], path: pathlib.Path) -> None:
             y, share = i + 0.26 * (j - 1), times[way] / times["eager"]
             axes.barh(y, share, 0.24, color=INKS[way], label=WAYS[way] if i == 0 else None)
             gain = f", {1 / share:.1f}x as fast" if way == "ours" else ""
-            axes.text(share + 0.01, y, f"{_written(times[way])}{gain}", va="center", fontsize=9)
+            axes.text(share + 0.01, y, f"{written(times[way])}{gain}", va="center", fontsize=9)
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set_xlim(0, axes.get_xlim()[1] + 0.3)  # the words beside the bars
@@ -63,10 +64,6 @@ def plot(found: dict[str, dict], path: pathlib.Path) -> None:
     machine = next(iter(found.values()))["machine"]
     axes.set_xlabel(machine, fontsize=8, loc="left", color="#555555")
     figure.savefig(path, dpi=130)
-
-
-def _written(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def main() -> None:

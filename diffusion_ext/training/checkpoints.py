@@ -112,7 +112,10 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Writes `path` so that a kill at any moment leaves the old file or the new one, whole."""
+    """Writes `path` so that a kill at any moment leaves the old file or the new one, whole.
+
+    Raises: OSError where it cannot be written, which leaves the old file.
+    """
     path = Path(path)
     tensors = {
         f"{group}.{name}": tensor.contiguous()

@@ -199,7 +199,7 @@ def test_a_network_that_is_not_known(tmp_path):
 @pytest.mark.compiles
 def test_the_whole_command(checkpoint, tmp_path, capsys):
     out = tmp_path / "page.html"
-    arguments = ["bench", str(checkpoint), "--steps", "3", "--seconds", "100", "--out", str(out)]
+    arguments = ["bench", str(checkpoint), "--steps", "3", "--seconds", "300", "--out", str(out)]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     (network,) = (line for line in printed.splitlines() if line.startswith("network"))

@@ -52,7 +52,9 @@ class Bench:
         request = Request(
             self.model, "eager", self.batch, self.size, self.steps, device, self.dtype
         )
-        print(f"measuring {self.model} on {device}; at most about {self.seconds:g} s", flush=True)
+        print(
+            f"measuring {self.model} on {device}, for about {self.seconds:g} s at most", flush=True
+        )
         result = Result(request, measured(request, self.seconds))
         print(result.text())
         result.write(self.out)

@@ -86,12 +86,12 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """[N, 64]"""
+        """Of images [N,C,S,S] in [-1, 1]: float32 [N, 64]."""
         return torch.cat([self.network.features(part) for part in images.split(BATCH)])
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
-        """int64 [N]"""
+        """What it takes images [N,C,S,S] in [-1, 1] for: int64 [N]."""
         return torch.cat([self.network(part).argmax(1) for part in images.split(BATCH)])
 
 

@@ -58,7 +58,7 @@ class Nearest:
 
 
 def nearest(images: Tensor, others: Tensor) -> Nearest:
-    """By pixels; images [N,C,S,S], others [M,C,S,S]."""
+    """The nearest of others [M,C,S,S] to each of images [N,C,S,S], by the distance of pixels."""
     found = [d.min(1) for d in _distances(images.flatten(1), others.flatten(1))]
     size = images[0].numel()
     distance = torch.cat([f.values for f in found]) / size**0.5
