@@ -97,11 +97,12 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set that the CPU kernels use: baseline, avx2 or avx512.");
   m.def(
       "fingerprint",
-      [](uintptr_t address, int64_t floats, int64_t lines) {
-        return dx::fingerprint(reinterpret_cast<const float*>(address), floats, lines);
+      [](uintptr_t address, int64_t filters, int64_t numbers) {
+        return dx::fingerprint(reinterpret_cast<const float*>(address), filters, numbers);
       },
-      py::arg("address"), py::arg("floats"), py::arg("lines"),
-      "64 bits of the float32 numbers at an address: of so many lines of 16, evenly apart.");
+      py::arg("address"), py::arg("filters"), py::arg("numbers"),
+      "64 bits of a float32 weight [filters, numbers] at an address: of all of its numbers up to\n"
+      "64 KiB, above of the lines that csrc/cpu/fingerprint.h says.");
   m.def("philox4x32", &philox4x32, py::arg("counters"), py::arg("keys"),
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),

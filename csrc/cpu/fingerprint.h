@@ -2,29 +2,62 @@
 // version nor its address says so of what was written through `.data`, as adapters and averages do.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <numeric>
+
+#include "../math/portable.h"
 
 namespace dx {
 
-// Of `floats` numbers: of all, or of as many lines of 16 as `lines` says, evenly apart, and of the
-// last numbers. Eight sums side by side, so that the multiplications overlap.
-inline uint64_t fingerprint(const float* data, int64_t floats, int64_t lines) {
-  constexpr int64_t line = 16, words = 8;
-  constexpr uint64_t prime = 0x9E3779B97F4A7C15;
-  uint64_t sums[words] = {1, 2, 3, 4, 5, 6, 7, 8};
-  const auto add = [&](const float* from, int64_t count) {
-    uint64_t bits[words] = {};
-    std::memcpy(bits, from, count * sizeof(float));
-    for (int64_t i = 0; i < words; ++i) sums[i] = ((sums[i] ^ bits[i]) * prime) ^ (sums[i] >> 31);
-  };
-  const int64_t whole = floats / line, taken = whole < lines ? whole : lines;
-  for (int64_t i = 0; i < taken; ++i) add(data + i * whole / taken * line, line);
-  const int64_t last = floats < line ? floats : line;
-  add(data + floats - last, last);
-  uint64_t total = uint64_t(floats);
-  for (const uint64_t sum : sums) total = (total ^ sum) * prime ^ (total >> 29);
-  return total;
-}
+// A hash of a weight's numbers [filters, numbers], dense, as they lie in memory: of those that
+// Sampling reads. The same on any number of threads and any instruction set.
+uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers);
+
+// Which lines of 16 numbers are read: all of a weight of 64 KiB, and of a larger one `taken` of
+// each filter's, at least one in 48.
+//
+// They are a lattice. A filter's lines are cut into `taken` strata of `width`, and of stratum j
+// filter k has line (k·step + j·shift) mod width read. `step` has no factor in common with `width`,
+// so any `width` filters, which are never more than there are, have every line read between them:
+// no filter, input channel or tap goes unread. `step` is near width / golden ratio and `shift` near
+// width / plastic number, whose multiples leave no large rectangle empty: a change of 32 filters
+// by 32 channels meets some line (tests/nn/test_fingerprint.py).
+struct Sampling {
+  static constexpr int64_t kLine = 16, kLines = 1024, kShare = 48;
+
+  int64_t filters, numbers, taken, width, step, shift;
+
+  Sampling(int64_t filters, int64_t numbers) : filters(filters), numbers(numbers) {
+    const auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t lines = parts(numbers, kLine);
+    width = lines / std::max({parts(lines, kShare), parts(lines, filters), parts(kLines, filters)});
+    width = std::max<int64_t>(width, 1);
+    taken = parts(lines, width);
+    step = coprime(width, 0.6180339887);
+    shift = coprime(width, 0.7548776662);
+  }
+  bool all() const { return width == 1; }
+
+  // Calls read with where each line of filters first, ..., last - 1 begins, in the weight.
+  template <class Read>
+  DX_INLINE void for_each_line(int64_t first, int64_t last, const Read& read) const {
+    int64_t of_filter = first * step % width;
+    for (int64_t k = first; k < last; ++k, of_filter = next(of_filter, step))
+      for (int64_t j = 0, place = of_filter; j < taken; ++j, place = next(place, shift))
+        read(k * numbers + std::min((j * width + place) * kLine, numbers - kLine));
+  }
+
+ private:
+  DX_INLINE int64_t next(int64_t place, int64_t by) const {
+    place += by;
+    return place < width ? place : place - width;
+  }
+  static int64_t coprime(int64_t width, double share) {
+    int64_t near = std::max<int64_t>(1, int64_t(share * double(width)));
+    while (std::gcd(near, width) != 1) ++near;
+    return near % width;
+  }
+};
 
 }  // namespace dx

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops.context_unet import context_unet
 from ..ops.conv2d import serves_conv2d
 from .convolutions import Conv3x3, Unpool
+from .packed_conv2d import version_of
 
 
 class OneCall:
@@ -33,7 +34,7 @@ class OneCall:
         folded = all(isinstance(conv, (Conv3x3, Unpool)) for conv in self.convs)
         channels_last = network.memory_format == torch.channels_last
         self.possible = folded and channels_last and init.shortcut != "random"
-        self.layers = None  # filters, biases, norms
+        self.layers = self.versions = None  # filters, biases, norms; of the weights
 
     def serves(self, x: Tensor) -> bool:
         """Whether it computes what the layers would, and nobody watches those."""
@@ -48,13 +49,15 @@ class OneCall:
         return _has_any_global_hook()
 
     def __call__(self, x: Tensor, shifts: tuple, scales: tuple) -> Tensor:
-        if self.layers is None:
+        convs = self.convs
+        versions = [version_of(conv.packed.weight) for conv in convs]
+        if self.versions != versions:
+            self.versions = versions
             norms = [t for norm in self.norms for t in (norm.weight, norm.bias)]
-            convs = self.convs
             self.layers = [c.filters() for c in convs], [c.bias for c in convs], norms
         norm = self.norms[0]
         how = norm.num_groups, norm.eps, self.shortcut, self.window
         return context_unet(x, scales, shifts, *self.layers, *how)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"layers": None}
+        return self.__dict__ | {"layers": None, "versions": None}

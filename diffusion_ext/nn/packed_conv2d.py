@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import torch
@@ -12,27 +13,29 @@ from ..ops.conv2d import (
     CHANNELS,
     COLUMNS,
     POINTS,
+    as_channels_last,
     conv2d,
     direct_filters,
-    serves_conv2d,
     winograd_filters,
     winograd_is_faster,
 )
+from ..ops.conv3x3 import conv3x3
+from ..ops.layouts import suggests_channels_last
 from ..ops.memory import memory_available, memory_in_all
 
 if "cpu" not in missing:
     from .._C import fingerprint
 
 FREE = 4  # filters are laid out while one part in so many of the machine's memory stays free
-LINES = 1024  # of 64 bytes of a weight that are compared before each call, at least
 
 
 class PackedConv2d:
     """A convolution of a weight that stays as it is, for calls without gradients.
 
     Its filters are laid out when the first images come: for Winograd's algorithm (Lavin & Gray
-    2016) where that is faster for images of their number and size, else for the direct one. A copy
-    shares them; a pickle has the weight alone, for filters lie as the processor wants them.
+    2016) where that is faster for images of their number and size, else for the direct one; and
+    anew where an operation in place has changed the weight. A copy shares them; a pickle has the
+    weight alone, for filters lie as the processor wants them.
 
     Args:
         weight: [K, C, R, S], or [C, K, R, R] of a transposed convolution of stride R; float32.
@@ -56,7 +59,7 @@ class PackedConv2d:
         plain = (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1)
         # Size of the images -> whether by Winograd's algorithm, where that may serve.
         self.chosen = {} if plain and lanes and not transposed else None
-        self.winograd = self.direct = None
+        self.winograd = self.direct = self.version = None
 
     def __call__(self, x: Tensor, bias: Tensor | None, repeat: int = 1, **after) -> Tensor:
         """x, which `serves_conv2d`, [B, C, H, W] -> [B, K, H', W']; `after` as of `conv2d`."""
@@ -69,12 +72,17 @@ class PackedConv2d:
 
     def lay_out(self, batch: int, height: int, width: int) -> Tensor:
         """The filters for so many images of that size."""
+        if (version := version_of(self.weight)) != self.version:
+            self.winograd, self.direct, self.version = None, None, version
+        # What stays must not be an inference tensor, which later calls could not use everywhere.
         if self.by_winograd(self.batch or batch, height, width):
             if self.winograd is None:
-                self.winograd = winograd_filters(self.weight.detach())
+                with torch.inference_mode(False):
+                    self.winograd = winograd_filters(self.weight.detach())
             return self.winograd
         if self.direct is None:
-            self.direct = direct_filters(self.weight.detach(), self.side > 1)
+            with torch.inference_mode(False):
+                self.direct = direct_filters(self.weight.detach(), self.side > 1)
         return self.direct
 
     def by_winograd(self, *size: int) -> bool:
@@ -85,38 +93,58 @@ class PackedConv2d:
         return self.chosen[size]
 
     def __deepcopy__(self, memo) -> PackedConv2d:
-        return self
+        twin = copy.copy(self)
+        twin.weight, laid_out = copy.deepcopy(self.weight, memo), version_of(self.weight)
+        twin.version = version_of(twin.weight) if laid_out == self.version else None
+        twin.winograd, twin.direct = self.winograd, self.direct
+        return twin
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"winograd": None, "direct": None}
+        return self.__dict__ | {"winograd": None, "direct": None, "version": None}
 
 
-# Convolution -> (what its weight was, laid out): beside the modules, whose copies, pickles and
-# state dicts know nothing of it.
+def version_of(weight: Tensor) -> int:
+    """What an operation in place raises; -1 of a weight made under inference_mode, which has none."""
+    return -1 if weight.is_inference() else weight._version
+
+
+# Convolution -> its weight laid out, and what that weight was: beside the modules, whose copies,
+# pickles and state dicts know nothing of it.
 _packed: weakref.WeakKeyDictionary[nn.Conv2d, tuple[tuple, PackedConv2d]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | None:
-    """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by filters
-    that stay laid out between calls; None where that is not to be had.
+    """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by a
+    convolution of ours; None where that is not to be had.
 
-    It is without gradients, where `serves_conv2d` and memory allows it. Before each call the weight
-    is compared with the one that was laid out: its version, its address, and a fingerprint of at
-    least 1024 lines of 16 numbers, which no averaged or merged weight has in common with another.
+    It is to be had where `as_channels_last` says, by filters that stay laid out between calls; with
+    gradients, or where memory is short, by `conv3x3` if conv is that and nothing else is asked for.
     """
-    if torch.compiler.is_compiling() or not packs(conv):
-        return None
     weight = conv._parameters.get("weight")
-    if needs_grad(x, weight, conv.bias, after.get("residual")) or not _may_be_laid_out(weight):
-        forget(conv)  # it trains, or has moved
+    images = as_channels_last(x, conv.weight if weight is None else weight)
+    if images is None or not packs(conv):
+        if _packed and not (weight is not None and weight.is_cpu and weight.dtype == torch.float32):
+            forget(conv)  # it has moved
         return None
-    if type(x) is not Tensor or not serves_conv2d(x, weight) or not _is_channels_last(x, weight):
+    if packed := _filters(conv, images, weight, after.get("residual")):
+        return packed(images, conv._parameters.get("bias"), repeat, **after)
+    if repeat == 1 and not after and is_plain_conv3x3(conv):
+        return conv3x3(images, conv.weight, conv.bias)
+    return None
+
+
+def _filters(conv: nn.Conv2d, x: Tensor, weight, residual: Tensor | None) -> PackedConv2d | None:
+    """conv's filters, for a call without gradients whose results are channels_last."""
+    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
         return None
-    if not (packed := _packed_as_it_is(conv, weight)):
+    if needs_grad(x, weight, conv._parameters.get("bias"), residual):
+        forget(conv)  # it trains
         return None
-    return packed(x, conv.bias, repeat, **after)
+    if residual is not None and not suggests_channels_last(residual):
+        return None  # the sum would lie as the residual does
+    return _packed_as_it_is(conv, weight) if _is_dense(weight) else None
 
 
 def forget(module: nn.Module) -> None:
@@ -124,27 +152,16 @@ def forget(module: nn.Module) -> None:
     _packed.pop(module, None)
 
 
-def _may_be_laid_out(weight) -> bool:
-    """Whether weight is one whose changes can be noticed, where the kernels are."""
-    if type(weight) is not nn.Parameter or weight.is_inference() or not weight.numel():
-        return False
-    return weight.is_cpu and weight.dtype == torch.float32 and _is_dense(weight)
-
-
-def _is_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether x, of weight's channels, was made so. Of one channel, or of one pixel, any tensor
-    would pass for it, and get channels_last outputs where torch's are contiguous."""
-    strides, (_, channels, *size) = x.stride(), x.shape
-    if channels != weight.shape[1] or [channels, *size] == [1, 1, 1]:
-        return False
-    return (strides[1], strides[3]) == (1, channels)
-
-
 def _packed_as_it_is(conv: nn.Conv2d, weight: Tensor) -> PackedConv2d | None:
-    lines = max(LINES, 2 * len(weight))  # every filter has some, whose numbers lie together
-    address, floats = weight.data_ptr(), weight.numel()
+    """The filters of conv's weight as it is now; None where there is too little memory.
+
+    What has changed is told by the version, which an operation in place raises, and by the address,
+    the strides and the fingerprint of what was written past it, through `.data`: adapters are
+    merged and averages are swapped in so.
+    """
+    address, filters = weight.data_ptr(), len(weight)
     how = weight.stride(), conv.stride, conv.padding
-    key = weight._version, address, fingerprint(address, floats, lines), how
+    key = version_of(weight), address, fingerprint(address, filters, weight.numel() // filters), how
     known, packed = _packed.get(conv, (None, None))
     if known == key:
         return packed

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.conv3x3 import conv3x3
-from .packed_conv2d import convolved, is_plain_conv3x3
+from .packed_conv2d import convolved
 
 
 class WinogradConv2d(nn.Conv2d):
     """A drop-in for torch.nn.Conv2d, constructed as that; Conv2d itself wherever no kernel serves.
 
-    In float32 on a CPU, where the input [B, C, H, W] is channels_last:
+    In float32 on a CPU, where torch's result is channels_last:
     without gradients, any filter without groups and dilation, its weight laid out once (see
     `convolved`); with gradients, 3x3 filters of stride 1 and padding 1, by Winograd's minimal
     filtering (Lavin & Gray 2016), where C is a multiple of 16.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H', W']
-        if (y := convolved(self, x)) is not None:
-            return y
-        if is_plain_conv3x3(self):
-            return conv3x3(x, self.weight, self.bias)
-        return super().forward(x)
+        y = convolved(self, x)
+        return super().forward(x) if y is None else y

@@ -146,6 +146,21 @@ def test_copies(copied):
     assert {id(m) for m in twin.one_call.modules} == {id(m) for m in twin.modules()}
 
 
+@pytest.mark.parametrize("copied", [lambda n: n, copy.deepcopy])
+@pytest.mark.parametrize("run", [lambda n, *a: n(*a), by_layers])
+def test_weights_that_change_in_place_are_noticed(copied, run):
+    network = optimized()
+    arguments = inputs(network)
+    run(network, *arguments)  # lays out
+    network = copied(network)
+    for name, weight in network.named_parameters():
+        if weight.dim() > 1:
+            weight[0].mul_(0.5 if "embed" in name else -1)
+    y = run(network, *arguments)
+    with dx.use_backend("reference"):
+        torch.testing.assert_close(y, network(*arguments), rtol=0, atol=1e-5 * y.abs().max())
+
+
 # --- what the kernel refuses ----------------------------------------------------------------------
 
 

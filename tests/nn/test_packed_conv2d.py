@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,28 +120,64 @@ def test_a_weight_that_has_changed_is_noticed(change):
         assert_right(conv, x)
 
 
-def test_a_large_weight_that_was_merged_is_noticed():
-    """Of which not every number is compared."""
-    conv, x = layer(256, 320), images(256, 1, 8)
+LARGE = {
+    "merged": lambda w: w.add_(torch.randn(len(w), 1).mm(torch.randn(1, w[0].numel())).view_as(w)),
+    "a filter": lambda w: w[7].add_(1e-3),
+    "an input channel": lambda w: w[:, 200].zero_(),
+    "64 input channels": lambda w: w[:, 64:128].zero_(),
+    "11 of 16 input channels": lambda w: w.unflatten(1, (-1, 16))[:, :, 5:].zero_(),
+    "a tap": lambda w: w[:, :, 1, 1].neg_(),
+    "a block": lambda w: w[96:128, 32:64].mul_(2),
+    "the sign": lambda w: w.neg_(),
+    "two filters": lambda w: w.copy_(w[[1, 0, *range(2, len(w))]]),
+}
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 512)], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("change", LARGE)
+def test_a_large_weight_that_has_changed_is_noticed(change, layout, shape):
+    """Of which not every number is compared, and which was written past its version."""
+    out_channels, channels = shape
+    conv, x = layer(channels, out_channels).to(memory_format=layout), images(channels, 1, 8)
     assert_right(conv, x)
-    conv.weight.data[7].add_(1e-3)
-    assert_right(conv, x)
-    conv.weight.data.mul_(1.001)
+    LARGE[change](conv.weight.data)
     assert_right(conv, x)
 
 
-def test_inference_tensors_and_inference_mode():
-    with torch.inference_mode():
+def test_a_number_that_was_changed_in_place_is_noticed():
+    """By the version alone: of a weight of this size one line in 48 is compared."""
+    conv, x = layer(640, 640), images(640, 1, 4)
+    assert_right(conv, x)
+    draw = torch.Generator().manual_seed(0)
+    for place in torch.randint(0, conv.weight.numel(), (40,), generator=draw).tolist():
+        index = np.unravel_index(place, conv.weight.shape)
+        with torch.no_grad():
+            conv.weight[tuple(index)] += 1000
+        assert_right(conv, x)
+
+
+@pytest.mark.parametrize("made", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("called", [torch.inference_mode, torch.no_grad])
+def test_inference_mode(made, called):
+    """ComfyUI makes its weights, which have no version then, and calls its models inside it."""
+    with made():
         conv, x = layer(), images()
+    with called():
+        for change in (lambda: None, lambda: conv.weight.mul_(2), lambda: conv.weight[3].zero_()):
+            with torch.inference_mode():
+                change()
+            assert_right(conv, x)
+            assert laid_out(conv) is not None
+    assert not laid_out(conv).winograd.is_inference()
+    with torch.no_grad():
         assert_right(conv, x)
-        assert laid_out(conv) is None  # nothing tells when they change
-        conv.weight.mul_(2)
-        assert_right(conv, x)
+
+
+def test_gradients_after_inference_mode():
     conv, x = layer(), images()
     with torch.inference_mode():
         assert_right(conv, x)
-    assert laid_out(conv) is not None
-    assert_right(conv, x)
     conv(x.requires_grad_()).sum().backward()
     assert x.grad is not None
 
@@ -219,7 +256,8 @@ def test_where_it_does_not_serve():
     conv, x = layer(), images()
     with torch.no_grad():
         assert convolved(conv, x) is not None
-        assert convolved(conv, x.contiguous()) is None
+        assert convolved(conv, x.contiguous()) is not None  # the weight is channels_last
+        assert convolved(layer().to(memory_format=torch.contiguous_format), x.contiguous()) is None
         assert convolved(conv, x[0]) is None
         assert convolved(conv, x[:, :16]) is None
         assert convolved(conv, x.double()) is None
@@ -229,7 +267,8 @@ def test_where_it_does_not_serve():
             assert convolved(conv, x) is None
         with pytest.raises(RuntimeError, match="channels"):
             conv(x[:, :16].contiguous(memory_format=torch.channels_last))
-    assert convolved(conv, x) is None  # wants gradients
+    assert convolved(conv, x).requires_grad
+    assert laid_out(conv) is None
 
 
 @pytest.mark.parametrize("batch", [None, 8])
