@@ -152,7 +152,7 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, gelu: bool):
         super().__init__()
         self.weight, self.bias, self.gelu = frozen(weight), frozen(bias), gelu
-        self.packed = PackedConv2d(self.weight[:, :, None, None])
+        self.packed = PackedConv2d(self.weight)
         if serves_conv2d(_images(weight, 1, weight.shape[1], 1, torch.channels_last), weight):
             self.packed.lay_out(1, 1, 1)
 

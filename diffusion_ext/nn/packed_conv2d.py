@@ -38,7 +38,8 @@ class PackedConv2d:
     weight alone, for filters lie as the processor wants them.
 
     Args:
-        weight: [K, C, R, S], or [C, K, R, R] of a transposed convolution of stride R; float32.
+        weight: [K, C, R, S], or [K, C] of a linear layer, or [C, K, R, R] of a transposed
+            convolution of stride R; float32.
         batch: choose for so many images, whatever comes, so that no bit depends on their number.
         lanes: whether a skip, where there is one, begins at a multiple of 16 channels.
     """
@@ -53,10 +54,11 @@ class PackedConv2d:
         lanes: bool = True,
     ):
         self.weight, self.stride, self.padding, self.batch = weight, stride, padding, batch
-        self.side = weight.shape[2] if transposed else 1
-        channels = weight.shape[:2]
+        self.shape = (*weight.shape, 1, 1)[:4]
+        self.side = self.shape[2] if transposed else 1
+        channels = self.shape[:2]
         self.channels, self.out_channels = channels if transposed else channels[::-1]
-        plain = (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1)
+        plain = (*self.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1)
         # Size of the images -> whether by Winograd's algorithm, where that may serve.
         self.chosen = {} if plain and lanes and not transposed else None
         self.winograd = self.direct = self.version = None
@@ -82,7 +84,8 @@ class PackedConv2d:
             return self.winograd
         if self.direct is None:
             with torch.inference_mode(False):
-                self.direct = direct_filters(self.weight.detach(), self.side > 1)
+                weight = self.weight.detach().view(self.shape)
+                self.direct = direct_filters(weight, self.side > 1)
         return self.direct
 
     def by_winograd(self, *size: int) -> bool:
@@ -104,7 +107,7 @@ class PackedConv2d:
 
 
 def version_of(weight: Tensor) -> int:
-    """What an operation in place raises; -1 of a weight made under inference_mode, which has none."""
+    """What an operation in place raises; -1 of a weight of inference_mode, which has none."""
     return -1 if weight.is_inference() else weight._version
 
 
