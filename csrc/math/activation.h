@@ -10,8 +10,8 @@
 namespace dx {
 
 // The order of diffusion_ext.ops.group_norm_act.ACTIVATIONS.
-enum class Act : int64_t { identity, relu, silu, gelu, gelu_tanh };
-constexpr int64_t kActs = 5;
+enum class Act : int64_t { identity, relu, silu, gelu, gelu_tanh, mish };
+constexpr int64_t kActs = 6;
 
 // x within [-87, 88], where exp(x) is finite and normal. A NaN may become either bound: what the
 // activations multiply the result with is one itself. Compared as integers, signed for the upper
@@ -92,6 +92,15 @@ DX_INLINE float activate(float a, float& derivative) {
     const float cdf = normal_cdf(a, density);
     derivative = fma(3.989422804e-01f * a, density, cdf);
     return a * cdf;
+  } else if constexpr (act == Act::mish) {
+    // a tanh(log(1 + e^a)) = a n / (n + 2), n = e^a (e^a + 2): both sides of the fraction by
+    // e^(-2a) where a > 0, so that nothing overflows.
+    const bool above = a > 0.0f;
+    const float u = exp(-fabsf(a)), u2 = u * u;
+    const float n = above ? fma(2.0f, u, 1.0f) : fma(2.0f, u, u2);
+    const float over = reciprocal(n + (above ? 2.0f * u2 : 2.0f)), t = n * over;
+    derivative = fma(4.0f * a * over * over, (above ? u2 : u) * (1.0f + u), t);
+    return a * t;
   } else {
     // 0.5 (1 + tanh(y)) = sigmoid(2y), y = sqrt(2/pi) (a + 0.044715 a^3)
     const float a2 = a * a;
@@ -110,6 +119,7 @@ DX_INLINE void dispatch_act(Act act, const F& f) {
     case Act::silu: return f(std::integral_constant<Act, Act::silu>());
     case Act::gelu: return f(std::integral_constant<Act, Act::gelu>());
     case Act::gelu_tanh: return f(std::integral_constant<Act, Act::gelu_tanh>());
+    case Act::mish: return f(std::integral_constant<Act, Act::mish>());
   }
 }
 

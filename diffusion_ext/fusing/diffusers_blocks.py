@@ -10,8 +10,6 @@ import itertools
 from collections import Counter
 
 import torch
-from diffusers.models.attention_processor import SpatialNorm
-from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -28,11 +26,6 @@ from .modules import (
     pair_kind,
 )
 from .stand_in import StandIn, swap_class
-
-OTHER_NORMS = {
-    SpatialNorm: "SpatialNorm: scales and shifts by maps; the GroupNorm in it is fused",
-    AdaGroupNorm: "AdaGroupNorm: calls torch's group_norm itself",
-}
 
 # Whose forward ends in conv_norm_out, conv_act, conv_out, and uses conv_act for nothing else.
 OUTPUT_NORMS = {

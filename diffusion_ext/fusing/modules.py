@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.packed_conv2d import convolved
@@ -14,13 +13,16 @@ from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
+from .probing import NormKind, activation_name, configuration
 from .stand_in import StandIn, swap_class
 
 ALONE = "alone"  # in a report: a norm without an activation
+OF_CONFIGURATION = "by its configuration"
 
-# Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`;
-# `fuse` adds other people's Swish classes as it meets them.
-ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+# Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`; `fuse`
+# adds what it finds of other people's classes, with the configuration that it found it of.
+ACTIVATION_NAMES: dict[type | tuple, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
+PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
 # leaves the dtype alone.
@@ -45,7 +47,28 @@ def act_of(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return ACTIVATION_NAMES.get(type(module))
+    found = ACTIVATION_NAMES.get(type(module))
+    if found != OF_CONFIGURATION:
+        return found
+    return ACTIVATION_NAMES.get((type(module), configuration(module)))
+
+
+def learn_activation(module: nn.Module) -> None:
+    """Write down what module computes, if it is an activation of somebody's own class."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.nn.") or isinstance(module, StandIn):
+        return
+    key = cls, configuration(module)
+    if key[1] is not None and key not in ACTIVATION_NAMES and (name := activation_name(module)):
+        ACTIVATION_NAMES[key], ACTIVATION_NAMES[cls] = name, OF_CONFIGURATION
+
+
+def passes(module: nn.Module) -> bool:
+    """Whether module hands its input through, as it is now."""
+    if isinstance(module, nn.Identity):
+        return type(module) is nn.Identity and not hooked(module)
+    idle = type(module) in PASSES and (module.p == 0 or not module.training)
+    return idle and not hooked(module)
 
 
 def pair_kind(activation: nn.Module) -> str:
@@ -54,50 +77,52 @@ def pair_kind(activation: nn.Module) -> str:
     return f"{ALONE}: the {name} after it has hooks" if hooked(activation) else f"with {name}"
 
 
-class FusedGroupNorm(StandIn, nn.GroupNorm):
-    """A GroupNorm that the fused op computes, wherever a kernel of it serves the input."""
+def as_probed(module: nn.Module) -> bool:
+    """Whether module is configured as it was when `fuse` found out what it computes."""
+    known = module.__dict__.get("configuration")
+    if known is None:  # of torch's own class
+        return True
+    return known == configuration(module) and not any(map(hooked, module.children()))
 
-    notes = ("carries",)
-    casts_to_float32 = True  # under autocast, where torch's does
+
+class FusedGroupNorm(StandIn):
+    """A group norm that the fused op computes, wherever a kernel of it serves the input."""
+
+    notes = ("carries", "kind", "configuration")
+    kind = NormKind()
     carries: str = "identity"  # the activation of the AbsorbedActivation that follows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if args or kwargs or not as_probed(self):
+            return super().forward(x, *args, **kwargs)
         act = carried(self)
         y = fused_op(self, x, act)
-        return ACTIVATIONS[act](self.unfused(x)) if y is None else y
+        return ACTIVATIONS[act](super().forward(x)) if y is None else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.carries == "identity" else f", {self.carries}")
-
-    def unfused(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-class FusedGroupNorm32(FusedGroupNorm):
-    """A GroupNorm that computes in float32 and returns its input's dtype, as the fused op does."""
-
-    casts_to_float32 = False
-
-    def unfused(self, x: Tensor) -> Tensor:
-        return super().unfused(x.float()).to(x.dtype)
 
 
 class PairedSequential(nn.Sequential):
     """A Sequential that runs each GroupNorm with the activation after it as one op.
 
-    Pairs are looked for on every call, so slices, insertions and later hooks keep their meaning.
+    What hands its input through may lie between them. Pairs are looked for on every call, so
+    slices, insertions and later hooks keep their meaning.
     """
 
     def forward(self, x):
-        modules = list(self)
-        taken = False  # by the norm before it
-        for module, after in zip(modules, [*modules[1:], None], strict=True):
-            if taken:
-                taken = False
-            elif isinstance(module, FusedGroupNorm) and after is not None and act_of(after):
-                x, taken = norm_act(module, after, x), True
-            else:
-                x = module(x)
+        modules, i = list(self), 0
+        while i < len(modules):
+            module = modules[i]
+            i += 1
+            if isinstance(module, FusedGroupNorm):
+                after = i
+                while after < len(modules) and passes(modules[after]):
+                    after += 1
+                if after < len(modules) and act_of(modules[after]):
+                    x, i = norm_act(module, modules[after], x), after + 1
+                    continue
+            x = module(x)
         return x
 
 
@@ -165,8 +190,9 @@ def norm_act(
     if (
         act is not None
         and isinstance(norm, FusedGroupNorm)
-        and norm.carries == "identity"
+        and norm.carries == norm.kind.act == "identity"
         and not (hooked(norm) or hooked(activation) or _has_any_global_hook())
+        and as_probed(norm)
     ):
         y = fused_op(norm, x, act, pre_shift, scale, shift, rounded_after)
         if y is not None:
@@ -194,22 +220,34 @@ def fused_op(
 
     These are all the checks of a call: the op's own would double them.
     """
-    if (
-        not isinstance(x, Tensor)
-        or not 3 <= x.dim() <= 5
-        or not serves(x)
-        or x.layout is not torch.strided
-    ):
+    if not isinstance(x, Tensor) or not serves(x) or x.layout is not torch.strided:
         return None
+    kind = norm.kind
+    if kind.act != "identity":
+        if act != "identity" or _has_any_global_hook():
+            return None
+        act = kind.act
+    if x.dim() not in kind.dims:
+        modulated = pre_shift is not None or scale is not None
+        if not kind.frames or x.dim() != 5 or modulated:
+            return None
+        frames = x.transpose(1, 2)  # [N, F, C, H, W], which are normalised one by one
+        y = _checked_op(norm, frames.flatten(0, 1), act, [None] * 5, rounded_after)
+        return None if y is None else y.unflatten(0, frames.shape[:2]).transpose(1, 2)
+    return _checked_op(norm, x, act, [scale, shift, None, None, pre_shift], rounded_after)
+
+
+def _checked_op(
+    norm: FusedGroupNorm, x: Tensor, act: str, modulation: list, rounded_after: bool
+) -> Tensor | None:
     weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape
     samples, channels = shape[0], shape[1]
     if (
-        channels != norm.num_channels
+        channels % norm.num_groups
         or not _is_per_channel(weight, channels, device)
         or not _is_per_channel(bias, channels, device)
     ):
         return None
-    modulation = [scale, shift, None, None, pre_shift]
     for i, t in enumerate(modulation):
         if t is None:
             continue
@@ -231,7 +269,7 @@ def _is_per_channel(parameter: Tensor | None, channels: int, device: torch.devic
 
 def promoted(norm: FusedGroupNorm, x: Tensor) -> Tensor:
     """x in the dtype that norm's result has under the autocast of the moment."""
-    if x.dtype == torch.float32 or not norm.casts_to_float32:
+    if x.dtype == torch.float32 or norm.kind.rounds:
         return x
     if x.device.type not in AUTOCAST_TO_FLOAT32:
         return x
@@ -242,8 +280,15 @@ def convolved_by(conv: nn.Module, x: Tensor, repeat: int = 1, **after) -> Tensor
     """`convolved` of conv(x), where conv is ours and nobody watches it; else None."""
     if not isinstance(conv, WinogradConv2d) or hooked(conv) or _has_any_global_hook():
         return None
-    return convolved(conv, x, repeat, **after)
+    return convolved(conv, x, repeat, **after) if as_probed(conv) else None
 
 
 class FusedConv2d(StandIn, WinogradConv2d):
-    """A Conv2d that `fuse` has taken."""
+    """A Conv2d that `fuse` has taken, or of a subclass that computes the same."""
+
+    notes = ("configuration",)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if args or kwargs or not as_probed(self):
+            return super(WinogradConv2d, self).forward(x, *args, **kwargs)
+        return super().forward(x)

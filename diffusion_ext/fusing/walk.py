@@ -6,101 +6,86 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..nn.group_norm_act import GroupNormAct
 from ..nn.packed_conv2d import filter_bytes, forget, packs
 from ..nn.winograd_conv2d import WinogradConv2d
-from .known_forwards import is_float32_norm, is_swish
+from ..ops.layouts import suggests_channels_last
 from .modules import (
-    ACTIVATION_NAMES,
     ALONE,
     FusedConv2d,
     FusedGroupNorm,
-    FusedGroupNorm32,
     FusedSequential,
     PairedSequential,
     act_of,
     hooked,
+    learn_activation,
     pair_kind,
+    passes,
 )
-from .stand_in import restore_class, swap_class
+from .probing import computes_conv2d, configuration, looks_like_a_group_norm, norm_kind
+from .report import FuseReport
+from .stand_in import StandIn, restore_class, swap_class
 
-
-@dataclass
-class FuseReport:
-    """What `fuse` did: (module name, how) for each norm that is fused, (name, why) for the rest,
-    the names of the convolutions, and the bytes that their filters take beside the weights once
-    they are laid out, on a CPU in float32 without gradients."""
-
-    fused: list[tuple[str, str]] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    convolutions: list[str] = field(default_factory=list)
-    filter_bytes: int = 0
-
-    def __str__(self) -> str:
-        names = [name for name, _ in self.fused + self.left]
-        width = max(map(len, names), default=0)
-        lines = [f"{len(self.fused)} fused, {len(self.left)} left as they were"]
-        lines += [f"  fused  {name:{width}}  {how}" for name, how in self.fused]
-        lines += [f"  left   {name:{width}}  {why}" for name, why in self.left]
-        if self.convolutions:
-            lines.append(
-                f"{len(self.convolutions)} convolutions of ours, on channels_last; to sample, "
-                f"their filters take {self.filter_bytes / 2**20:.3g} MiB more at the most"
-            )
-        return "\n".join(lines)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 def fuse(model: nn.Module) -> FuseReport:
     """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions.
 
-    Norms: an activation is fused with its norm where the structure proves that it follows it:
-    neighbours in an nn.Sequential, diffusers' ResnetBlock2D (with its time embedding) and the
-    output norms of diffusers' UNets and autoencoders. Every other GroupNorm is fused alone.
+    Norms: whatever computes a group norm, as its results tell (see probing.py). An activation is
+    fused with it where the structure proves that it follows it: neighbours in an nn.Sequential,
+    diffusers' ResnetBlock2D (with its time embedding) and the output norms of diffusers' UNets and
+    autoencoders. Every other group norm is fused alone.
 
-    Convolutions: on a CPU, in float32 and channels_last; so move the model and the images to that.
-    Without gradients, weights are laid out once, in memory of their own (see `FuseReport`), and
-    again when they change. With gradients, 3x3 filters of stride 1 and padding 1 run by Winograd's
-    algorithm.
+    Convolutions: on a CPU, in float32 and channels_last; so move the model to that. Without
+    gradients, weights are laid out once, in memory of their own (see `FuseReport`), and again when
+    they change. With gradients, 3x3 filters of stride 1 and padding 1 run by Winograd's algorithm.
 
     Parameters, module names, the state dict and the module objects stay; only their classes change.
     A new class stands in for the old one (see stand_in.py), so that adapters and other wrappers
-    find what they look for. Modules with hooks, and subclasses with a forward of their own, are
-    left as they are. Where no kernel serves an input (float64, another device), a fused module
+    find what they look for. Modules with hooks, and those that compute something else, are left as
+    they are. Where no kernel serves an input (float64, another device), a fused module
     computes as before. Fuse before torch.compile. A pickle of the model needs diffusion_ext.
 
-    Returns: FuseReport of every GroupNorm in model; print it. Fusing again changes nothing.
+    Returns: FuseReport of every norm and convolution; print it. Fusing again changes nothing.
     Raises: TypeError unless model is a torch.nn.Module.
     """
     _check(model)
-    report = FuseReport()
     kinds: dict[nn.Module, str] = {}  # fused norm -> how
+    reasons: dict[nn.Module, str] = {}  # norm or convolution that is left -> why
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm) and _reason_to_leave(module) is None:
-            _fuse_norm(module)
-            kinds[module] = ALONE
-        elif is_swish(type(module)):
-            ACTIVATION_NAMES[type(module)] = "silu"
+        reason = _fuse_norm(module)
+        if isinstance(module, FusedGroupNorm) and reason is None:
+            kinds[module] = (
+                ALONE if module.kind.act == "identity" else f"with its {module.kind.act}"
+            )
+        reason = reason or _fuse_convolution(module)
+        if reason is not None:
+            reasons[module] = reason
+        learn_activation(module)
+        if (blocks := _diffusers_blocks()) is not None:
+            blocks.fuse_upsampling(module)
     references = Counter(child for m in model.modules() for child in m._modules.values())
     for module in model.modules():
         kinds.update(_fuse_pairs(module, references))
+    return _report(model, kinds, reasons)
 
-    blocks = _diffusers_blocks()
+
+def _report(model: nn.Module, kinds: dict, reasons: dict) -> FuseReport:
+    report = FuseReport()
     for name, module in model.named_modules():
-        if blocks:
-            blocks.fuse_upsampling(module)
-        if type(module) is nn.Conv2d and packs(module) and not hooked(module):
-            swap_class(module, FusedConv2d)
+        name = name or "(model)"
         if isinstance(module, WinogradConv2d):
-            report.convolutions.append(name or "(model)")
+            report.convolutions.append(name)
             report.filter_bytes += filter_bytes(module)
-        if module in kinds:
-            report.fused.append((name or "(model)", kinds[module]))
-        elif (reason := _reason_to_leave(module)) is not None:
-            report.left.append((name or "(model)", reason))
+            report.contiguous += not suggests_channels_last(module.weight)
+        elif module in kinds:
+            report.fused.append((name, kinds[module]))
+        elif module in reasons:
+            report.left.append((name, reasons[module]))
     return report
 
 
@@ -124,28 +109,73 @@ def _check(model) -> None:
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
-    """Why module, if it normalises groups, stays as it is; None where it can be fused or is not."""
+def _fuse_norm(module: nn.Module) -> str | None:
+    """Fuse module, if it is a group norm. Returns: why not, of a norm that is left."""
+    if isinstance(module, FusedGroupNorm):
+        return "has hooks" if hooked(module) else None
     if isinstance(module, GroupNormAct):
         return "GroupNormAct: on the fused op already"
-    if not isinstance(module, nn.GroupNorm):
-        return _other_norms().get(type(module))
     cls = type(module)
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance"
-    if hooked(module):
-        return "has hooks"
-    known = cls is nn.GroupNorm or issubclass(cls, FusedGroupNorm) or is_float32_norm(cls)
-    if not known:
-        return f"{cls.__name__}: a subclass of GroupNorm that is not known"
+    if not (isinstance(module, nn.GroupNorm) or looks_like_a_group_norm(module)):
+        return f"{cls.__name__}: no group norm" if _is_a_norm(module) else None
+    if (reason := _why_untouched(module)) is not None:
+        return reason
     if not module.eps > 0:
         return f"eps is {module.eps}"
+    torchs = cls is nn.GroupNorm
+    of = () if torchs else configuration(module)
+    if of is None or (kind := norm_kind(module)) is None:
+        return f"{cls.__name__}: computes something else than a group norm"
+    swap_class(module, FusedGroupNorm)
+    if not torchs:
+        module.__dict__.update(kind=kind, configuration=of)
     return None
 
 
-def _fuse_norm(norm: nn.GroupNorm) -> None:
-    if not isinstance(norm, FusedGroupNorm):
-        swap_class(norm, FusedGroupNorm if type(norm) is nn.GroupNorm else FusedGroupNorm32)
+def _is_a_norm(module: nn.Module) -> bool:
+    """Whether module is called a norm, and has none within it, which would be named."""
+    called = "norm" in type(module).__name__.lower() and not isinstance(module, CONVOLUTIONS)
+    return called and not any(map(_is_a_norm, module.children()))
+
+
+def _fuse_convolution(conv: nn.Module) -> str | None:
+    """Fuse conv, if ours can serve it. Returns: why not, of a convolution that is left."""
+    if not isinstance(conv, CONVOLUTIONS) or isinstance(conv, WinogradConv2d):
+        return None
+    cls = type(conv)
+    if not isinstance(conv, nn.Conv2d):
+        return f"{cls.__name__}: no Conv2d"
+    if (reason := _why_untouched(conv)) is not None:
+        return reason
+    if not packs(conv):
+        return _settings(conv)
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return f"{cls.__name__}: has no weight yet"
+    torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+    of = () if torchs else configuration(conv)
+    if of is None or not (torchs or computes_conv2d(conv)):
+        return f"{cls.__name__}: computes something else than a Conv2d"
+    swap_class(conv, FusedConv2d)
+    if not torchs:
+        conv.__dict__["configuration"] = of
+    return None
+
+
+def _why_untouched(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if isinstance(module, StandIn):
+        return "it stands for another class already"
+    return "has hooks" if hooked(module) else None
+
+
+def _settings(conv: nn.Conv2d) -> str:
+    """Which of its settings ours do not have."""
+    others = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
+    found = [
+        f"{name} {getattr(conv, name)}" for name, of in others.items() if getattr(conv, name) != of
+    ]
+    return ", ".join(found or [f"padding {conv.padding!r}"])
 
 
 def _fuse_pairs(module: nn.Module, references: Counter) -> dict[nn.Module, str]:
@@ -157,11 +187,13 @@ def _fuse_pairs(module: nn.Module, references: Counter) -> dict[nn.Module, str]:
 
 
 def _fuse_sequential(sequential: nn.Sequential) -> dict[nn.Module, str]:
-    children = list(sequential)
     pairs = [
         (norm, act)
-        for norm, act in itertools.pairwise(children)
-        if isinstance(norm, FusedGroupNorm) and not hooked(norm) and act_of(act)
+        for norm, act in itertools.pairwise(child for child in sequential if not passes(child))
+        if isinstance(norm, FusedGroupNorm)
+        and norm.kind.act == "identity"
+        and not hooked(norm)
+        and act_of(act)
     ]
     cls = type(sequential)
     known = cls is nn.Sequential or issubclass(cls, PairedSequential)
@@ -180,8 +212,3 @@ def _diffusers_blocks():
     from . import diffusers_blocks
 
     return diffusers_blocks
-
-
-def _other_norms() -> dict[type, str]:
-    blocks = _diffusers_blocks()
-    return blocks.OTHER_NORMS if blocks else {}

@@ -18,7 +18,7 @@ class BatchNormAct(nn.BatchNorm2d):
     group_norm_act with as many groups as channels. Elsewhere torch's batch_norm serves; on a GPU,
     too, where that one sample has not been measured beside it.
 
-    Args: num_features: C. act: "identity", "relu", "silu", "gelu" or "gelu_tanh".
+    Args: num_features: C. act: one of group_norm_act's.
     Raises: as torch.nn.BatchNorm2d, for one value a channel in training among others.
     """
 

@@ -17,7 +17,7 @@ class GroupNormAct(nn.GroupNorm):
 
     Args:
         num_groups: G, which divides num_channels. num_channels: C.
-        act: "identity", "relu", "silu", "gelu" or "gelu_tanh".
+        act: "identity", "relu", "silu", "gelu", "gelu_tanh" or "mish".
         eps, affine, device, dtype: as for torch.nn.GroupNorm.
 
     Raises: ValueError for another act (it stands where torch.nn.GroupNorm has eps), and what

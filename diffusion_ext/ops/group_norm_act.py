@@ -36,7 +36,7 @@ def group_norm_act(
         x: [N, C, *spatial]. Contiguous and channels_last are read as they lie; any other strides
             are copied first.
         num_groups: G, which divides C. weight, bias: [C] or None. eps: added to the variance.
-        act: "identity", "relu", "silu", "gelu" (erf) or "gelu_tanh".
+        act: "identity", "relu", "silu", "gelu" (erf), "gelu_tanh" or "mish" (Misra 2019).
         scale, shift, post_scale, post_shift, pre_shift: [N, C] or None, in any floating dtype:
             adaptive normalisation before the activation, FiLM after it (Perez et al. 2018), and a
             bias per sample (a time embedding) before the statistics.

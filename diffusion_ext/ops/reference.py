@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+    "mish": F.mish,
 }
 
 # What perturb writes beside x_t, as the kernels number it.

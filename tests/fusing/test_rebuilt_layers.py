@@ -247,7 +247,7 @@ def test_a_stand_in_is_the_class_it_stands_for():
         else:
             assert type(cls()) is wanted
     assert kinds == {
-        "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm", "FusedGroupNorm32",
+        "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm",
         "FusedResnetBlock2D", "FusedSequential", "FusedUpsample2D",
     }  # fmt: skip
 

@@ -165,7 +165,7 @@ def test_group_norm_act(data):
         "weight": optional(channels),
         "bias": optional(channels),
         "eps": st.floats(1e-8, 1),
-        "act": st.sampled_from(["silu", "gelu", "gelu_tanh", "identity", "relu"]),
+        "act": st.sampled_from(["silu", "gelu", "gelu_tanh", "mish", "identity", "relu"]),
         "scale": optional(batch, channels),
         "shift": optional(batch, channels),
         "post_scale": optional(batch, channels),

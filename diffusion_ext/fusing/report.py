@@ -1,0 +1,64 @@
+"""What `fuse` says that it did, and of what it left alone why."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+WIDTH = 96
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` did; print it.
+
+    Attributes:
+        fused: (module name, how) of each norm that is fused.
+        left: (module name, why) of every other norm and convolution, whatever its class.
+        convolutions: names of the convolutions that ours serve.
+        contiguous: how many of those have weights that are not channels_last now, so that ours
+            serve them only where their images are.
+        filter_bytes: what their filters take beside the weights once they are laid out, on a CPU in
+            float32 without gradients.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    convolutions: list[str] = field(default_factory=list)
+    contiguous: int = 0
+    filter_bytes: int = 0
+
+    def __str__(self) -> str:
+        counts = f"{len(self.fused)} fused, {len(self.left)} left as they were"
+        lines = [counts, *_groups("fused", self.fused), *_groups("left", self.left)]
+        if self.convolutions:
+            lines += self._of_convolutions()
+        return "\n".join(lines)
+
+    def _of_convolutions(self) -> Iterator[str]:
+        mebibytes = f"{self.filter_bytes / 2**20:.3g} MiB"
+        yield f"{len(self.convolutions)} convolutions of ours, where the weight or the images are"
+        yield "  channels_last, float32, on a CPU, and enough work for a call. To sample, their"
+        yield f"  filters take {mebibytes} more at the most."
+        if self.contiguous:
+            yield f"  The weights of {self.contiguous} are contiguous now:"
+            yield "  model.to(memory_format=torch.channels_last) changes that."
+
+
+def _groups(what: str, modules: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """For each reason a line, and the names of the modules that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in modules:
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        yield f"  {what:5}  {len(names):3}  {reason}"
+        indent = " " * 14
+        yield textwrap.fill(
+            ", ".join(names),
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
