@@ -45,8 +45,8 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
         return NormKind()
     if not looks_like_a_group_norm(norm):
         return None
-    with _without_a_trace():
-        twin = _twin(norm)
+    with apart():
+        twin = twin_of(norm)
         inputs = {dim: torch.randn(2, _channels(norm), *sizes) for dim, sizes in SHAPES.items()}
         for act in ACTIVATIONS:
             whole, by_frame = _formulas(twin, act)
@@ -63,8 +63,8 @@ def activation_name(module: nn.Module) -> str | None:
     if module._parameters or module._buffers or module._modules:
         return None
     x = torch.linspace(-9, 9, 240).view(2, 4, 5, 6)
-    with _without_a_trace():
-        twin = _twin(module)
+    with apart():
+        twin = twin_of(module)
         names = (name for name in ACTIVATIONS if name != "identity")
         return next((name for name in names if _agrees(twin, x, ACTIVATIONS[name])), None)
 
@@ -76,8 +76,8 @@ def computes_conv2d(conv: nn.Conv2d) -> bool:
     def formula(x: Tensor) -> Tensor:
         return nn.Conv2d._conv_forward(twin, x, twin.weight, twin.bias)
 
-    with _without_a_trace():
-        twin = _twin(conv)
+    with apart():
+        twin = twin_of(conv)
         return _agrees(twin, torch.randn(2, conv.in_channels, *sides), formula)
 
 
@@ -144,7 +144,7 @@ def _comparable(value):
 
 
 @contextlib.contextmanager
-def _without_a_trace():
+def apart():
     """Without gradients, and without a draw from torch's own generator."""
     apart = torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad()
     with apart[0], apart[1], apart[2], torch.device("cpu"):
@@ -152,7 +152,7 @@ def _without_a_trace():
         yield
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def twin_of(module: nn.Module) -> nn.Module:
     """A copy with parameters of its own, float32 on the CPU and drawn at random, for what is ones
     or zeros would hide what it is used for."""
     twin = copy.copy(module)
@@ -162,7 +162,7 @@ def _twin(module: nn.Module) -> nn.Module:
     }
     twin.__dict__["_buffers"] = dict(module._buffers)
     twin.__dict__["_modules"] = {
-        n: c if c is None else _twin(c) for n, c in module._modules.items()
+        n: c if c is None else twin_of(c) for n, c in module._modules.items()
     }
     return twin
 
@@ -187,11 +187,13 @@ def _formulas(norm: nn.Module, act: str) -> tuple[Callable, Callable]:
 
 def _agrees(module: nn.Module, x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:
     """Whether module computes formula, in training and in evaluation."""
+    return all(agree(module.train(mode), x, formula) for mode in (True, False))
+
+
+def agree(run: Callable[[Tensor], Tensor], x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:
+    """Whether run(x) is formula(x)."""
     try:
-        return all(
-            torch.allclose(module.train(mode)(x.clone()), formula(x), rtol=1e-4, atol=1e-5)
-            for mode in (True, False)
-        )
+        return torch.allclose(run(x.clone()), formula(x), rtol=1e-4, atol=1e-5)
     except Exception:  # whatever a stranger's forward raises: it is not for such an input
         return False
 

@@ -13,6 +13,8 @@ from ..nn.group_norm_act import GroupNormAct
 from ..nn.packed_conv2d import filter_bytes, forget, packs
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
+from .embedded_blocks import fuse_embedded_block
+from .modulated import fuse_adaptive_norm
 from .modules import (
     ALONE,
     FusedConv2d,
@@ -57,20 +59,23 @@ def fuse(model: nn.Module) -> FuseReport:
     kinds: dict[nn.Module, str] = {}  # fused norm -> how
     reasons: dict[nn.Module, str] = {}  # norm or convolution that is left -> why
     for module in model.modules():
-        reason = _fuse_norm(module)
-        if isinstance(module, FusedGroupNorm) and reason is None:
-            kinds[module] = (
-                ALONE if module.kind.act == "identity" else f"with its {module.kind.act}"
-            )
-        reason = reason or _fuse_convolution(module)
-        if reason is not None:
-            reasons[module] = reason
+        how, why = _fuse_norm(module)
+        if how is None:
+            why = _fuse_convolution(module) or why
+        if how is not None:
+            kinds[module] = how
+        elif why is not None:
+            reasons[module] = why
         learn_activation(module)
-        if (blocks := _diffusers_blocks()) is not None:
-            blocks.fuse_upsampling(module)
+        if (diffusers := _diffusers_blocks()) is not None:
+            diffusers.fuse_upsampling(module)
     references = Counter(child for m in model.modules() for child in m._modules.values())
     for module in model.modules():
-        kinds.update(_fuse_pairs(module, references))
+        if isinstance(module, nn.Sequential):
+            kinds.update(_fuse_sequential(module))
+    known: dict[tuple, bool] = {}
+    for module in model.modules():
+        kinds.update(_fuse_block(module, references, known))
     return _report(model, kinds, reasons)
 
 
@@ -109,27 +114,32 @@ def _check(model) -> None:
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
 
 
-def _fuse_norm(module: nn.Module) -> str | None:
-    """Fuse module, if it is a group norm. Returns: why not, of a norm that is left."""
-    if isinstance(module, FusedGroupNorm):
-        return "has hooks" if hooked(module) else None
-    if isinstance(module, GroupNormAct):
-        return "GroupNormAct: on the fused op already"
+def _fuse_norm(module: nn.Module) -> tuple[str | None, str | None]:
+    """Fuse module, if it is a group norm. Returns: how, of one that is fused; why not, of a norm
+    that is left."""
     cls = type(module)
+    if fuse_adaptive_norm(module):
+        return f"{ALONE}, modulated", None
     if not (isinstance(module, nn.GroupNorm) or looks_like_a_group_norm(module)):
-        return f"{cls.__name__}: no group norm" if _is_a_norm(module) else None
-    if (reason := _why_untouched(module)) is not None:
-        return reason
-    if not module.eps > 0:
-        return f"eps is {module.eps}"
-    torchs = cls is nn.GroupNorm
-    of = () if torchs else configuration(module)
-    if of is None or (kind := norm_kind(module)) is None:
-        return f"{cls.__name__}: computes something else than a group norm"
-    swap_class(module, FusedGroupNorm)
-    if not torchs:
-        module.__dict__.update(kind=kind, configuration=of)
-    return None
+        return None, f"{cls.__name__}: no group norm" if _is_a_norm(module) else None
+    if isinstance(module, GroupNormAct):
+        return None, "GroupNormAct: on the fused op already"
+    if not isinstance(module, FusedGroupNorm):
+        if (why := _why_untouched(module)) is not None:
+            return None, why
+        if not module.eps > 0:
+            return None, f"eps is {module.eps}"
+        torchs = cls is nn.GroupNorm
+        of = () if torchs else configuration(module)
+        if of is None or (kind := norm_kind(module)) is None:
+            return None, f"{cls.__name__}: computes something else than a group norm"
+        swap_class(module, FusedGroupNorm)
+        if not torchs:
+            module.__dict__.update(kind=kind, configuration=of)
+    if hooked(module):
+        return None, "has hooks"
+    act = module.kind.act
+    return ALONE if act == "identity" else f"with its {act}", None
 
 
 def _is_a_norm(module: nn.Module) -> bool:
@@ -178,10 +188,10 @@ def _settings(conv: nn.Conv2d) -> str:
     return ", ".join(found or [f"padding {conv.padding!r}"])
 
 
-def _fuse_pairs(module: nn.Module, references: Counter) -> dict[nn.Module, str]:
+def _fuse_block(module: nn.Module, references: Counter, known: dict) -> dict[nn.Module, str]:
     """Fuse the activations that module itself is known to apply after its norms: norm -> how."""
-    if isinstance(module, nn.Sequential):
-        return _fuse_sequential(module)
+    if kinds := fuse_embedded_block(module, known):
+        return kinds
     blocks = _diffusers_blocks()
     return blocks.fuse_pairs(module, references) if blocks else {}
 

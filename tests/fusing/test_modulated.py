@@ -1,0 +1,190 @@
+"""Adaptive norms and residual blocks with an embedding, in the manner of other people's code."""
+
+import copy
+
+import pytest
+import torch
+from fused_models import assert_same_results, fused_copy, ops_of, results
+from test_fuse import GroupNorm32, Swish, pytestmark, vary  # noqa: F401
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import diffusion_ext as dx
+from diffusion_ext.ops.conv2d import VECTORISED
+
+diffusers = pytest.importorskip("diffusers")
+
+
+class MappedNorm(nn.Module):  # in the manner of k-diffusion's
+    def __init__(self, channels, features=6, groups=4, cond_key="cond"):
+        super().__init__()
+        self.num_groups, self.eps, self.cond_key = groups, 1e-5, cond_key
+        self.mapper = nn.Linear(features, 2 * channels)
+
+    def forward(self, x, cond):
+        weight, bias = self.mapper(cond[self.cond_key])[..., None, None].chunk(2, dim=1)
+        return torch.addcmul(bias, F.group_norm(x, self.num_groups, eps=self.eps), weight + 1)
+
+
+class PlainMappedNorm(MappedNorm):
+    """Something else: the weight is not beside 1."""
+
+    def forward(self, x, cond):
+        weight, bias = self.mapper(cond[self.cond_key])[..., None, None].chunk(2, dim=1)
+        return torch.addcmul(bias, F.group_norm(x, self.num_groups, eps=self.eps), weight)
+
+
+def diffusers_norm(act="silu"):
+    return diffusers.models.normalization.AdaGroupNorm(6, 8, 4, act)
+
+
+NORMS = {
+    "diffusers": (diffusers_norm, lambda emb: emb),
+    "diffusers without an activation": (lambda: diffusers_norm(None), lambda emb: emb),
+    "k-diffusion": (lambda: MappedNorm(8), lambda emb: {"cond": emb}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_adaptive_norms_are_one_op(name):
+    build, wrapped = NORMS[name]
+    norm = vary(build())
+    x, emb = torch.randn(3, 8, 6, 5), wrapped(torch.randn(3, 6))
+    expected = norm(x, emb)
+    assert dx.fuse(norm).fused == [("(model)", "alone, modulated")]
+    torch.testing.assert_close(norm(x, emb), expected, rtol=1e-5, atol=1e-5)
+    ops = ops_of(lambda: norm(x, emb))
+    assert (ops["group_norm_act"], ops["native_group_norm"]) == (1, 0)
+    norm(x, emb).sum().backward()
+    assert all(p.grad is not None for p in norm.parameters())
+    dx.unfuse(norm)
+    assert torch.equal(norm(x, emb), expected)
+
+
+def test_other_adaptive_norms_are_left_and_named():
+    norm = PlainMappedNorm(8)
+    assert dx.fuse(norm).left == [("(model)", "PlainMappedNorm: no group norm")]
+
+
+class Block(nn.Module):  # in the manner of guided-diffusion's
+    use_checkpoint = False
+
+    def __init__(
+        self, channels=16, out=16, features=6, scale_shift=True, up=False, norm=GroupNorm32
+    ):
+        super().__init__()
+        self.use_scale_shift_norm, self.updown = scale_shift, up
+        convs = nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1)
+        self.in_layers = nn.Sequential(norm(4, channels), Swish(), convs[0])
+        self.h_upd = self.x_upd = nn.Upsample(scale_factor=2) if up else nn.Identity()
+        rows = 2 * out if scale_shift else out
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(features, rows))
+        self.out_layers = nn.Sequential(norm(4, out), Swish(), nn.Dropout(0.0), convs[1])
+        self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x, emb):
+        if self.use_checkpoint:
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x, emb):
+        if self.updown:
+            rest, conv = self.in_layers[:-1], self.in_layers[-1]
+            h, x = self.h_upd(rest(x)), self.x_upd(x)
+            h = conv(h)
+        else:
+            h = self.in_layers(x)
+        rows = self.emb_layers(emb).type(h.dtype)[..., None, None]
+        if self.use_scale_shift_norm:
+            norm, rest = self.out_layers[0], self.out_layers[1:]
+            scale, shift = torch.chunk(rows, 2, dim=1)
+            h = rest(norm(h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + rows)
+        return self.skip_connection(x) + h
+
+
+class HalvedBlock(Block):
+    def _forward(self, x, emb):
+        return super()._forward(x, emb) / 2
+
+
+BLOCKS = {
+    "scale and shift": {},
+    "shift": {"scale_shift": False},
+    "other channels": {"out": 32},
+    "up": {"up": True},
+    "torch's norm": {"norm": nn.GroupNorm},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_blocks_are_fused_with_their_embedding(name, layout):
+    block = vary(Block(**BLOCKS[name])).to(memory_format=layout)
+    inputs = [torch.randn(2, 16, 8, 8).to(memory_format=layout), torch.randn(2, 6)]
+    fused, report = fused_copy(block)
+    how = "scale and shift" if block.use_scale_shift_norm else "shift"
+    assert dict(report.fused) == {
+        "in_layers.0": "with Swish",
+        "out_layers.0": f"with Swish, embedding as {how}",
+    }
+    assert_same_results(results(fused, inputs), results(block, inputs), 1e-5)
+    with torch.no_grad():
+        y, expected = fused(*inputs), block(*inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.stride() == expected.stride()
+    ops = ops_of(lambda: fused(*inputs))
+    assert ops["group_norm_act"] == 2
+    assert not ops.keys() & {"native_group_norm", "sigmoid"}
+    if layout == torch.channels_last and VECTORISED:
+        assert ops["convolution"] == 0
+    assert str(dx.fuse(fused)) == str(report)
+    dx.unfuse(fused)
+    with torch.no_grad():
+        assert torch.equal(fused(*inputs), expected)
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_a_block_that_computes_something_else_is_not_taken(scale_shift):
+    block, inputs = (
+        vary(HalvedBlock(scale_shift=scale_shift)),
+        [torch.randn(2, 16, 8, 8), torch.randn(2, 6)],
+    )
+    expected = block(*inputs)
+    report = dict(dx.fuse(block).fused)
+    alone = "alone: its block takes it out of its Sequential"
+    assert report["out_layers.0"] == (alone if scale_shift else "with Swish")
+    torch.testing.assert_close(block(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unusual_calls_are_the_blocks_own():
+    block, x = vary(Block()), torch.randn(2, 16, 8, 8)
+    plain = copy.deepcopy(block)
+    dx.fuse(block)
+    for emb in (torch.randn(1, 6), torch.randn(2, 6)):
+        torch.testing.assert_close(block(x, emb), plain(x, emb), rtol=1e-4, atol=1e-5)
+    emb = torch.randn(2, 6)
+    for b in (block, plain):
+        b.use_checkpoint = True
+    torch.testing.assert_close(block(x, emb), plain(x, emb), rtol=1e-4, atol=1e-5)
+    for b in (block, plain):
+        b.use_scale_shift_norm, b.use_checkpoint = False, False
+    with pytest.raises(RuntimeError) as theirs:
+        plain(x, emb)
+    with pytest.raises(RuntimeError, match=str(theirs.value)[:40]):
+        block(x, emb)
+
+
+def test_hooks_in_a_block_see_what_they_saw():
+    for place in ("out_layers.0", "out_layers.1", "out_layers.3", "skip_connection"):
+        block, x, emb, seen = vary(Block()), torch.randn(2, 16, 8, 8), torch.randn(2, 6), []
+        dx.fuse(block)
+        block.get_submodule(place).register_forward_hook(
+            lambda m, args, y, seen=seen: seen.append(y)
+        )
+        block(x, emb)
+        dx.unfuse(block)
+        block(x, emb)
+        torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
