@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "layouts.h"
 #include "math/half.h"
 
 #if defined(__linux__)
@@ -32,33 +33,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// How a sample's elements [C, *spatial] lie in memory. An unbatched or 2-D sample is contiguous.
-enum class Layout { contiguous, channels_last };
-
 // Applies f to the tensor where there is one.
 template <class F>
 MaybeTensor map(const MaybeTensor& t, const F& f) {
   return t ? MaybeTensor(f(*t)) : std::nullopt;
 }
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-
-// Whether sizes are dense in the layout, judged by their strides (dimensions of size 1 have any).
-inline bool fits(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, Layout layout) {
-  const int64_t dims = sizes.size();
-  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
-  if (layout == Layout::channels_last && dims < 3) return false;
-  int64_t expected = 1;
-  const auto step = [&](int64_t d) {
-    const bool ok = sizes[d] == 1 || strides[d] == expected;
-    expected *= sizes[d];
-    return ok;
-  };
-  if (layout == Layout::channels_last && !step(1)) return false;
-  for (int64_t d = dims - 1; d >= 0; --d)
-    if (!(layout == Layout::channels_last && d == 1) && !step(d)) return false;
-  return true;
-}
 inline bool fits(const Tensor& t, Layout layout) { return fits(t.sizes(), t.strides(), layout); }
 
 // channels_last only where t is so and is not contiguous as well.
@@ -84,18 +64,14 @@ inline int32_t dtype_of(const Tensor& t) {
   return dtype;
 }
 inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  return fresh_strided(like, sizes, strides, dtype);
+  return fresh_strided(like, sizes, strides_in(sizes, Layout::contiguous), dtype);
 }
 inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes) {
   return fresh(like, sizes, dtype_of(like));
 }
+// Of t's shape and dtype, with the strides that torch gives a sum of t and what lies as it.
 inline Tensor fresh_like(const Tensor& t) {
-  if (fits(t, Layout::contiguous) || fits(t, Layout::channels_last))
-    return fresh_strided(t, t.sizes(), t.strides(), dtype_of(t));
-  return torch::stable::empty_like(t);
+  return fresh_strided(t, t.sizes(), strides_of_sum(t.sizes(), t.strides()), dtype_of(t));
 }
 
 // t itself where it is dense in the layout, else a copy that lies as `like` does (t's shape,
@@ -137,6 +113,7 @@ class Output {
         dense_(direct_ ? t : torch::stable::contiguous(t)) {}
 
   Layout layout() const { return layout_; }
+  const Tensor& tensor() const { return tensor_; }
   const Tensor& dense() const { return dense_; }
   template <class T>
   T* data() const {

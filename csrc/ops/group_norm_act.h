@@ -111,13 +111,20 @@ inline GroupNorm group_norm_of(const Tensor& x, Layout layout, int64_t groups, i
           parameter_of("pre_shift", pre_shift, x, 0.0f)};
 }
 
+// What the normalised x is written to, as torch lays out that of its own norm on a CPU.
+inline Tensor new_norm(const Tensor& x, bool activated) {
+  const Strides strides = strides_of_norm(x.sizes(), x.strides(), activated);
+  return in_huge_pages(fresh_strided(x, x.sizes(), strides, dtype_of(x)));
+}
+
 template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(
     const Tensor& x_, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
     double eps, int64_t act, const MaybeTensor& scale, const MaybeTensor& shift,
     const MaybeTensor& post_scale, const MaybeTensor& post_shift, const MaybeTensor& pre_shift) {
   STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
-  Output y(new_like(x_), Kernel::layout(x_, num_groups));
+  const Tensor made = new_norm(x_, Act(act) != Act::identity);
+  Output y(made, Kernel::layout(made, num_groups));
   const Tensor x = in_layout(x_, y.dense(), y.layout());
   const GroupNorm g = group_norm_of(x, y.layout(), num_groups, act, weight, bias, scale, shift,
                                     post_scale, post_shift, pre_shift);
@@ -166,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group
     const MaybeTensor& pre_shift) {
   STD_TORCH_CHECK(x_.dim() >= 2, "x: wanted shape [N, C, *spatial]");
   check_like("dy", dy_, x_);
-  Output dx(new_like(x_), Kernel::layout(x_, num_groups));
+  const Tensor made = new_norm(x_, false);
+  Output dx(made, Kernel::layout(made, num_groups));
   const Tensor x = in_layout(x_, dx.dense(), dx.layout());
   const Tensor dy = in_layout(dy_, dx.dense(), dx.layout());
   const GroupNorm g = group_norm_of(x, dx.layout(), num_groups, act, weight, bias, scale, shift,

@@ -125,7 +125,7 @@ class Slots {
 class SlotsApart {
  public:
   SlotsApart(const char* name, const std::vector<Tensor>& slots, const Tensor& x, const Output& out)
-      : like_(out.dense()) {
+      : x_(x) {
     STD_TORCH_CHECK(slots.size() <= size_t(kMostSlots), name, ": wanted at most ", kMostSlots);
     dense_.reserve(slots.size());
     for (const Tensor& slot : slots) {
@@ -136,21 +136,23 @@ class SlotsApart {
 
   RowShape row_shape(int64_t columns) {
     const RowShape shape = shape_of(columns, std::max(1, int(dense_.size())));
-    for (int i = 0; i < shape.writes; ++i) written_.push_back(new_like(like_));
+    for (int i = 0; i < shape.writes; ++i) written_.emplace_back(new_like(x_));
     return shape;
   }
   template <class T>
   void place(Samples<T>& s) const {
     for (size_t j = 0; j < dense_.size(); ++j) s.slots[j] = data_of<T>(dense_[j]);
-    for (size_t i = 0; i < written_.size(); ++i)
-      s.written[i] = static_cast<T*>(written_[i].mutable_data_ptr());
+    for (size_t i = 0; i < written_.size(); ++i) s.written[i] = written_[i].data<T>();
   }
-  void finish(const Tensor*) {}
-  const std::vector<Tensor>& written() const { return written_; }
+  void finish(const Tensor*) {
+    for (Output& output : written_) output.finish();
+  }
+  const std::vector<Output>& written() const { return written_; }
 
  private:
-  Tensor like_;
-  std::vector<Tensor> dense_, written_;
+  Tensor x_;
+  std::vector<Tensor> dense_;
+  std::vector<Output> written_;  // each lies as x' does
 };
 
 // The rows of a step as tensors: a table [n, columns] with its timesteps [n] and the index of each
@@ -284,7 +286,7 @@ std::vector<Tensor> sampler_step_of_row(const Tensor& x, const Tensor& model_out
   results.reserve(2 + kMostWrites);
   results.push_back(next);
   if (x0) results.push_back(*x0);
-  for (const Tensor& written : after.written()) results.push_back(written);
+  for (const Output& written : after.written()) results.push_back(written.tensor());
   return results;
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checks import check_choice, check_device, check_floating, check_number
 from . import reference
 from .backend import kernels, needs_grad, recorded, register_fake, serves
+from .layouts import layout_of_norm
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -33,8 +34,8 @@ def group_norm_act(
         y = act((1 + scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift
 
     Args:
-        x: [N, C, *spatial]. Contiguous and channels_last are read as they lie; any other strides
-            are copied first.
+        x: [N, C, *spatial]. Contiguous and channels_last (of 4-D and 5-D) are read as they lie;
+            any other strides are copied first.
         num_groups: G, which divides C. weight, bias: [C] or None. eps: added to the variance.
         act: "identity", "relu", "silu", "gelu" (erf), "gelu_tanh" or "mish" (Misra 2019).
         scale, shift, post_scale, post_shift, pre_shift: [N, C] or None, in any floating dtype:
@@ -45,7 +46,9 @@ def group_norm_act(
     backward only x, the mean and 1/std are kept. With create_graph=True the gradient is the
     reference's, which can be differentiated again.
 
-    Returns: y, x's shape, dtype and memory format. Raises: TypeError, ValueError.
+    Returns: y, of x's shape and dtype, with the strides of act(F.group_norm(x)) on a CPU:
+        channels_last where x suggests it, contiguous otherwise. On a GPU too, where F.group_norm
+        alone would make it contiguous. Raises: TypeError, ValueError.
     """
     modulation = (scale, shift, post_scale, post_shift, pre_shift)
     _check(x, num_groups, weight, bias, eps, act, modulation)
@@ -164,7 +167,8 @@ def _check_parameter(name: str, tensor, shape: tuple[int, ...], meaning: str, x:
 def _(x, num_groups, weight, bias, eps, act, scale, shift, post_scale, post_shift, pre_shift):
     stats = (x.shape[0], num_groups)
     mean = x.new_empty(stats, dtype=torch.float64)
-    return torch.empty_like(x), mean, x.new_empty(stats, dtype=torch.float32)
+    y = _normalised_like(x, ACTIVATIONS[act] != "identity")
+    return y, mean, x.new_empty(stats, dtype=torch.float32)
 
 
 @register_fake("group_norm_act_backward")
@@ -174,4 +178,9 @@ def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
             return x.new_empty(0)
         return x.new_empty(parameter.shape, dtype=parameter.dtype)
 
-    return torch.empty_like(x), *(like(p) for p in (weight, bias, *modulation))
+    return _normalised_like(x, False), *(like(p) for p in (weight, bias, *modulation))
+
+
+def _normalised_like(x: Tensor, activated: bool) -> Tensor:
+    layout = layout_of_norm(x, activated)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)

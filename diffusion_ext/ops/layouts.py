@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# The dimensions of a tensor in that format, by their strides.
+_ORDER = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -44,24 +46,51 @@ def convolves_to_channels_last(x: Tensor, weight: Tensor) -> bool:
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """Whether torch's C++ takes x [B, C, H, W] for channels_last: suggest_memory_format().
+    """Whether torch's C++ takes x for channels_last: suggest_memory_format().
 
     It compares strides, those of sizes of 1 too, and asks not whether x is dense: from channels
     over columns and rows to samples, none may be shorter than what lies within it. This is false of
     most contiguous tensors of one channel, for which is_contiguous(memory_format=channels_last) is
-    true, and true of a slice of a channels_last one, for which that is false.
+    true, and true of a slice of a channels_last one, for which that is false. Only 4-D and 5-D
+    tensors have the format.
     """
-    per_sample, per_channel, per_row, per_column = x.stride()
-    if not 0 < per_channel <= per_column:
+    strides, least = x.stride(), 0
+    if len(strides) not in _ORDER or not 0 < strides[1] <= strides[-1]:
         return False
-    _, channels, height, width = x.shape
-    return (
-        per_channel * channels <= per_column
-        and per_column * width <= per_row
-        and per_row * height <= per_sample
-        and per_row * height != per_channel  # of one pixel and channel: contiguous as well
-        and x.numel() > 0
-    )
+    sizes = x.shape
+    for dim in _ORDER[len(strides)]:
+        if strides[dim] < least:
+            return False
+        if dim == 0 and least == strides[1]:  # of one pixel and channel: contiguous as well
+            return False
+        least = strides[dim] * sizes[dim]
+    return x.numel() > 0
+
+
+def layout_of_norm(x: Tensor, activated: bool) -> torch.memory_format:
+    """Of F.group_norm(x) on a CPU, and of an activation after it: channels_last (3-D) where x
+    suggests that. An activation, as any elementwise op, makes contiguous what is that as well: of
+    one channel or pixel. The strides are those of torch.empty(shape, memory_format=...)."""
+    if torch._C._are_functorch_transforms_active() or not suggests_channels_last(x):
+        return torch.contiguous_format
+    if activated and (x.shape[1] == 1 or x.shape[2:].numel() == 1):
+        return torch.contiguous_format
+    return _CHANNELS_LAST[x.dim()]
+
+
+def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
+    """y in a memory format, with the strides that a new tensor has in it, of sizes of 1 too."""
+    y = y.contiguous(memory_format=layout)
+    if torch._C._are_functorch_transforms_active():
+        return y
+    new = torch.empty(y.shape, device="meta", memory_format=layout)
+    return y if y.stride() == new.stride() else y.clone(memory_format=layout)
+
+
+def empty_sum(x: Tensor) -> Tensor:
+    """Of the strides of a·x + b·y where y lies as x. They differ from x's only for sizes of 0 and
+    1, and where x is not dense."""
+    return (2 * x).abs()
 
 
 def _still_suggests_it(x: Tensor) -> bool:

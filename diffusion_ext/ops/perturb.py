@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from . import reference
 from .backend import kernels, needs_grad, register_fake, serves
+from .layouts import empty_sum
 from .reference import LEARNED
 
 
@@ -23,4 +22,4 @@ def perturb_by_table(x0, t, signal, sigma, noise=None, seeds=None, learned=LEARN
 @register_fake("perturb")
 def _(x0, t, signal, sigma, noise, seeds, learned):
     written = learned == LEARNED["v"] or (learned == LEARNED["noise"] and noise is None)
-    return torch.empty_like(x0), torch.empty_like(x0) if written else x0.new_empty(0)
+    return empty_sum(x0), empty_sum(x0) if written else x0.new_empty(0)

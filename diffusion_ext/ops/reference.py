@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layouts import layout_of
+from .layouts import in_layout, layout_of_norm
 from .row_shape import RowShape
 
 ACTIVATIONS = {
@@ -199,6 +199,7 @@ def perturb(
     a, s = (_per_sample(table.to(x0.dtype)[t], x0) for table in (signal, sigma))
     if noise is None:
         noise = philox_normal(seeds, x0.shape, t, stream=2, dtype=x0.dtype)
+        noise = torch.zeros_like(x0) + noise  # which then lies as x0 does
     noise = _wide(noise)
     x_t = (a * x0 + s * noise).to(dtype)
     if learned == LEARNED[None]:
@@ -259,9 +260,10 @@ def group_norm_act(
 ) -> Tensor:
     """act((1+scale)·GroupNorm(x + pre_shift) + shift)·post_scale + post_shift, x [N,C,*spatial].
 
-    Args: normalise: (x, groups, eps) to x normalised; `normalised`, or torch's for other runtimes.
+    Args: normalise: (x, groups, eps) to x normalised; `normalised`, or torch's for other runtimes,
+        whose strides are their own affair.
     """
-    dtype, x = x.dtype, _wide(x)
+    dtype, given, x = x.dtype, x, _wide(x)
 
     def per_channel(p: Tensor) -> Tensor:  # [C] or [N,C] to [1 or N, C, 1...]
         p = p.to(x.dtype)
@@ -282,7 +284,9 @@ def group_norm_act(
         y = y * per_channel(post_scale)
     if post_shift is not None:
         y = y + per_channel(post_shift)
-    return y.contiguous(memory_format=layout_of(x)).to(dtype)
+    if normalise is None:
+        y = in_layout(y, layout_of_norm(given, act != "identity"))
+    return y.to(dtype)
 
 
 def normalised(x: Tensor, num_groups: int, eps: float) -> Tensor:

@@ -20,6 +20,7 @@ from ..checks import (
 )
 from . import reference
 from .backend import kernel, kernels, needs_grad, register_fake, serves
+from .layouts import empty_sum
 from .row_shape import MOST_SLOTS, RowShape
 
 # The columns of a row of no slots, or of one that receives every row's x0.
@@ -224,7 +225,7 @@ def _check_table(x, coefficients, timesteps, row, slots: int) -> None:
 
 
 def _stepped(x, return_x0: bool):
-    return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
+    return empty_sum(x), empty_sum(x) if return_x0 else x.new_empty(0)
 
 
 @register_fake("sampler_step")
@@ -235,7 +236,7 @@ def _(x, model_output, coefficients, timesteps, row, noise, seeds, history, clip
 @register_fake("sampler_step_of_row")
 def _(x, model_output, row, timestep, noise, seeds, slots, clip, r):
     writes = RowShape.of(row.shape[0], max(len(slots), 1)).writes
-    return [torch.empty_like(x) for _ in range(1 + r + writes)]
+    return [empty_sum(x) for _ in range(1 + r + writes)]
 
 
 @register_fake("sampler_step_with_slots")

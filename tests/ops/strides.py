@@ -35,8 +35,13 @@ def with_random_strides(draw: random.Random, shape, dtype=torch.float32) -> torc
 def _of_any_strides(draw: random.Random, shape, dtype) -> torch.Tensor:
     """Elements may lie over each other, and sizes of 1 have strides that mean nothing."""
     strides = [draw.choice([0, 1, 1, 2, 3, 4, 6, 12, 24, 60]) for _ in shape]
-    last = sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
-    return torch.randn(last + 1).to(dtype).as_strided(shape, strides)
+    return lying_as(torch.empty_strided(shape, strides, dtype=dtype))
+
+
+def lying_as(x: torch.Tensor) -> torch.Tensor:
+    """Other numbers of x's shape, dtype and strides."""
+    last = sum(max(size - 1, 0) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.randn(last + 1).to(x.dtype).as_strided(x.shape, x.stride())
 
 
 def told(**tensors) -> str:
