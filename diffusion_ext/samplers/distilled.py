@@ -51,17 +51,18 @@ def tcd(
 ) -> StepTable:
     """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024): from t
     to s = (1 - eta)·t' without noise, and noise from s up to t'. The last step lands on the
-    schedule's first level, as the authors' code does.
+    schedule's first level, as the authors' code does; that is the image, and its level is the clean
+    one: what a mask keeps is kept without noise.
 
     Args: as `lcm`; eta: γ, from 0 (no noise) to 1. Returns and raises as `ddim`.
     """
     check_eta(eta)
     t = _distilled_timesteps(schedule, steps, original_steps)
+    grid = grids.between(schedule, t, np.append(t[1:], 0))
     t_next = np.append(t[1:], 1)
     s = np.floor((1 - eta) * (t_next - 1)).astype(np.int64) + 1  # the authors count from 0
-    grid = grids.between(schedule, t, t_next)
     signal, sigma = schedule.signal[s], schedule.sigma[s]
-    shrunk = grid.next_signal / signal
+    shrunk = schedule.signal[t_next] / signal
     noise = np.sqrt(1 - shrunk**2) * (np.arange(steps) < steps - 1)
     next = shrunk * (signal * X0 + sigma * EPS) + noise * Z
     return table_of(grid, next, clip=clip, prediction=prediction)

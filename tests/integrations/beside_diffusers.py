@@ -101,7 +101,7 @@ def attempt(call):
 
 def state_of(scheduler) -> dict:
     """All that diffusers keeps: attribute -> value."""
-    own = ("_run", "_seeds", "_scales_ahead", "_last", "_scaled", "noise", "exact_coefficients")
+    own = ("_run", "_seeds", "noise", "exact_coefficients")
     hidden = (*own, "_internal_dict", "noise_sampler")
     return {name: value for name, value in vars(scheduler).items() if name not in hidden}
 

@@ -125,12 +125,9 @@ def test_the_same_images(pipe, name, options):
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_same_images_by_the_traced(pipe, name, scale):
-    """Without guidance scale_model_input is given what the step before returned."""
+    """With guidance and without, in a first run and in one that has its traces."""
     want, got = (
-        [
-            set_scheduler(pipe, library, name) or draw(pipe, guidance_scale=scale)
-            for _ in range(2)  # the second run has its traces
-        ]
+        [set_scheduler(pipe, library, name) or draw(pipe, guidance_scale=scale) for _ in range(2)]
         for library in (theirs, ours)
     )
     assert want[0].std() > 0.01

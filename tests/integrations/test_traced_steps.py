@@ -315,52 +315,6 @@ def test_an_unknown_prediction():
             scheduler.step(x, scheduler.timesteps[0], x)
 
 
-SCALING = [
-    name
-    for name in NAMES
-    if "ScalesInput" in (base.__name__ for base in getattr(ours, name).__mro__)
-]
-
-
-@pytest.mark.parametrize("name", SCALING)
-def test_the_next_input_is_scaled_with_the_step(name):
-    """Where what a step returned is handed to scale_model_input as it is, from the second time."""
-    pair = [getattr(library, name)(**extra(name)) for library in (theirs, ours)]
-    for scheduler in pair:
-        scheduler.set_timesteps(5)
-    free = 0
-    x = [torch.randn(SHAPE)] * 2
-    for t in pair[0].timesteps:
-        inputs = [pair[0].scale_model_input(x[0], t)]
-        with Calls() as calls:
-            inputs.append(pair[1].scale_model_input(x[1], t))
-        free += calls.names == []
-        torch.testing.assert_close(inputs[1], inputs[0], atol=1e-5, rtol=1e-5)
-        m = torch.randn(SHAPE)
-        made = []
-        for scheduler, sample in zip(pair, x, strict=True):
-            draws = "generator" in inspect.signature(scheduler.step).parameters
-            noise = {"generator": torch.Generator().manual_seed(3)} if draws else {}
-            made.append(scheduler.step(m, t, sample, **noise).prev_sample)
-        torch.testing.assert_close(made[1], made[0], atol=1e-3, rtol=1e-3)
-        x = made
-    assert free == len(pair[0].timesteps) - 2
-
-
-def test_a_sample_that_was_changed_is_scaled_anew():
-    scheduler, other = ours.EulerDiscreteScheduler(), theirs.EulerDiscreteScheduler()
-    scheduler.set_timesteps(5), other.set_timesteps(5)
-    x = torch.randn(SHAPE)
-    for i, t in enumerate(scheduler.timesteps):
-        got, want = scheduler.scale_model_input(x, t), other.scale_model_input(x, t)
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
-        m = torch.randn(SHAPE)
-        other.step(m, t, x)
-        x = scheduler.step(m, t, x).prev_sample
-        if i > 1:
-            x *= 2  # in place, as a mask or a callback would
-
-
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_inference_mode_and_back(name):
     scheduler = getattr(ours, name)()

@@ -43,7 +43,6 @@ class StepTrace:
         output: what the step returns: its class, or tuple, and the Source of each element.
         state: attribute -> what it is after the step: a value, a Source, or a list of them.
         notes: attribute -> the places of its elements in the list before; -1: the timestep.
-        scaled: the next scale_model_input of x', where that was asked for.
         single: sample, model output and state are of one dtype.
         step: the step of its noise, as the kernel counts.
     """
@@ -58,7 +57,6 @@ class StepTrace:
     output: tuple[type, tuple[str, ...], tuple[Source, ...]]
     state: dict
     notes: dict[str, list[int]]
-    scaled: Source | None
     single: bool
     step: int = 0
 

@@ -6,7 +6,7 @@ import diffusers
 
 from . import noising
 from .drop_in import drop_in
-from .traced_scheduler import ScalesInput, TracedScheduler
+from .traced_scheduler import TracedScheduler
 
 __all__ = [
     "DDIMInverseScheduler",
@@ -58,53 +58,49 @@ class IPNDMScheduler(TracedScheduler, diffusers.IPNDMScheduler):
 
 
 @traced
-class LMSDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.LMSDiscreteScheduler):
+class LMSDiscreteScheduler(TracedScheduler, diffusers.LMSDiscreteScheduler):
     """Linear multistep over σ; its integrals are taken once, when a step is traced."""
 
     counts, keeps = ("_step_index", "is_scale_input_called"), ("derivatives",)
 
 
 @traced
-class EulerDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(TracedScheduler, diffusers.EulerDiscreteScheduler):
     """Euler's method over σ, with churn (Karras et al. 2022, algorithm 2)."""
 
     counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
-class EulerAncestralDiscreteScheduler(
-    ScalesInput, TracedScheduler, diffusers.EulerAncestralDiscreteScheduler
-):
+class EulerAncestralDiscreteScheduler(TracedScheduler, diffusers.EulerAncestralDiscreteScheduler):
     """Euler's method to a lower σ, and noise back up to the next."""
 
     counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
-class EDMEulerScheduler(ScalesInput, TracedScheduler, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(TracedScheduler, diffusers.EDMEulerScheduler):
     """Euler's method for networks with EDM's preconditioning (Karras et al. 2022)."""
 
     counts = ("_step_index", "is_scale_input_called")
 
 
 @traced
-class HeunDiscreteScheduler(ScalesInput, TracedScheduler, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(TracedScheduler, diffusers.HeunDiscreteScheduler):
     """Heun's method over σ (Karras et al. 2022, algorithm 1)."""
 
     keeps = ("prev_derivative", "dt", "sample")
 
 
 @traced
-class KDPM2DiscreteScheduler(ScalesInput, TracedScheduler, diffusers.KDPM2DiscreteScheduler):
+class KDPM2DiscreteScheduler(TracedScheduler, diffusers.KDPM2DiscreteScheduler):
     """DPM-Solver-2's midpoint, over σ."""
 
     keeps = ("sample",)
 
 
 @traced
-class KDPM2AncestralDiscreteScheduler(
-    ScalesInput, TracedScheduler, diffusers.KDPM2AncestralDiscreteScheduler
-):
+class KDPM2AncestralDiscreteScheduler(TracedScheduler, diffusers.KDPM2AncestralDiscreteScheduler):
     """DPM-Solver-2's midpoint to a lower σ, and noise back up to the next."""
 
     keeps = ("sample", "dt")
@@ -125,7 +121,7 @@ class DPMSolverSinglestepScheduler(TracedScheduler, diffusers.DPMSolverSingleste
 
 
 @traced
-class DPMSolverSDEScheduler(ScalesInput, TracedScheduler, diffusers.DPMSolverSDEScheduler):
+class DPMSolverSDEScheduler(TracedScheduler, diffusers.DPMSolverSDEScheduler):
     """DPM-Solver++ (SDE), its noise the increments of one Brownian motion.
 
     Two increments of a step overlap, so that independent normals cannot serve: noise="counter" is

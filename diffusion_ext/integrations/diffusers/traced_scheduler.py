@@ -14,11 +14,11 @@ from ...ops import philox_normal
 from ...ops.sampler_step import step_of_row
 from .fused_scheduler import FusedScheduler, alike
 from .runs import on_the_host, put_on
-from .step_trace import NEXT, StepTrace
+from .step_trace import StepTrace
 from .traced_run import TracedRun
 from .tracing import StepCall, Untraceable, trace_step
 
-__all__ = ["ScalesInput", "TracedScheduler"]
+__all__ = ["TracedScheduler"]
 
 NEW = object()  # what a key has that no step was traced for
 
@@ -41,19 +41,15 @@ class TracedScheduler(FusedScheduler):
     counts: tuple[str, ...] = ("_step_index",)
     keeps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    reads_timestep = scales_input = False
+    reads_timestep = False
     on_device: tuple[str, ...] = ("timesteps",)
     _latest: TracedRun | None = None  # of any of its kind, whose traces a new one may have
-    own = ("noise", "exact_coefficients", "_run", "_seeds", "_scales_ahead", "_last", "_scaled")
+    own = ("noise", "exact_coefficients", "_run", "_seeds")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._scales_ahead, self._last, self._scaled = False, None, None
         for name in self.state:  # some of them come with the first step
             self.__dict__.setdefault(name, None)
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_last": None, "_scaled": None}
 
     @classmethod
     def prepare(cls) -> None:
@@ -86,7 +82,14 @@ class TracedScheduler(FusedScheduler):
         for name in self.on_device:
             setattr(self, name, getattr(self, name).to(device))
         self._run.hold(self)
-        self._last = self._scaled = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What diffusers leaves of the run before, and no step of this one reads: tensors of
+        another shape are not a row's to take, and the first step would have other bits."""
+        for name in self.keeps:
+            if isinstance(getattr(self, name), Tensor):
+                setattr(self, name, None)
 
     def _current_run(self) -> TracedRun:
         if self._run is None or not self._run.holds(self.__dict__):
@@ -133,8 +136,6 @@ class TracedScheduler(FusedScheduler):
             results, noise = self._mixed(trace, model_output, sample, kept, noise, seeds)
         elements = (sample, model_output, noise, *results, *kept)
         trace.keep(elements, timestep, self.__dict__)
-        if self.scales_input:
-            self._look_ahead(trace, elements)
         return trace.returned(elements)
 
     def _trace(self, model_output, timestep, sample, options, kept: list) -> StepTrace | None:
@@ -156,7 +157,6 @@ class TracedScheduler(FusedScheduler):
             _kept(run, attributes, self.keeps, sample, kept) if self.keeps else (),
             sample.dtype,
             model_output.dtype,
-            self._scales_ahead,
             self._counted(attributes),
             *options.items(),
         )
@@ -169,7 +169,7 @@ class TracedScheduler(FusedScheduler):
         return self._new_trace(run, key, timestep, options, kept) if trace is NEW else trace
 
     def _new_trace(self, run, key, timestep, options, kept) -> StepTrace | None:
-        if None in key[:2] or any(isinstance(value, Tensor) for _, value in key[6:]):
+        if None in key[:2] or any(isinstance(value, Tensor) for _, value in key[5:]):
             return None
         attributes = self.__dict__
         place = attributes.get("_step_index", 0)
@@ -181,7 +181,7 @@ class TracedScheduler(FusedScheduler):
                 last = len(run.timesteps) - 1
                 value = key[0][1] if self.reads_timestep else run.timesteps[min(place, last)]
                 timestep = torch.tensor(value, dtype=timestep.dtype)
-            call = StepCall(state, notes, timestep, options, dtypes, self._scales_ahead)
+            call = StepCall(state, notes, timestep, options, dtypes)
             trace = self._traced(run, call)
         if trace is not None:
             trace.step = place + 1
@@ -220,34 +220,6 @@ class TracedScheduler(FusedScheduler):
         return (following, *([x0] if trace.returns_x0 else []), *written), noise
 
 
-class ScalesInput:
-    """Mixed in before a TracedScheduler whose scale_model_input does something. Where a pipeline is
-    seen to hand it what a step returned, the steps write the scaled sample too."""
-
-    scales_input = True
-
-    @classmethod
-    def prepare(cls) -> None:
-        super().prepare()
-        theirs = cls.theirs.scale_model_input
-        cls.scale_model_input = as_declared(ScalesInput.scale_model_input, theirs)
-
-    def scale_model_input(self, sample, timestep):
-        if id(sample) == self._last:  # if another has that place in memory by now, nothing is lost
-            self._scales_ahead = True
-            if self._scaled is not None:
-                made, version, scaled = self._scaled
-                if sample is made and version == sample._version:
-                    return scaled
-        return self.theirs.scale_model_input(self, sample, timestep)
-
-    def _look_ahead(self, trace: StepTrace, elements: tuple) -> None:
-        following = elements[NEXT]
-        self._last, self._scaled = id(following), None
-        if trace.scaled is not None and not following.is_inference():
-            self._scaled = following, following._version, trace.scaled.of(elements)
-
-
 def as_declared(method: types.FunctionType, theirs) -> types.FunctionType:
     """The method with the name, documentation and signature of diffusers'."""
     own = types.FunctionType(method.__code__, method.__globals__, closure=method.__closure__)
@@ -267,7 +239,7 @@ def _without_noise(key: tuple, sample: Tensor) -> tuple:
     def of(name, value):
         return (name, Tensor if name == "variance_noise" and alike(value, sample) else value)
 
-    return *key[:6], *(of(name, value) for name, value in key[6:])
+    return *key[:5], *(of(name, value) for name, value in key[5:])
 
 
 def _kept(run: TracedRun, attributes: dict, names: tuple, sample, kept: list) -> tuple | None:

@@ -40,7 +40,6 @@ class StepCall:
         notes: attribute -> length, of lists that a step changes and no step reads.
         timestep: on the host. options: the step's other arguments.
         dtypes: of the sample, the model output and the state's tensors.
-        scaled: trace scale_model_input of the result too.
     """
 
     state: dict
@@ -48,7 +47,6 @@ class StepCall:
     timestep: Tensor | int | float
     options: dict
     dtypes: Sequence[torch.dtype]
-    scaled: bool
 
 
 def trace_step(scheduler, call: StepCall) -> StepTrace:
@@ -74,7 +72,7 @@ class _UnitRun(TorchFunctionMode):
 
     Attributes:
         forms: all tensors that come out, in an order that runs of one call share: x', the other
-            results, the state's, the scaled x'.
+            results, the state's.
         x0: the combination of x and m that is clipped to `limit`, or thresholded; or None.
         noise: the dtype of the noise that is drawn, or None; between: (σ, σ') it is asked for.
     """
@@ -92,7 +90,6 @@ class _UnitRun(TorchFunctionMode):
         with self, torch.no_grad():
             self.result = trial.step(self.inputs[M], call.timestep, self.inputs[X], **options)
             self.state = {name: getattr(trial, name) for name in call.state}
-            scaled = self._scaled(trial) if call.scaled else []
         self.notes = {name: _places(getattr(trial, name), self._noted[name]) for name in call.notes}
         known = {*call.state, *call.notes}
         changed = {n for n, v in vars(trial).items() if n not in known and before.get(n) is not v}
@@ -100,7 +97,7 @@ class _UnitRun(TorchFunctionMode):
             raise Untraceable(f"a step changes {changed}")
         results = self.result if isinstance(self.result, tuple) else tuple(self.result.values())
         kept = [leaf for value in self.state.values() for leaf in leaves(value) if is_kept(leaf)]
-        self.forms = [*results, *kept, *scaled]
+        self.forms = [*results, *kept]
 
     def _prepared(self, scheduler, call: StepCall):
         """A copy of the scheduler whose state is unit vectors, and the options of its step."""
@@ -151,12 +148,6 @@ class _UnitRun(TorchFunctionMode):
         self.x0 = form
         return self.inputs[X0].to(form.dtype)
 
-    def _scaled(self, trial) -> list[Tensor]:
-        """scale_model_input of x' at the step that follows; none after the last."""
-        if (index := trial.step_index) >= len(trial.timesteps):
-            return []
-        return [trial.scale_model_input(self.result[0], trial.timesteps[index])]
-
     def input(self, form: Tensor) -> int | None:
         """Which input a form is, the very tensor; of one that is as large, a copy is made."""
         for i, (given, unit) in enumerate(zip(self.inputs, self.units, strict=True)):
@@ -194,7 +185,6 @@ def _compiled(run: _UnitRun, dtypes, noise, of_forms) -> StepTrace:
         output=(kind, names, tuple(next(sources) for _ in run.result)),
         state={name: _state_after(value, sources) for name, value in run.state.items()},
         notes=run.notes,
-        scaled=next(sources, None),
         single=len({*dtypes, noise or dtypes[0]}) == 1,
     )
 
