@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.reference import ACTIVATIONS
+from .stand_in import StandIn
 
 SHAPES = {3: (5,), 4: (3, 4), 5: (2, 3, 4)}  # dimensions of an input -> its sizes after [N, C]
 
@@ -94,7 +95,9 @@ def configuration(module: nn.Module) -> tuple | None:
     """All that a module's class may look at besides parameters: attributes of the instance and of
     its classes that torch's classes do not have, and its children, so described too. None where
     some of it cannot be compared."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    ours = module.notes if isinstance(module, StandIn) else ()
+    known = _OF_TORCH.union(ours)
+    own = {name: value for name, value in vars(module).items() if name not in known}
     own |= {name: getattr(module, name) for name in _data_attributes(type(module))}
     try:
         described = tuple((name, _comparable(value)) for name, value in sorted(own.items()))
@@ -106,12 +109,8 @@ def configuration(module: nn.Module) -> tuple | None:
 
 # --- how they are run -----------------------------------------------------------------------------
 
-# What every module has, or `fuse` writes into it, or our ops read at every call.
-_OF_TORCH = {
-    *vars(nn.GroupNorm(1, 1)),
-    *vars(nn.Conv2d(1, 1, 1)),
-    *("kind", "configuration", "carries", "absorbed_by"),
-}
+# What every module has, or our ops read at every call.
+_OF_TORCH = frozenset({*vars(nn.GroupNorm(1, 1)), *vars(nn.Conv2d(1, 1, 1))})
 
 
 @functools.cache

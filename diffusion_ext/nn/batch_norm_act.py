@@ -31,12 +31,12 @@ class BatchNormAct(nn.BatchNorm2d):
         fused = self.training and x.is_cpu and serves(x) and pixels.is_contiguous()
         if not fused or x.numel() <= x.shape[1]:  # one value: torch's error
             return ACTIVATIONS[self.act](super().forward(x))
-        one_sample = pixels.flatten(0, 2).t().unsqueeze(0)  # [1, C, B·H·W]
+        one_sample = pixels.flatten(0, 1).unsqueeze(0).permute(0, 3, 1, 2)  # [1, C, B·H, W]
         y, mean, rstd = with_statistics(
             one_sample, self.num_features, self.weight, self.bias, self.eps, self.act, *[None] * 5
         )
-        self._track(mean, rstd, one_sample.shape[2])
-        return y.squeeze(0).t().view(pixels.shape).permute(0, 3, 1, 2)
+        self._track(mean, rstd, one_sample.shape[2:].numel())
+        return y.permute(0, 2, 3, 1).view(pixels.shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, rstd: Tensor, count: int) -> None:

@@ -145,8 +145,8 @@ def _filters(conv: nn.Conv2d, x: Tensor, weight, residual: Tensor | None) -> Pac
     if needs_grad(x, weight, conv._parameters.get("bias"), residual):
         forget(conv)  # it trains
         return None
-    if residual is not None and not suggests_channels_last(residual):
-        return None  # the sum would lie as the residual does
+    if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
+        return None  # torch's sum would lie as the residual does
     return _packed_as_it_is(conv, weight) if _is_dense(weight) else None
 
 

@@ -1,6 +1,7 @@
 """Adaptive norms and residual blocks with an embedding, in the manner of other people's code."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import diffusion_ext as dx
 from diffusion_ext.ops.conv2d import VECTORISED
 
-diffusers = pytest.importorskip("diffusers")
+normalization = pytest.importorskip("diffusers.models.normalization")
 
 
 class MappedNorm(nn.Module):  # in the manner of k-diffusion's
@@ -36,7 +37,7 @@ class PlainMappedNorm(MappedNorm):
 
 
 def diffusers_norm(act="silu"):
-    return diffusers.models.normalization.AdaGroupNorm(6, 8, 4, act)
+    return normalization.AdaGroupNorm(6, 8, 4, act)
 
 
 NORMS = {
@@ -173,7 +174,7 @@ def test_unusual_calls_are_the_blocks_own():
         b.use_scale_shift_norm, b.use_checkpoint = False, False
     with pytest.raises(RuntimeError) as theirs:
         plain(x, emb)
-    with pytest.raises(RuntimeError, match=str(theirs.value)[:40]):
+    with pytest.raises(RuntimeError, match=re.escape(str(theirs.value))):
         block(x, emb)
 
 
