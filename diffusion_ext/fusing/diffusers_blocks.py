@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ..ops.backend import recorded
 from .modules import (
     ALONE,
     AbsorbedActivation,
@@ -46,7 +47,7 @@ class FusedResnetBlock2D(StandIn, ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         """As ResnetBlock2D's, which serves whatever is unusual, and raises its own errors."""
-        if args or kwargs or not self._usual(input_tensor, temb):
+        if args or kwargs or recorded() or not self._usual(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
         return self.fused_forward(input_tensor, temb)
 

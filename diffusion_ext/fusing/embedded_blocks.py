@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.backend import recorded
 from .modules import (
     ALONE,
     FusedGroupNorm,
@@ -36,7 +37,14 @@ class FusedEmbeddedBlock(StandIn):
     def forward(self, x: Tensor, emb: Tensor, *args, **kwargs) -> Tensor:
         """As the block's own forward, which serves whatever is unusual."""
         recomputed = torch.is_grad_enabled() and getattr(self, "use_checkpoint", False)
-        if args or kwargs or recomputed or not isinstance(emb, Tensor) or emb.dim() != 2:
+        if (
+            args
+            or kwargs
+            or recomputed
+            or recorded()
+            or not isinstance(emb, Tensor)
+            or emb.dim() != 2
+        ):
             return super().forward(x, emb, *args, **kwargs)
         if len(emb) not in (1, len(x)) or not as_probed(self):
             return super().forward(x, emb)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.backend import recorded
 from .modules import as_probed, fused_op, hooked
 from .probing import NormKind, agree, apart, configuration, twin_of
 from .stand_in import StandIn, swap_class
@@ -45,7 +46,7 @@ class FusedAdaptiveNorm(StandIn):
     kind, weight, bias = NormKind(), None, None
 
     def forward(self, x: Tensor, condition, *args, **kwargs) -> Tensor:
-        if not (args or kwargs) and x.dim() == 4 and as_probed(self):
+        if not (args or kwargs or recorded()) and x.dim() == 4 and as_probed(self):
             scale, shift = ROWS[self.layer][0](self, condition).chunk(2, dim=1)
             y = fused_op(self, x, "identity", scale=scale, shift=shift)
             if y is not None:

@@ -13,15 +13,15 @@ from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
-from .probing import NormKind, activation_name, configuration
+from .probing import EMPTY, NormKind, activation_name, configuration
 from .stand_in import StandIn, swap_class
 
 ALONE = "alone"  # in a report: a norm without an activation
-OF_CONFIGURATION = "by its configuration"
 
 # Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`; `fuse`
 # adds what it finds of other people's classes, with the configuration that it found it of.
 ACTIVATION_NAMES: dict[type | tuple, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
+CONFIGURED: set[type] = set()  # classes whose activations depend on their configuration
 PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
@@ -47,10 +47,10 @@ def act_of(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    found = ACTIVATION_NAMES.get(type(module))
-    if found != OF_CONFIGURATION:
-        return found
-    return ACTIVATION_NAMES.get((type(module), configuration(module)))
+    cls = type(module)
+    if cls in ACTIVATION_NAMES or torch.compiler.is_compiling():
+        return ACTIVATION_NAMES.get(cls)
+    return ACTIVATION_NAMES.get((cls, configuration(module))) if cls in CONFIGURED else None
 
 
 def learn_activation(module: nn.Module) -> None:
@@ -58,9 +58,13 @@ def learn_activation(module: nn.Module) -> None:
     cls = type(module)
     if cls.__module__.startswith("torch.nn.") or isinstance(module, StandIn):
         return
-    key = cls, configuration(module)
-    if key[1] is not None and key not in ACTIVATION_NAMES and (name := activation_name(module)):
-        ACTIVATION_NAMES[key], ACTIVATION_NAMES[cls] = name, OF_CONFIGURATION
+    of = configuration(module)
+    key = cls if of == EMPTY else (cls, of)
+    if of is None or key in ACTIVATION_NAMES or (name := activation_name(module)) is None:
+        return
+    ACTIVATION_NAMES[key] = name
+    if of != EMPTY:
+        CONFIGURED.add(cls)
 
 
 def passes(module: nn.Module) -> bool:
@@ -80,8 +84,8 @@ def pair_kind(activation: nn.Module) -> str:
 def as_probed(module: nn.Module) -> bool:
     """Whether module is configured as it was when `fuse` found out what it computes."""
     known = module.__dict__.get("configuration")
-    if known is None:  # of torch's own class
-        return True
+    if known is None or torch.compiler.is_compiling():  # of torch's own class; not to be looked at
+        return known in (None, EMPTY)
     return known == configuration(module) and not any(map(hooked, module.children()))
 
 

@@ -91,6 +91,9 @@ def looks_like_a_group_norm(module: nn.Module) -> bool:
     return known and {"weight", "bias"} <= vars(module)["_parameters"].keys()
 
 
+EMPTY = ((), ())  # the configuration of a module that has nothing of its own
+
+
 def configuration(module: nn.Module) -> tuple | None:
     """All that a module's class may look at besides parameters: attributes of the instance and of
     its classes that torch's classes do not have, and its children, so described too. None where

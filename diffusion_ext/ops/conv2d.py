@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernel, kernels, missing, register_fake, serves
+from .backend import kernel, kernels, missing, recorded, register_fake, serves
 from .group_norm_act import ACTIVATIONS
 from .layouts import convolves_to_channels_last
 
@@ -48,7 +48,9 @@ def as_channels_last(x: Tensor, weight: Tensor) -> Tensor | None:
     """
     if type(x) is not Tensor or x.dim() != 4 or x.dtype != torch.float32 or not x.is_cpu:
         return None
-    if torch.compiler.is_exporting():  # of sizes that may be open: nothing is to depend on them
+    if (
+        torch.compiler.is_exporting() or recorded()
+    ):  # nothing is to depend on sizes, which may change
         return None
     if torch._C._are_functorch_transforms_active() or not convolves_to_channels_last(x, weight):
         return None

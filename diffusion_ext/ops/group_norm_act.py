@@ -182,5 +182,7 @@ def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
 
 
 def _normalised_like(x: Tensor, activated: bool) -> Tensor:
+    if any(isinstance(size, torch.SymInt) for size in x.shape):  # is not to be compared
+        return torch.empty_like(x)
     layout = layout_of_norm(x, activated)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)

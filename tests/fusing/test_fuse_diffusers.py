@@ -139,6 +139,23 @@ def test_unfuse_restores_exactly_and_the_state_dict_never_changes(name):
     assert torch.equal(first_tensor(model(*inputs)), y)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:(diffusers|torch)")
+def test_traced_while_gradients_are_recorded():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = vary_gently(unet())
+
+        def forward(self, x, t):
+            return self.unet(x, t).sample
+
+    model, inputs = Plain(), (torch.randn(2, 3, 8, 8), torch.tensor(3))
+    expected = model(*inputs)
+    dx.fuse(model)
+    traced = torch.jit.trace(model, inputs)  # raises if a second trace differs
+    torch.testing.assert_close(traced(*inputs), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_reports_name_the_embedding_and_what_is_left():
     report = dict(dx.fuse(unet(resnet_time_scale_shift="scale_shift")).fused)
     embedded = "with SiLU, ResnetBlock2D, time embedding as scale and shift"

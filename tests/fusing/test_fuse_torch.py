@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from fused_models import assert_same_results, fused_copy, identity_of, ops_of, results
-from test_fuse import AdaptiveBlock, cases, pytestmark, sequential, vary  # noqa: F401
+from test_fuse import CASES, AdaptiveBlock, cases, pytestmark, sequential, vary  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -157,6 +157,18 @@ def test_function_transforms_and_forward_derivatives_are_torchs():
     dx.fuse(model)
     for actual, wanted in zip(all_of_them(), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:(torch|diffusion_ext.nn.context_unet)")
+@pytest.mark.parametrize("name", CASES)
+def test_traced_while_gradients_are_recorded(name):
+    model, inputs = cases()[name]
+    if inputs[0].dim() == 4:
+        model.to(memory_format=torch.channels_last)
+    expected = model(*inputs)
+    dx.fuse(model)
+    traced = torch.jit.trace(model, tuple(inputs))  # raises if a second trace differs
+    torch.testing.assert_close(traced(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_moves_between_dtypes_stay_fused():

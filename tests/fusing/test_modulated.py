@@ -178,6 +178,18 @@ def test_unusual_calls_are_the_blocks_own():
         block(x, emb)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:torch")
+@pytest.mark.parametrize("build", [Block, lambda: Block(scale_shift=False), diffusers_norm])
+def test_traced_while_gradients_are_recorded(build):
+    model = vary(build())
+    channels = 8 if isinstance(model, normalization.AdaGroupNorm) else 16
+    inputs = torch.randn(2, channels, 8, 8), torch.randn(2, 6)
+    expected = model(*inputs)
+    dx.fuse(model)
+    traced = torch.jit.trace(model, inputs)  # raises if a second trace differs
+    torch.testing.assert_close(traced(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_in_a_block_see_what_they_saw():
     for place in ("out_layers.0", "out_layers.1", "out_layers.3", "skip_connection"):
         block, x, emb, seen = vary(Block()), torch.randn(2, 16, 8, 8), torch.randn(2, 6), []
