@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..nn.packed_conv2d import convolved
+from ..nn.kept_filters import convolved
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
@@ -23,6 +23,9 @@ ALONE = "alone"  # in a report: a norm without an activation
 ACTIVATION_NAMES: dict[type | tuple, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
 CONFIGURED: set[type] = set()  # classes whose activations depend on their configuration
 PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+NO_MODULATION = (None,) * 5
+PARAMETERS = "weight", "bias"
 
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
 # leaves the dtype alone.
@@ -222,7 +225,7 @@ def fused_op(
 ) -> Tensor | None:
     """`norm_act` as the op; None where that is not for the op to do, but for torch's, or to refuse.
 
-    These are all the checks of a call: the op's own would double them.
+    These, and the kernel's own, are all the checks of a call: the op's would double them.
     """
     if not isinstance(x, Tensor) or not serves(x) or x.layout is not torch.strided:
         return None
@@ -231,44 +234,40 @@ def fused_op(
         if act != "identity" or _has_any_global_hook():
             return None
         act = kind.act
+    modulation = NO_MODULATION
+    if pre_shift is not None or scale is not None:
+        rows = scale, shift, pre_shift
+        if not all(_is_of_rows(t, x) for t in rows):
+            return None
+        rows = [t if t is None else t.expand(x.shape[0], -1) for t in rows]
+        modulation = (*rows[:2], None, None, rows[2])
+    frames = None
     if x.dim() not in kind.dims:
-        modulated = pre_shift is not None or scale is not None
-        if not kind.frames or x.dim() != 5 or modulated:
+        if not kind.frames or x.dim() != 5 or modulation is not NO_MODULATION:
             return None
         frames = x.transpose(1, 2)  # [N, F, C, H, W], which are normalised one by one
-        y = _checked_op(norm, frames.flatten(0, 1), act, [None] * 5, rounded_after)
-        return None if y is None else y.unflatten(0, frames.shape[:2]).transpose(1, 2)
-    return _checked_op(norm, x, act, [scale, shift, None, None, pre_shift], rounded_after)
-
-
-def _checked_op(
-    norm: FusedGroupNorm, x: Tensor, act: str, modulation: list, rounded_after: bool
-) -> Tensor | None:
-    weight, bias, device, shape = norm.weight, norm.bias, x.device, x.shape
-    samples, channels = shape[0], shape[1]
-    if (
-        channels % norm.num_groups
-        or not _is_per_channel(weight, channels, device)
-        or not _is_per_channel(bias, channels, device)
-    ):
-        return None
-    for i, t in enumerate(modulation):
-        if t is None:
-            continue
-        rows = t.shape[0]  # one each, or one for all
-        if t.shape != (rows, channels) or rows not in (1, samples):
+        x = frames.flatten(0, 1)
+    parameters = norm._parameters
+    weight, bias = (parameters[n] if n in parameters else getattr(norm, n) for n in PARAMETERS)
+    for parameter in (weight, bias):  # the kernel takes a row for each sample too
+        if parameter is not None and (parameter.dim() != 1 or parameter.is_meta):
             return None
-        if t.dtype != x.dtype or t.device != device:
-            return None
-        if rows != samples:
-            modulation[i] = t.expand(samples, -1)
     x = x if rounded_after else promoted(norm, x)
-    return group_norm_act_unchecked(x, norm.num_groups, weight, bias, norm.eps, act, *modulation)
+    how = norm.num_groups, weight, bias, norm.eps, act
+    try:
+        y = group_norm_act_unchecked(x, *how, *modulation)
+    except RuntimeError:  # what a kernel refuses torch refuses too, in words of its own
+        return None
+    return y if frames is None else y.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
-def _is_per_channel(parameter: Tensor | None, channels: int, device: torch.device) -> bool:
-    """parameter is [C], on x's device, or there is none."""
-    return parameter is None or (parameter.shape == (channels,) and parameter.device == device)
+def _is_of_rows(t: Tensor | None, x: Tensor) -> bool:
+    """Whether t is a modulation [N or 1, C] of x, or none."""
+    if t is None:
+        return True
+    samples, channels = x.shape[:2]
+    fits = t.dim() == 2 and t.shape[1] == channels and t.shape[0] in (1, samples)
+    return fits and t.dtype == x.dtype and t.device == x.device
 
 
 def promoted(norm: FusedGroupNorm, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections import Counter
 from torch import nn
 
 from ..nn.group_norm_act import GroupNormAct
-from ..nn.packed_conv2d import filter_bytes, forget, packs
+from ..nn.kept_filters import filter_bytes, forget, may_gain, packs
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
 from .embedded_blocks import fuse_embedded_block
@@ -161,6 +161,8 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
         return _settings(conv)
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
         return f"{cls.__name__}: has no weight yet"
+    if not may_gain(conv):
+        return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
     of = () if torchs else configuration(conv)
     if of is None or not (torchs or computes_conv2d(conv)):

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import copy
-import weakref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.backend import missing, needs_grad
-from ..ops.conv2d import (
-    CHANNELS,
-    COLUMNS,
-    POINTS,
-    as_channels_last,
-    conv2d,
-    direct_filters,
-    winograd_filters,
-    winograd_is_faster,
-)
-from ..ops.conv3x3 import conv3x3
-from ..ops.layouts import suggests_channels_last
-from ..ops.memory import memory_available, memory_in_all
-
-if "cpu" not in missing:
-    from .._C import fingerprint
-
-FREE = 4  # filters are laid out while one part in so many of the machine's memory stays free
+from ..ops.conv2d import conv2d, direct_filters, winograd_filters, winograd_is_faster
 
 
 class PackedConv2d:
@@ -109,93 +90,3 @@ class PackedConv2d:
 def version_of(weight: Tensor) -> int:
     """What an operation in place raises; -1 of a weight of inference_mode, which has none."""
     return -1 if weight.is_inference() else weight._version
-
-
-# Convolution -> its weight laid out, and what that weight was: beside the modules, whose copies,
-# pickles and state dicts know nothing of it.
-_packed: weakref.WeakKeyDictionary[nn.Conv2d, tuple[tuple, PackedConv2d]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | None:
-    """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by a
-    convolution of ours; None where that is not to be had.
-
-    It is to be had where `as_channels_last` says, by filters that stay laid out between calls; with
-    gradients, or where memory is short, by `conv3x3` if conv is that and nothing else is asked for.
-    """
-    weight = conv._parameters.get("weight")
-    images = as_channels_last(x, conv.weight if weight is None else weight)
-    if images is None or not packs(conv):
-        if _packed and not (weight is not None and weight.is_cpu and weight.dtype == torch.float32):
-            forget(conv)  # it has moved
-        return None
-    if packed := _filters(conv, images, weight, after.get("residual")):
-        return packed(images, conv._parameters.get("bias"), repeat, **after)
-    if repeat == 1 and not after and is_plain_conv3x3(conv):
-        return conv3x3(images, conv.weight, conv.bias)
-    return None
-
-
-def _filters(conv: nn.Conv2d, x: Tensor, weight, residual: Tensor | None) -> PackedConv2d | None:
-    """conv's filters, for a call without gradients whose results are channels_last."""
-    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
-        return None
-    if needs_grad(x, weight, conv._parameters.get("bias"), residual):
-        forget(conv)  # it trains
-        return None
-    if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
-        return None  # torch's sum would lie as the residual does
-    return _packed_as_it_is(conv, weight) if _is_dense(weight) else None
-
-
-def forget(module: nn.Module) -> None:
-    """Give back the memory of its filters, where it has some."""
-    _packed.pop(module, None)
-
-
-def _packed_as_it_is(conv: nn.Conv2d, weight: Tensor) -> PackedConv2d | None:
-    """The filters of conv's weight as it is now; None where there is too little memory.
-
-    What has changed is told by the version, which an operation in place raises, and by the address,
-    the strides and the fingerprint of what was written past it, through `.data`: adapters are
-    merged and averages are swapped in so.
-    """
-    address, filters = weight.data_ptr(), len(weight)
-    how = weight.stride(), conv.stride, conv.padding
-    key = version_of(weight), address, fingerprint(address, filters, weight.numel() // filters), how
-    known, packed = _packed.get(conv, (None, None))
-    if known == key:
-        return packed
-    if memory_available() < memory_in_all() // FREE + 4 * weight.nbytes:
-        return None
-    packed = PackedConv2d(weight.detach(), conv.stride, conv.padding)
-    _packed[conv] = key, packed
-    return packed
-
-
-def _is_dense(t: Tensor) -> bool:
-    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
-
-
-def packs(conv: nn.Conv2d) -> bool:
-    """Whether a direct convolution is what conv computes: zeros around, no dilation, no groups."""
-    return (
-        (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
-        and not isinstance(conv.padding, str)
-    )  # fmt: skip
-
-
-def is_plain_conv3x3(conv: nn.Conv2d) -> bool:
-    """Whether conv is what conv3x3 computes: 3x3 filters, zeros around, an output for a pixel."""
-    sizes = (conv.kernel_size, conv.stride, conv.padding)
-    return packs(conv) and sizes == ((3, 3), (1, 1), (1, 1))
-
-
-def filter_bytes(conv: nn.Conv2d) -> int:
-    """Of conv's filters once they are laid out, the larger ones where there is a choice."""
-    out_channels, channels, height, width = conv.weight.shape
-    by_winograd = is_plain_conv3x3(conv) and channels % CHANNELS == 0
-    numbers = POINTS if by_winograd else height * width
-    return 4 * numbers * channels * -(-out_channels // COLUMNS) * COLUMNS

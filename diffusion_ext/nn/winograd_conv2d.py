@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .packed_conv2d import convolved
+from .kept_filters import convolved
 
 
 class WinogradConv2d(nn.Conv2d):

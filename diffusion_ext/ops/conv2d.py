@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernel, kernels, missing, recorded, register_fake, serves
+from .backend import kernel, kernels, missing, register_fake, serves
 from .group_norm_act import ACTIVATIONS
-from .layouts import convolves_to_channels_last
 
 if "cpu" not in missing:
     from .._C import cpu_capability
@@ -38,26 +37,6 @@ def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def as_channels_last(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x as the kernels read it, a copy where it lies otherwise; None where they do not serve, or
-    F.conv2d(x, weight) is not channels_last.
-
-    Args: x: [B, C, H, W], or whatever comes. weight: [K, C, R, S].
-    """
-    if type(x) is not Tensor or x.dim() != 4 or x.dtype != torch.float32 or not x.is_cpu:
-        return None
-    if (
-        torch.compiler.is_exporting() or recorded()
-    ):  # nothing is to depend on sizes, which may change
-        return None
-    if torch._C._are_functorch_transforms_active() or not convolves_to_channels_last(x, weight):
-        return None
-    if x.shape[1] != weight.shape[1] or not x.numel() or not weight.numel():
-        return None
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x if serves_conv2d(x, weight) else None
 
 
 def winograd_is_faster(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_floating, check_number
 from . import reference
-from .backend import kernels, needs_grad, recorded, register_fake, serves
+from .backend import kernel, kernels, needs_grad, recorded, register_fake, serves
 from .layouts import layout_of_norm
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
@@ -80,8 +80,8 @@ def with_statistics(x, num_groups, weight, bias, eps, act, *modulation):
     gradients."""
     if needs_grad(x, weight, bias, *modulation):
         return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
-    args = (x, num_groups, weight, bias, eps, ACTIVATIONS.index(act), *modulation)
-    return kernels().group_norm_act(*args)
+    op = kernels().group_norm_act if torch.compiler.is_compiling() else kernel("group_norm_act")
+    return op(x, num_groups, weight, bias, eps, ACTIVATIONS.index(act), *modulation)
 
 
 class _GroupNormAct(torch.autograd.Function):

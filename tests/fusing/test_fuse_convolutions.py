@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.nn import packed_conv2d
+from diffusion_ext.nn import kept_filters
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops.conv2d import VECTORISED
 
@@ -58,6 +58,20 @@ def test_other_convolutions_are_left(other):
     assert type(conv) is nn.Conv2d
 
 
+def test_what_cannot_gain_is_left_and_said(measured_thresholds):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),  # sums of 27 products
+        nn.Conv2d(16, 16, 3, padding=1),  # Winograd's
+        nn.Conv2d(16, 255, 1), nn.Conv2d(255, 16, 1), nn.Conv2d(256, 16, 1),
+    )  # fmt: skip
+    why = "torch's is faster for so few channels"
+    report = dx.fuse(model)
+    assert report.left == [("0", why), ("2", why), ("3", why)]
+    assert report.convolutions == ["1", "4"]
+    assert type(model[0]) is nn.Conv2d
+    assert "and enough work for a call" in str(report)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -100,9 +114,9 @@ def test_unfusing_gives_the_filters_memory_back():
     dx.fuse(conv)
     with torch.no_grad():
         conv(images())
-    assert (conv in packed_conv2d._packed) == VECTORISED
+    assert (conv in kept_filters._kept) == VECTORISED
     dx.unfuse(conv)
-    assert conv not in packed_conv2d._packed
+    assert conv not in kept_filters._kept
 
 
 def test_a_network_that_has_them_keeps_them():

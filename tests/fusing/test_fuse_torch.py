@@ -159,7 +159,7 @@ def test_function_transforms_and_forward_derivatives_are_torchs():
         torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:(torch|diffusion_ext.nn.context_unet)")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:(torch|diffusion_ext)")
 @pytest.mark.parametrize("name", CASES)
 def test_traced_while_gradients_are_recorded(name):
     model, inputs = cases()[name]

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.nn import packed_conv2d
-from diffusion_ext.nn.packed_conv2d import PackedConv2d, convolved, filter_bytes
+from diffusion_ext.nn import kept_filters
+from diffusion_ext.nn.kept_filters import convolved, filter_bytes
+from diffusion_ext.nn.packed_conv2d import PackedConv2d
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops.conv2d import VECTORISED
 
@@ -31,7 +32,8 @@ def images(channels=32, batch=2, side=16):
 
 
 def laid_out(conv) -> PackedConv2d | None:
-    return packed_conv2d._packed.get(conv, (None, None))[1]
+    kept = kept_filters._kept.get(conv)
+    return None if kept is None else kept.packed
 
 
 def assert_right(conv, x):
@@ -225,14 +227,14 @@ def test_copies_and_pickles_know_nothing_of_it():
         assert laid_out(twin) is None
         assert vars(twin).keys() == vars(conv).keys()
         assert_right(twin, x)
-    count = len(packed_conv2d._packed)
+    count = len(kept_filters._kept)
     del conv, twin
     gc.collect()
-    assert len(packed_conv2d._packed) < count
+    assert len(kept_filters._kept) < count
 
 
 def test_little_memory(monkeypatch):
-    monkeypatch.setattr(packed_conv2d, "memory_available", lambda: 0)
+    monkeypatch.setattr(kept_filters, "memory_available", lambda: 0)
     conv, x = layer(), images()
     assert_right(conv, x)
     assert laid_out(conv) is None
@@ -281,6 +283,20 @@ def test_the_algorithm_is_for_the_batch_that_is_planned(batch):
     assert (packed.winograd is not None, packed.direct is None) == (True, batch == 8)
 
 
+@torch.no_grad()
+def test_what_does_not_gain_is_torchs():
+    for options, side, served in (
+        ({"kernel_size": 1, "padding": 0}, 4, False),  # few products in all
+        ({"kernel_size": 1, "padding": 0}, 64, True),
+        ({}, 2, False),
+        ({}, 16, True),  # by Winograd's algorithm
+    ):
+        conv, x = layer(256, 64, **options), images(256, 1, side)
+        assert (convolved(conv, x) is not None) == served
+        assert (laid_out(conv).direct is None) or served
+        assert convolved(conv, x, residual=conv(x)) is not None  # which saves a pass
+
+
 def test_memory_is_said():
     conv = layer()
     with torch.no_grad():
@@ -288,6 +304,6 @@ def test_memory_is_said():
     assert laid_out(conv).winograd.nbytes == filter_bytes(conv)
     conv = layer(kernel_size=1, padding=0)
     with torch.no_grad():
-        conv(images())
+        conv(images(side=32))
     assert laid_out(conv).direct.nbytes == filter_bytes(conv)
     assert dx.fuse(nn.Sequential(layer(), layer())).filter_bytes == 2 * filter_bytes(layer())

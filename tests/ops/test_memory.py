@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from diffusion_ext.nn import packed_conv2d
+from diffusion_ext.nn import kept_filters
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops import memory
 from diffusion_ext.ops.conv2d import VECTORISED
@@ -60,5 +60,6 @@ def test_filters_are_laid_out_in_a_container_too(container, used, laid_out):
     container(GIB // 4, used, 0)
     conv = WinogradConv2d(16, 16, 3, padding=1)
     with torch.no_grad():
-        conv(torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last))
-    assert (conv in packed_conv2d._packed) == laid_out
+        conv(torch.randn(1, 16, 32, 32).to(memory_format=torch.channels_last))
+    kept = kept_filters._kept.get(conv)
+    assert (kept is not None) == laid_out
