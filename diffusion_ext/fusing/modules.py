@@ -292,6 +292,7 @@ class FusedConv2d(StandIn, WinogradConv2d):
     notes = ("configuration",)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or not as_probed(self):
-            return super(WinogradConv2d, self).forward(x, *args, **kwargs)
-        return super().forward(x)
+        usual = not (args or kwargs) and as_probed(self)
+        if usual and (y := convolved(self, x)) is not None:
+            return y
+        return super(WinogradConv2d, self).forward(x, *args, **kwargs)

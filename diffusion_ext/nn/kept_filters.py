@@ -22,10 +22,10 @@ FREE = 4  # filters are laid out while one part in so many of the machine's memo
 
 # What a direct convolution of ours has to be for it to gain on torch's, of channels_last images:
 # products for each output, and in all. Measured on a Zen 4 with AVX-512, one thread: of 1x1 filters
-# of 64, 128, 320, 640 channels ours take 1.1, 1.02, 0.93, 0.91 of torch's time, and a call 5 us
+# of 64, 128, 320 and 640 channels ours take 1.1, 1.02, 0.93, 0.91 of torch's time, and a call 5 us
 # more. By Winograd's algorithm they take 0.3 to 0.7.
-LEAST_SUM, LEAST_PRODUCTS = 256, 1_000_000
-MOST_SIZES = 64  # of images, of which is kept whether ours serve them
+LEAST_SUM, LEAST_PRODUCTS = 256, 1_500_000
+MOST_SIZES = 64  # of images, of which is kept how torch's results lie
 
 
 @dataclass(slots=True)
@@ -34,13 +34,16 @@ class Kept:
 
     Attributes:
         of: its settings, and what its weight was. numbers: the fingerprint of that weight.
-        packed: its filters. served: (shape, strides ...) of images -> whether ours serve them.
+        packed: its filters. small: shapes of images on which ours do not gain.
+        formats: shape, strides and upsampling of images -> whether torch's result of them is
+            channels_last.
     """
 
     of: tuple
     packed: PackedConv2d
     numbers: int | None = None
-    served: dict[tuple, bool] = field(default_factory=dict)
+    small: set[tuple[int, ...]] = field(default_factory=set)
+    formats: dict[tuple, bool] = field(default_factory=dict)
 
 
 # Beside the modules, whose copies, pickles and state dicts know nothing of it.
@@ -63,6 +66,9 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
         return None
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
+    kept, alone = _kept.get(conv), repeat == 1 and not after
+    if kept is not None and alone and x.shape in kept.small:
+        return None
     strides, of_weight = x.stride(), weight.stride()
     if len(strides) != 4 or (strides[1] > strides[3] and of_weight[1] > of_weight[3]):
         return None  # contiguous, as torch's result is then
@@ -72,8 +78,11 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
         return _once(conv, x, repeat, after)
     if not serves(x) or torch.is_autocast_enabled("cpu"):
         return None
-    kept = _kept_of(conv, weight, of_weight)
-    if kept is None or not _gains(kept, x, strides, weight, repeat, bool(after)):
+    kept = _kept_of(conv, kept, weight, of_weight)
+    if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
+        return None
+    if alone and not _is_worth_a_call(kept.packed, x.shape):
+        kept.small.add(x.shape)
         return None
     if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
         return None  # torch's sum would lie as the residual does
@@ -102,7 +111,7 @@ def _once(conv: nn.Conv2d, x: Tensor, repeat: int, after: dict) -> Tensor | None
     return conv3x3(images, weight, conv.bias) if serves_conv2d(images, weight) else None
 
 
-def _kept_of(conv: nn.Conv2d, weight: Tensor, strides: tuple[int, ...]) -> Kept | None:
+def _kept_of(conv: nn.Conv2d, kept: Kept | None, weight: Tensor, strides) -> Kept | None:
     """What is kept of conv, whose settings and whose weight's version, address and strides are as
     they were; None where nothing can be.
 
@@ -111,7 +120,6 @@ def _kept_of(conv: nn.Conv2d, weight: Tensor, strides: tuple[int, ...]) -> Kept 
     """
     settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     of = version_of(weight), weight.data_ptr(), strides, settings
-    kept = _kept.get(conv)
     if kept is None or kept.of != of:
         if not _can_be_laid_out(conv, weight):
             return None
@@ -139,22 +147,19 @@ def _holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
     return True
 
 
-def _gains(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: int, followed: bool) -> bool:
-    """Whether torch's result is channels_last, and ours likely to be there earlier."""
-    key = x.shape, strides, repeat, followed
-    if (served := kept.served.get(key)) is None:
-        if len(kept.served) == MOST_SIZES:
-            kept.served.clear()
-        served = x.numel() > 0 and x.shape[1] == weight.shape[1]
-        served = served and convolves_to_channels_last(x, weight)
-        if not followed and repeat == 1 and served:
-            served = _is_worth_a_call(kept.packed, x)
-        kept.served[key] = served
-    return served
+def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:
+    """Whether torch's result is, of x upsampled."""
+    key = x.shape, strides, repeat
+    if (found := kept.formats.get(key)) is None:
+        if len(kept.formats) >= MOST_SIZES:
+            kept.formats.clear(), kept.small.clear()
+        fits = x.numel() > 0 and x.shape[1] == weight.shape[1]
+        found = kept.formats[key] = fits and convolves_to_channels_last(x, weight)
+    return found
 
 
-def _is_worth_a_call(packed: PackedConv2d, x: Tensor) -> bool:
-    batch, channels, height, width = x.shape
+def _is_worth_a_call(packed: PackedConv2d, shape: tuple[int, ...]) -> bool:
+    batch, channels, height, width = shape
     if packed.by_winograd(batch, height, width):
         return True
     products = batch * height * width // (packed.stride[0] * packed.stride[1])
