@@ -18,7 +18,7 @@ ANCESTRAL = ("EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")
 SIGMAS = ("", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-STEPS = (1, 2, 3, 4, 5, 8, 10, 25)
+STEPS = (1, 2, 3, 4, 5, 8, 10, 13)
 
 
 def start(scheduler, steps: int):
