@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import diffusers
+import numpy as np
+import torch
 
 from . import noising
 from .drop_in import drop_in
@@ -104,6 +106,21 @@ class KDPM2AncestralDiscreteScheduler(TracedScheduler, diffusers.KDPM2AncestralD
     """DPM-Solver-2's midpoint to a lower σ, and noise back up to the next."""
 
     keeps = ("sample", "dt")
+
+    def _exact_levels(self) -> None:
+        """Where σ falls far, diffusers' σ_down, √(σ'² - σ_up²), is the root of a rounding error:
+        NaN, and with it the middle and its timestep. Written out it is σ'²/σ."""
+        sigmas = torch.cat([self.sigmas[:1], self.sigmas[1:-1:2]]).double()  # all but σ_0 are twice
+        start, end = sigmas[:-1], sigmas[1:]
+        down = end**2 / start
+        up = end * ((start - end) * (start + end)).sqrt() / start
+        middle = (start * down).sqrt()
+        for name, values in (("up", up), ("down", down), ("interpol", middle)):
+            doubled = torch.cat([values[:1], values[1:].repeat_interleave(2), values.new_zeros(3)])
+            setattr(self, f"sigmas_{name}", doubled.to(self.sigmas.dtype))
+        log_sigmas = self.log_sigmas.double().numpy()
+        timesteps = [self._sigma_to_t(np.array(sigma), log_sigmas) for sigma in middle[:-1]]
+        self.timesteps[1::2] = torch.tensor(np.array(timesteps), dtype=self.timesteps.dtype)
 
 
 @traced

@@ -77,12 +77,17 @@ class TracedScheduler(FusedScheduler):
         given = dict(zip(self._timesteps_arguments, args, strict=False)) | kwargs
         device = given.pop("device", None)
         self.theirs.set_timesteps(self, device="cpu", **given)
+        if self.exact_coefficients:
+            self._exact_levels()
         cls = type(self)
         self._run = cls._latest = TracedRun(self, self._run or cls._latest)
         for name in self.on_device:
             setattr(self, name, getattr(self, name).to(device))
         self._run.hold(self)
         self._forget()
+
+    def _exact_levels(self) -> None:
+        """What diffusers' set_timesteps has computed of σ in float32, anew in float64."""
 
     def _forget(self) -> None:
         """What diffusers leaves of the run before, and no step of this one reads: tensors of
