@@ -31,7 +31,7 @@ from .probing import computes_conv2d, configuration, looks_like_a_group_norm, no
 from .report import FuseReport
 from .stand_in import StandIn, restore_class, swap_class
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 def fuse(model: nn.Module) -> FuseReport:
@@ -148,11 +148,19 @@ def _is_a_norm(module: nn.Module) -> bool:
     return called and not any(map(_is_a_norm, module.children()))
 
 
+def _is_a_convolution(module: nn.Module) -> bool:
+    """Whether module is one of torch's convolutions, or has a weight as only they have."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, CONVOLUTIONS) or (weight is not None and weight.dim() >= 3)
+
+
 def _fuse_convolution(conv: nn.Module) -> str | None:
     """Fuse conv, if ours can serve it. Returns: why not, of a convolution that is left."""
-    if not isinstance(conv, CONVOLUTIONS) or isinstance(conv, WinogradConv2d):
+    if not _is_a_convolution(conv) or isinstance(conv, WinogradConv2d):
         return None
     cls = type(conv)
+    if cls is nn.Conv1d:
+        return "Conv1d: torch's is as fast"
     if not isinstance(conv, nn.Conv2d):
         return f"{cls.__name__}: no Conv2d"
     if (reason := _why_untouched(conv)) is not None:

@@ -397,7 +397,7 @@ def test_every_norm_and_convolution_that_is_left_is_named():
     )  # fmt: skip
     report = dx.fuse(model)
     assert report.left == [
-        ("0", "Conv1d: no Conv2d"),
+        ("0", "Conv1d: torch's is as fast"),
         ("1", "Conv3d: no Conv2d"),
         ("2", "ConvTranspose2d: no Conv2d"),
         ("3", "groups 2"),
