@@ -5,18 +5,22 @@ import os
 import re
 import shutil
 import signal
+import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from diffusion_ext.app import cli
-from diffusion_ext.app.bench import diffusers_folder
+from diffusion_ext.app.bench import diffusers_folder, turns
+from diffusion_ext.app.bench import subject as bench_subject
 from diffusion_ext.app.bench.report import Result, written
-from diffusion_ext.app.bench.subject import RANDOM_WEIGHTS, WAYS, Request
-from diffusion_ext.app.bench.turns import Process, Way, measured, receive, time_all
+from diffusion_ext.app.bench.subject import RANDOM_WEIGHTS, RUNTIMES, WAYS, Request, refusal
+from diffusion_ext.app.bench.turns import GIB, Process, Way, measured, receive, time_all
 from diffusion_ext.app.bench.worker import NAMES, Ready, subject
 from diffusion_ext.nn import ContextUnet
+from diffusion_ext.sampling.runtimes import missing
 from diffusion_ext.training import save_state_dict
 
 UNET = {
@@ -68,10 +72,12 @@ def outputs(model, way, **options):
 
 
 def assert_the_ways_agree(model, **options):
-    eager, ours = (outputs(model, way, **options) for way in ("eager", "ours"))
-    assert eager.keys() == ours.keys()
-    for name, output in eager.items():
-        torch.testing.assert_close(ours[name], output, rtol=1e-4, atol=1e-4)
+    eager = outputs(model, "eager", **options)
+    for way in ("ours", *(runtime for runtime in RUNTIMES if not missing(runtime))):
+        of_way = outputs(model, way, **options)
+        assert eager.keys() == of_way.keys()
+        for name, output in eager.items():
+            torch.testing.assert_close(of_way[name], output, rtol=1e-4, atol=1e-4)
 
 
 def test_a_context_unet(checkpoint):
@@ -203,11 +209,12 @@ def test_the_whole_command(checkpoint, tmp_path, capsys):
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     (network,) = (line for line in printed.splitlines() if line.startswith("network"))
-    assert len(network.split()) == 2 + 2 * len(WAYS)
+    ways = len([way for way in WAYS if way not in RUNTIMES or not missing(way)])
+    assert len(network.split()) == 2 + 2 * ways
     assert "diffusion_ext is " in printed
-    assert printed.count("its results differ from eager's by") == 2
+    assert printed.count("its results differ from eager's by") == ways - 1
     text = out.read_text()
-    assert text.count('<div class="bar') == len(WAYS)
+    assert text.count('<div class="bar') == ways
     assert "optimize_for_sampling(model, batch=2)" in text
 
 
@@ -216,7 +223,98 @@ def test_a_way_that_is_not_ready_in_time_is_left_out(checkpoint):
     assert ways["eager"].times["network"]
     assert ways["ours"].times["network"]
     assert not ways["compile"].times
-    assert re.fullmatch(r"not ready in \d s, --seconds gives it longer", ways["compile"].failure)
+    assert ways["compile"].failure == "no time was left for it, --seconds gives it some"
+
+
+class Silent:
+    """A process that does not answer."""
+
+    def __init__(self, request):
+        self.connection = self
+
+    def poll(self, seconds):
+        return False
+
+    def end(self):
+        pass
+
+
+def test_a_way_that_takes_too_long_to_be_ready_is_left_out(monkeypatch):
+    monkeypatch.setattr(turns, "Process", Silent)
+    ways, processes = {"openvino": Way("openvino")}, {}
+    until = time.perf_counter() + 0.05
+    turns._make_ready(ways, processes, Request("x", "eager"), ("openvino",), until)
+    assert processes == {}
+    assert re.fullmatch(r"not ready in \d s, --seconds gives it longer", ways["openvino"].failure)
+
+
+def test_a_runtime_that_is_not_installed_is_said_so(checkpoint, monkeypatch):
+    monkeypatch.setattr(bench_subject, "missing", lambda runtime: runtime)
+    ways = measured(Request(str(checkpoint), "eager", steps=3), seconds=0.5)
+    wanted = 'not installed: pip install "diffusion_ext[openvino]" brings it'
+    assert (ways["openvino"].failure, ways["openvino"].times) == (wanted, {})
+
+
+def test_what_a_runtime_cannot_run():
+    assert refusal(Request("x", "eager", dtype="bfloat16"), "openvino") == (
+        "wants float32 on a CPU, not bfloat16 on cpu"
+    )
+    assert refusal(Request("x", "eager", device="cuda"), "onnxruntime") == (
+        "wants float32 on a CPU, not float32 on cuda"
+    )
+    assert refusal(Request("x", "eager", dtype="bfloat16"), "compile") == ""
+
+
+class Answering:
+    """A way's process that is ready at once and counts who else is."""
+
+    alive: ClassVar[set] = set()
+    seen: ClassVar[list] = []
+
+    def __init__(self, request):
+        self.way, self.connection = request.way, self
+        self.alive.add(self.way)
+
+    def poll(self, seconds):
+        return True
+
+    def received(self):
+        return way(self.way, 1, 1).ready
+
+    def timed(self, part, seconds):
+        self.seen.append((self.way, len(self.alive)))
+        return [1.0]
+
+    def end(self):
+        self.alive.discard(self.way)
+
+
+@pytest.mark.parametrize("at_once", [5, 2, 1])
+def test_ways_that_do_not_fit_in_memory_together_take_turns_in_groups(at_once, monkeypatch):
+    Answering.alive.clear()
+    Answering.seen.clear()
+    monkeypatch.setattr(turns, "Process", Answering)
+    monkeypatch.setattr(turns, "refusal", lambda request, name: "")
+    room = lambda: at_once - len(Answering.alive) >= 1  # noqa: E731
+    monkeypatch.setattr(turns, "memory_available", lambda: 10 * GIB if room() else 0)
+    ways = measured(Request("x", "eager"), seconds=100)
+    assert not Answering.alive
+    if at_once == 1:  # eager and ours need two
+        assert ways["openvino"].failure == "wants about 2.5 GiB of memory, 0.0 are free"
+        return
+    assert all(way.times for way in ways.values())
+    assert max(count for _, count in Answering.seen) == at_once
+    timed = [w for w, _ in Answering.seen]
+    groups = {name: of.group for name, of in ways.items() if name != "eager"}
+    assert groups == (
+        dict.fromkeys(groups, 0) if at_once == 5
+        else {"ours": 0, "openvino": 1, "onnxruntime": 2, "compile": 3}
+    )  # fmt: skip
+    assert timed.count("eager") == timed.count("ours") * (1 + max(groups.values()))
+    said = (
+        "Memory was short for all at once: eager took turns with diffusion_ext; then with OpenVINO"
+    )
+    assert (said in "\n".join(Result(Request("x", "eager"), ways).notes())) == (at_once == 2)
 
 
 def test_a_process_that_dies_is_told(checkpoint):
@@ -265,7 +363,8 @@ def test_what_eager_torch_cannot_run_is_an_error():
 
 def way(name, network, sampler, output=1.0):
     parts = [("network", 10), ("sampler", 10)]
-    ready = Ready("Net", (2, 3, 8, 8), ["line <1>"], ["Note."], parts, [np.array([output, 2])], [1])
+    drawn = [np.array([output, 2])]
+    ready = Ready("Net", (2, 3, 8, 8), ["line <1>"], ["Note."], parts, drawn, 1.0, GIB)
     return Way(name, ready, times={"network": [9, network], "sampler": [sampler, 9]})
 
 
@@ -295,6 +394,31 @@ def test_the_figures(tmp_path):
     record = json.loads((tmp_path / "page.json").read_text())
     assert record["seconds"]["ours"] == {"network": 0.1, "sampler": 0.06, "picture": 0.8}
     assert record["calls"] == {"network": 10, "sampler": 10}
+
+
+def test_the_page_says_which_way_is_the_fastest(tmp_path):
+    ways = {
+        "eager": way("eager", 0.3, 0.1),
+        "openvino": way("openvino", 0.05, 0.1),
+        "onnxruntime": Way("onnxruntime", failure="not installed"),
+        "ours": way("ours", 0.1, 0.1),
+    }
+    result = Result(Request("x", "eager", batch=2, steps=10), ways)
+    wanted = (
+        "diffusion_ext is 2.00x as fast as eager, 0.75x as fast as OpenVINO. "
+        "OpenVINO is the fastest here."
+    )
+    assert result.verdict() == wanted
+    advice = '# OpenVINO is faster here; where dx.sample makes the pictures, engine="auto" takes'
+    assert advice in result.text()
+    assert "ONNX Runtime: not installed." in result.text()
+    result.write(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert wanted in page
+    assert '<div class="bar openvino"><span>OpenVINO</span>' in page
+    assert (
+        json.loads((tmp_path / "page.json").read_text())["seconds"]["openvino"]["picture"] == 0.75
+    )
 
 
 def test_ours_may_fail():
