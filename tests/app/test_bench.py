@@ -71,13 +71,11 @@ def outputs(model, way, **options):
         return {part.name: part.call() for part in parts}
 
 
-def assert_the_ways_agree(model, **options):
-    eager = outputs(model, "eager", **options)
-    for way in ("ours", *(runtime for runtime in RUNTIMES if not missing(runtime))):
-        of_way = outputs(model, way, **options)
-        assert eager.keys() == of_way.keys()
-        for name, output in eager.items():
-            torch.testing.assert_close(of_way[name], output, rtol=1e-4, atol=1e-4)
+def assert_the_ways_agree(model, way="ours", **options):
+    eager, other = (outputs(model, name, **options) for name in ("eager", way))
+    assert eager.keys() == other.keys()
+    for name, output in eager.items():
+        torch.testing.assert_close(other[name], output, rtol=1e-4, atol=1e-4)
 
 
 def test_a_context_unet(checkpoint):
@@ -116,6 +114,17 @@ def test_a_pipeline_of_diffusers(tmp_path, unet, doubled):
     smaller = subject(Request(str(folder), "eager", steps=3, size=16))
     assert smaller.shape == (1, 3, 16, 16)
     assert smaller.parts[2].call().shape == (1, 3, 16, 16)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_runtimes(tmp_path, checkpoint, runtime):
+    if lacking := missing(runtime):
+        pytest.skip(f"wants {lacking}")
+    assert_the_ways_agree(checkpoint, runtime, batch=2)
+    parts = {"unet": ("UNet2DConditionModel", XL), "vae": ("AutoencoderKL", VAE)}
+    folder = pipeline(tmp_path / "p", **parts, scheduler=("DDIMScheduler", {}))
+    assert_the_ways_agree(folder, runtime)
 
 
 def test_its_weights_where_they_are_there(tmp_path):
