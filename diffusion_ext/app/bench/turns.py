@@ -184,7 +184,6 @@ def _await(ways: dict[str, Way], processes: dict[str, Process], until: float) ->
                 elif time.perf_counter() > until:
                     waited = f"{time.perf_counter() - start:.0f} s"
                     ways[name].failure = f"not ready in {waited}, --seconds gives it longer"
-                    process.end()
                 else:
                     continue
                 del waiting[name]
