@@ -12,6 +12,7 @@ import os
 import pytest
 
 from . import suite
+from .apart import Apart
 from .device import facts
 from .turns import Turns, replay
 from .work import Work
@@ -44,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)  # the rows of a work come one after the other
-def turns_of(work: Work, test: str, session) -> Turns:
+def turns_of(work: Work, test: str, session) -> Turns | Apart:
     parameters = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
     asked = [p["implementation"] for p in parameters if p.get("work") is work]
     names = [name for name in asked if not work.implementations[name].missing]
@@ -54,6 +55,8 @@ def turns_of(work: Work, test: str, session) -> Turns:
     find = (
         functools.partial(suite.find, test, work.name, is_quick(session.config)) if alone else None
     )
+    if work.apart and find:
+        return Apart(names, seconds, find)
     return Turns(work, names, seconds, find)
 
 

@@ -26,18 +26,30 @@ class DiffusersNetwork:
     Attributes:
         name: what it is. input: shape of its images or latents. channels: block_out_channels.
         attention: on the lowest level but one.
+        text: [tokens, width] of the prompt that it reads on all levels but the lowest.
+        apart: it is too large to be there more than twice.
     """
 
     name: str
     input: tuple[int, ...]
     channels: tuple[int, ...]
     attention: bool = False
+    text: tuple[int, int] | None = None
+    apart: bool = False
 
     def module(self) -> nn.Module:
-        """Of one tensor, which gives one."""
+        """Of x and, where it reads one, a prompt [B, *text]; it gives one tensor."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
+            if self.text:
+                return ConditionedUnet(self)
             return Decoder(self.channels) if self.name == "AutoencoderKL" else Unet(self)
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights, none of which is made."""
+        with torch.device("meta"):
+            return sum(p.nbytes for p in self.module().parameters())
 
 
 class Unet(nn.Module):
@@ -62,6 +74,28 @@ class Unet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         t = torch.full((x.shape[0],), TIMESTEP, device=x.device)
         return self.unet(x, t, return_dict=False)[0]
+
+
+class ConditionedUnet(nn.Module):
+    """A UNet2DConditionModel at one timestep: x [B, 4, h, h], text [B, N, D] to [B, 4, h, h]."""
+
+    def __init__(self, network: DiffusersNetwork):
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        above = len(network.channels) - 1
+        self.unet = UNet2DConditionModel(
+            sample_size=network.input[-1],
+            block_out_channels=network.channels,
+            down_block_types=["CrossAttnDownBlock2D"] * above + ["DownBlock2D"],
+            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * above,
+            cross_attention_dim=network.text[-1],
+            norm_num_groups=min(32, network.channels[0]),
+        )
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        t = torch.full((x.shape[0],), TIMESTEP, device=x.device)
+        return self.unet(x, t, text, return_dict=False)[0]
 
 
 class Decoder(nn.Module):
@@ -91,10 +125,19 @@ WHOLE = (
         "UNet2DModel with attention", (1, 3, 64, 64), (128, 128, 256, 256, 512, 512), True
     ),
     DiffusersNetwork("AutoencoderKL", (1, 4, 16, 16), (128, 256, 512, 512)),
+    # Stable Diffusion 1.5 at 512 pixels, one picture with guidance: 3.4 GB of weights.
+    DiffusersNetwork(
+        "UNet2DConditionModel",
+        (2, 4, 64, 64),
+        (320, 640, 1280, 1280),
+        text=(77, 768),
+        apart=True,
+    ),
 )
 QUICK = (
     DiffusersNetwork("UNet2DModel with attention", (2, 3, 16, 16), (16, 32, 32), True),
     DiffusersNetwork("AutoencoderKL", (1, 4, 4, 4), (16, 32)),
+    DiffusersNetwork("UNet2DConditionModel", (2, 4, 4, 4), (16, 32), text=(3, 8)),
 )
 
 
@@ -116,6 +159,10 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
         dx.fuse(model)
         return model
 
+    def inputs() -> tuple[Tensor, ...]:
+        x = case.draw()
+        return (x, torch.randn(len(x), *network.text, device=device)) if network.text else (x,)
+
     of = {"factor": tolerance(FORWARD, device)}
     rows = {"copy": copy_of_x(), "eager": built(module, around=torch.no_grad, **of)}
     rows |= twice_compiled(lambda: compile_anew(module()), **of)
@@ -128,17 +175,18 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
         op=network.name,
         variant="forward",
         case=case,
-        inputs=lambda: (case.draw(),),
+        inputs=inputs,
         implementations=rows,
         exact=_exact(module),
         passes=2,
-        weights=sum(p.nbytes for p in module().parameters()),
+        weights=network.bytes,
+        apart=network.apart,
     )
 
 
 def _exact(module: Callable[..., nn.Module]) -> Callable:
-    def exact(x: Tensor) -> Tensor:
+    def exact(*inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            return module(torch.float64)(x)
+            return module(torch.float64)(*inputs)
 
     return exact

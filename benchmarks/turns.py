@@ -39,17 +39,22 @@ class Rounds:
 # --- one row --------------------------------------------------------------------------------------
 
 
+def seeded(work: Work) -> tuple:
+    """The inputs that every row in a process of its own has."""
+    torch.manual_seed(0)
+    return work.inputs()
+
+
 class Player:
     """A row in this process."""
 
     def __init__(self, work: Work, name: str):
         self.around, self.rounds = work.implementations[name].around, Rounds()
-        torch.manual_seed(0)
-        inputs = work.inputs()
+        inputs = seeded(work)
         with self.around():
             call = work.implementations[name].make(*inputs)
             call(*inputs)  # compiles
-        self.call = lambda: call(*inputs)
+        self.inputs, self.call = inputs, lambda: call(*inputs)
 
     def play(self, seconds: float) -> None:
         """Rounds for so long, after a call that finds the caches as the other rows left them."""
@@ -87,32 +92,45 @@ def serve(connection, find: Callable[[], Work], name: str) -> None:
     """Plays for the seconds that it is sent, and sends its rounds so far, until it is sent None."""
     player = Player(find(), name)
     connection.send(player.rounds)
+    serve_rounds(connection, player)
+
+
+def serve_rounds(connection, player: Player) -> None:
     while (seconds := connection.recv()) is not None:
         player.play(seconds)
         connection.send(player.rounds)
 
 
+def forked(target: Callable, *arguments):
+    """(process, connection) of target(connection, *arguments), forked from a process that has only
+    imported things."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server
+    connection, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, connection
+
+
+def received(connection, patience: float = PATIENCE):
+    """Raises: TimeoutError; EOFError where the process has ended."""
+    if not connection.poll(patience):
+        raise TimeoutError("the row's process does not answer")
+    return connection.recv()
+
+
 class RemotePlayer:
-    """A row in a process of its own, forked from one that has only imported things."""
+    """A row in a process of its own."""
 
     def __init__(self, find: Callable[[], Work], name: str):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, find, name), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.rounds = self._received()
-
-    def _received(self) -> Rounds:
-        if not self.connection.poll(PATIENCE):
-            raise TimeoutError("the row's process does not answer")
-        return self.connection.recv()
+        self.process, self.connection = forked(serve, find, name)
+        self.rounds = received(self.connection)
 
     def play(self, seconds: float) -> None:
         self.connection.send(seconds)
-        self.rounds = self._received()
+        self.rounds = received(self.connection)
 
     def end(self) -> None:
         self.connection.send(None)

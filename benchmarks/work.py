@@ -145,6 +145,7 @@ class Work:
             GPU check's baseline, where they are known. weights: bytes to be read beside them.
         baseline: the implementation that the ratios are to.
         random: it draws noise. backward: its further results are gradients.
+        apart: memory has no room for more than two implementations at once: see apart.py.
     """
 
     op: str
@@ -159,6 +160,7 @@ class Work:
     baseline: str = "eager"
     random: bool = False
     backward: bool = False
+    apart: bool = False
 
     @property
     def name(self) -> str:
@@ -181,9 +183,10 @@ def outputs(result) -> tuple:
 class Check:
     """Holds the implementations of a work to its float64 results, each computed once."""
 
-    def __init__(self, work: Work, inputs: tuple):
+    def __init__(self, work: Work, inputs: tuple, exact: tuple[Tensor, ...] | None = None):
+        """Args: exact: the results of a work without noise, where they are known."""
         self.work, self.inputs = work, inputs
-        self._known = {}
+        self._known = {} if exact is None else {None: exact}
 
     def error_of(self, implementation: Implementation, call: Callable) -> float | None:
         """The largest error of call(*inputs); of noise of its own only the moments are known.
@@ -198,7 +201,7 @@ class Check:
         if self.work.random and implementation.noise == "own":
             return self._check_moments(results)
         noise = implementation.noise if self.work.random else None
-        exact = self._exact(noise)
+        exact = self.exact(noise)
         errors = []
         with results[0].device:
             for i, (result, wanted) in enumerate(zip(results, exact, strict=True)):
@@ -206,7 +209,8 @@ class Check:
                 errors.append(assert_close(result, wanted, factor=factor))
         return max(errors)
 
-    def _exact(self, noise: str | None) -> tuple[Tensor, ...]:
+    def exact(self, noise: str | None = None) -> tuple[Tensor, ...]:
+        """In float64. Args: noise: whose, of a random work."""
         if noise not in self._known:
             inputs = [t.double() if t.is_floating_point() else t for t in self.inputs]
             dtype = DTYPES[self.work.case.dtype]
@@ -223,9 +227,7 @@ class Check:
 
     def _check_moments(self, results) -> None:
         """Results that are affine in their noise: it has mean 0 and standard deviation 1."""
-        for result, zero, one in zip(
-            results, self._exact("zeros"), self._exact("ones"), strict=True
-        ):
+        for result, zero, one in zip(results, self.exact("zeros"), self.exact("ones"), strict=True):
             z = (result.double() - zero) / (one - zero)
             limit = 0.01 + 6 / math.sqrt(z.numel())
             mean, deviation = z.mean().item(), z.std().item()

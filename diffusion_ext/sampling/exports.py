@@ -58,21 +58,20 @@ class ExportedNetwork:
     def __call__(self, x: Tensor, t: Tensor, context) -> Tensor:
         leaves, structure = pytree.tree_flatten(context)
         tensors = [x, t, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-        export = self._export(tensors, leaves, structure)
+        export = self._export(tensors, (x, t, context), self._key(tensors, leaves, structure))
         y = export.call(*tensors)
         if export.t is not None and not torch.equal(t, export.t):
             self._prove(y, x, t, context)
             export.t = None
         return y
 
-    def _export(self, tensors: list[Tensor], leaves: list, structure) -> Export:
-        key = self._key(tensors, leaves, structure)
+    def _export(self, tensors: list[Tensor], arguments: tuple, key: tuple) -> Export:
         with tracing:  # other threads wait for the export that they want too
             kept = _exports.setdefault(self.model, {})
             export = kept.pop(key, None)
             if export is None or export.weights != self._weights:
                 inputs = tuple(t.clone() for t in tensors)
-                call = exported(self.way, _Flat(self.model, leaves, structure), inputs)
+                call = exported(self.way, OfTensors(self.model, *arguments), inputs)
                 export = Export(call, self._weights, inputs[1])
             keep_last(kept, key, export, KEPT)
         return export
@@ -125,18 +124,25 @@ def _traced(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
 WAYS = {"trace": _traced, **RUNTIMES}
 
 
-class _Flat(nn.Module):
-    """model(x, t, context) of tensors alone, as an export wants its inputs."""
+class OfTensors(nn.Module):
+    """model(*arguments, **options) of the tensors in them alone, as an export wants its inputs.
 
-    def __init__(self, model: nn.Module, leaves: list, structure):
+    Attributes:
+        tensors: those of the arguments and options, in the order in which forward wants such.
+    """
+
+    def __init__(self, model: nn.Module, *arguments, **options):
         super().__init__()
-        self.model, self.structure = model, structure
+        self.model = model
+        leaves, self.structure = pytree.tree_flatten((arguments, options))
+        self.tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
-    def forward(self, x: Tensor, t: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         rest = iter(tensors)
         leaves = [next(rest) if fixed is None else fixed[0] for fixed in self.leaves]
-        return self.model(x, t, pytree.tree_unflatten(leaves, self.structure))
+        arguments, options = pytree.tree_unflatten(leaves, self.structure)
+        return self.model(*arguments, **options)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import io
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 
@@ -60,14 +61,14 @@ def _with_openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
 def _with_onnxruntime(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
     import onnxruntime
 
-    file = io.BytesIO()
-    torch.onnx.export(network, inputs, dynamo=True, verbose=False).save(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
+    # By a file: one message holds 2 GB at most, and weights of more lie beside it.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = os.path.join(folder, "network.onnx")
+        torch.onnx.export(network, inputs, dynamo=True, verbose=False).save(path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
 
     def call(*inputs: Tensor) -> Tensor:

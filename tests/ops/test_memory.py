@@ -34,6 +34,15 @@ def test_of_this_machine():
     assert 0 < memory.memory_available() < memory.memory_in_all() < sys.maxsize
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells")
+def test_the_most_that_this_process_has_held():
+    block = torch.ones(1 << 22)  # 16 MB
+    peak = memory.peak_memory()
+    assert block.nbytes < peak < memory.memory_in_all()
+    del block
+    assert memory.peak_memory() > 0.95 * peak  # Linux counts in portions
+
+
 def test_of_a_container(container):
     container(GIB // 4, GIB // 8, GIB // 16)
     assert memory.memory_in_all() == GIB // 4

@@ -226,6 +226,17 @@ def test_what_depends_on_values_is_refused(model):
             draw(model, engine="trace")
 
 
+@pytest.mark.skipif(bool(runtimes.missing("onnxruntime")), reason="wants onnxruntime")
+def test_onnxruntime_takes_weights_that_lie_beside_the_program(monkeypatch):
+    """As those of more than 2 GB do: one message cannot hold them."""
+    program = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")
+    monkeypatch.setattr(program, "_LARGE_MODEL_THRESHOLD", 0)
+    network, x = torch.nn.Linear(64, 4), torch.randn(2, 64)
+    call = exports.exported("onnxruntime", network.eval(), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(call(x), network(x))
+
+
 @pytest.mark.skipif(bool(runtimes.missing("openvino")), reason="wants openvino")
 def test_openvino_does_not_keep_a_time():
     with pytest.raises(RuntimeError, match="engine: 'openvino' "):

@@ -1,1 +1,2 @@
-"""`bench`: what would I gain on this machine? eager, torch.compile and diffusion_ext by turns."""
+"""`bench`: what would I gain on this machine? eager, torch.compile, OpenVINO, ONNX Runtime and
+diffusion_ext by turns."""

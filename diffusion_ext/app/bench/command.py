@@ -21,7 +21,7 @@ Dtype = Literal[tuple(str(dtype).removeprefix("torch.") for dtype in NATIVE_DTYP
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what a model would gain on this machine: eager, torch.compile, diffusion_ext."""
+    """Measure what a model would gain on this machine: eager, torch.compile, runtimes and ours."""
 
     model: tyro.conf.Positional[str] = NAMES[0]
     """context-unet, ddpm-cifar10, stable-diffusion; a checkpoint or run of `train`; or a folder of
@@ -37,7 +37,7 @@ class Bench:
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
     seconds: float = 120.0
-    """how long it may take, about; torch.compile is left out where it needs longer"""
+    """how long it may take, about; what is not ready in time is left out"""
     out: Path = Path("runs/bench.html")
     """the page; the figures come beside it as JSON"""
     open: bool = False

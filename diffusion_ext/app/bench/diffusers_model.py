@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...fusing import fuse
+from ...sampling.exports import OfTensors, exported
 from .diffusers_folder import Component, components, libraries
-from .subject import RANDOM_WEIGHTS, Part, Request, Subject, drawn
+from .subject import RANDOM_WEIGHTS, RUNTIMES, Part, Request, Subject, drawn
 
 PROMPT = 77  # tokens of a text
 
@@ -59,7 +61,7 @@ def _network(unet: nn.Module, latents: tuple[int, ...], request: Request) -> Cal
     options = _text(unet, batch, request) if reads_text else {}
     if not reads_text and unet.config.num_class_embeds:
         options = {"class_labels": torch.zeros(batch, dtype=torch.long, device=request.device)}
-    return _called(unet, unet.forward, request, x, t, return_dict=False, **options)
+    return _called(unet, "forward", request, x, t, return_dict=False, **options)
 
 
 def _text(unet: nn.Module, batch: int, request: Request) -> dict:
@@ -82,11 +84,27 @@ def _text(unet: nn.Module, batch: int, request: Request) -> dict:
 
 def _decoder(vae: nn.Module, side: int, request: Request) -> Callable:
     z = drawn((request.batch, vae.config.latent_channels, side, side), request)
-    return _called(vae, vae.decode, request, z, return_dict=False)
+    return _called(vae, "decode", request, z, return_dict=False)
 
 
-def _called(model: nn.Module, function: Callable, request: Request, x: Tensor, *rest, **options):
-    """A call of the model's function in the request's way."""
+class _First(nn.Module):
+    """The first of what the model's function of that name returns."""
+
+    def __init__(self, model: nn.Module, name: str):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *inputs, **options) -> Tensor:
+        return getattr(self.model, self.name)(*inputs, **options)[0]
+
+
+def _called(model: nn.Module, name: str, request: Request, x: Tensor, *rest, **options):
+    """A call of the model's function of that name in the request's way."""
+    if request.way in RUNTIMES:
+        network = OfTensors(_First(model, name), x, *rest, **options)
+        run = exported(request.way, network, network.tensors)
+        return partial(run, *network.tensors)
+    function = getattr(model, name)
     if request.way == "compile":
         function = torch.compile(function)
     elif request.way == "ours":

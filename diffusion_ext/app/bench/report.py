@@ -16,6 +16,7 @@ from ..page import write_page
 from .subject import WAYS, Request
 from .turns import Way
 
+ADVICE = "To have diffusion_ext's"
 STYLE = """
   .bar { display: grid; grid-template-columns: 8.5em 1fr 6em; gap: .6em; align-items: center;
     margin: .25em 0; }
@@ -59,11 +60,27 @@ class Result:
         ours = self.ways["ours"].seconds_of_a_batch()
         return f"{self.ways[name].seconds_of_a_batch() / ours:.2f}x"
 
+    def fastest(self) -> str:
+        """The way that a picture takes least with."""
+        return min(self.timed, key=lambda name: self.timed[name].seconds_of_a_batch())
+
     def verdict(self) -> str:
         if "ours" not in self.timed:
             return f"diffusion_ext could not run it: {self.ways['ours'].failure}"
         gains = [f"{self.gains(n)} as fast as {WAYS[n]}" for n in self.timed if n != "ours"]
-        return f"diffusion_ext is {', and '.join(gains)}."
+        text = f"diffusion_ext is {', '.join(gains)}."
+        fastest = self.fastest()
+        return text if fastest == "ours" else f"{text} {WAYS[fastest]} is the fastest here."
+
+    def advice(self) -> list[str]:
+        """Python that gives diffusion_ext's times, and what to do where another is faster."""
+        lines = list(self.ways["eager"].ready.advice)
+        if self.fastest() != "ours":
+            lines.append(
+                f"# {WAYS[self.fastest()]} is faster here; where dx.sample makes the pictures, "
+                'engine="auto" takes the fastest.'
+            )
+        return lines
 
     def notes(self) -> list[str]:
         ready = self.ways["eager"].ready
@@ -74,11 +91,22 @@ class Result:
             elif name != "eager":
                 difference = way.difference(self.ways["eager"])
                 lines.append(
-                    f"{WAYS[name]}: first calls {sum(way.ready.first):.1f} s; its results differ "
-                    f"from eager's by {difference:.1g} of the largest value at most."
+                    f"{WAYS[name]}: ready in {way.ready.seconds:.1f} s; its results differ from "
+                    f"eager's by {difference:.1g} of the largest value at most."
                 )
         lines.append("The ways took turns; each time is the best of its rounds.")
-        return lines
+        return lines + self._groups()
+
+    def _groups(self) -> list[str]:
+        """Which ways took turns with each other, where not all could at once."""
+        groups: dict[int, list[str]] = {}
+        for name, way in self.timed.items():
+            if name != "eager":
+                groups.setdefault(way.group, []).append(WAYS[name])
+        if len(groups) < 2:
+            return []
+        told = "; then with ".join(", ".join(names) for _, names in sorted(groups.items()))
+        return [f"Memory was short for all at once: eager took turns with {told}."]
 
     def rows(self) -> list[list[str]]:
         """Part, calls, a time for each way that was timed."""
@@ -101,9 +129,9 @@ class Result:
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [_aligned(row, widths) for row in table]
         notes = [f"  {note}" for note in self.notes()]
-        advice = [f"    {line}" for line in self.ways["eager"].ready.advice]
+        advice = [f"    {line}" for line in self.advice()]
         head = [self.title, self.machine, ""]
-        return "\n".join([*head, *lines, "", self.verdict(), *notes, "", "To have it:", *advice])
+        return "\n".join([*head, *lines, "", self.verdict(), *notes, "", ADVICE + ":", *advice])
 
     def record(self) -> dict:
         """The figures as JSON has them: seconds of one call, and of a picture."""
@@ -129,13 +157,13 @@ class Result:
             f"<tr><td>{row[0]}</td>{''.join(_cells(row[1:]))}</tr>\n" for row in self.rows()
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes())
-        advice = html.escape("\n".join(self.ways["eager"].ready.advice))
+        advice = html.escape("\n".join(self.advice()))
         body = (
             f"<p><strong>{html.escape(self.verdict())}</strong></p>\n"
             f"<p>Seconds of a picture:</p>\n{self._bars()}\n"
             f'<div class="wide"><table><tr><th>{self.heads()[0]}</th>{heads}</tr>\n'
             f"{rows}</table></div>\n"
-            f"<h2>To have it</h2>\n<pre>{advice}</pre>\n<ul>{notes}</ul>\n"
+            f"<h2>{ADVICE}</h2>\n<pre>{advice}</pre>\n<ul>{notes}</ul>\n"
             f"<p><small>{html.escape(self.machine)}</small></p>"
         )
         write_page(path, self.title, body, STYLE)

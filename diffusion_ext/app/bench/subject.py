@@ -1,4 +1,4 @@
-"""What `bench` times: the parts of making a picture, each run in one of three ways."""
+"""What `bench` times: the parts of making a picture, each run in one of several ways."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...sampling.runtimes import missing
+
 # way -> what it is called where people read
-WAYS = {"eager": "eager", "compile": "torch.compile", "ours": "diffusion_ext"}
+WAYS = {
+    "eager": "eager", "compile": "torch.compile", "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime", "ours": "diffusion_ext",
+}  # fmt: skip
+RUNTIMES = ("openvino", "onnxruntime")  # the ways to which a network is exported
 RANDOM_WEIGHTS = "The weights are random; the time does not depend on them."
 
 
@@ -67,6 +73,15 @@ class Subject:
     parts: list[Part]
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def refusal(request: Request, way: str) -> str:
+    """Why a way cannot be taken at all; "" where it may be."""
+    if way not in RUNTIMES:
+        return ""
+    if (request.device, request.dtype) != ("cpu", "float32"):
+        return f"wants float32 on a CPU, not {request.dtype} on {request.device}"
+    return f'not installed: pip install "diffusion_ext[{way}]" brings it' if missing(way) else ""
 
 
 def drawn(shape: tuple[int, ...], request: Request, seed: int = 0) -> Tensor:

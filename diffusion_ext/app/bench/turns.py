@@ -9,19 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 
 import numpy as np
 from tqdm import tqdm
 
-from .subject import WAYS, Request
+from ...ops.memory import memory_available
+from .subject import WAYS, Request, refusal
 from .worker import Ready, serve
 
 TURNS = 5
 SLICE = 0.4  # seconds of a turn at most
 TIMING_SHARE = 0.4  # of the time, which no compiler may take
-PATIENT, COMPILED = ("eager", "ours"), ("compile",)  # ways that are waited for, and until a time
+PATIENT = ("eager", "ours")  # ways that are waited for
+LATE = ("openvino", "onnxruntime", "compile")  # until a time; the quickest first, which leave most
+# What a late way holds at most while it is made ready, as times what eager does.
+MEMORY = {"openvino": 2.5, "onnxruntime": 2.5, "compile": 1.5}
+GIB = 1 << 30
 
 
 @dataclass
@@ -31,12 +37,14 @@ class Way:
     Attributes:
         ready: None where it failed, or took too long: `failure` says so.
         times: seconds of one use, for each part and round.
+        group: of the ways that took turns with each other; eager did with those of every group.
     """
 
     name: str
     ready: Ready | None = None
     failure: str = ""
     times: dict[str, list[float]] = field(default_factory=dict)
+    group: int = 0
 
     def best(self, part: str) -> float:
         return min(self.times[part])
@@ -89,24 +97,79 @@ class Process:
 
 def measured(request: Request, seconds: float) -> dict[str, Way]:
     """Every way, made ready and timed by turns, in about so many seconds: longer where eager and
-    ours alone need it. torch.compile has what they leave.
+    ours alone need it. The others share what they leave, each what the one before has not used.
+
+    Where not all fit in memory at once they take turns in groups, eager in each.
 
     Raises: ValueError, TypeError, OSError or ImportError where the eager way fails: then there is
     nothing to compare with.
     """
     end = time.perf_counter() + seconds
+    ready_by = end - TIMING_SHARE * seconds
     ways, processes = {name: Way(name) for name in WAYS}, {}
+    for name in LATE:
+        ways[name].failure = refusal(request, name)
+    late = [name for name in LATE if not ways[name].failure]
     try:
-        for names, until in ((PATIENT, math.inf), (COMPILED, end - TIMING_SHARE * seconds)):
-            started = {name: Process(replace(request, way=name)) for name in names}
-            processes |= started
-            _await(ways, started, until)
-        ready = {name: processes[name] for name, way in ways.items() if way.ready}
-        time_all(ways, ready, end)
+        _make_ready(ways, processes, request, PATIENT, math.inf)
+        for i, name in enumerate(late):
+            if not _fits(ways, name) and time.perf_counter() < ready_by:
+                _let_go(ways, processes, TIMING_SHARE * seconds / (1 + len(late)))
+            if not _fits(ways, name):
+                wanted, free = _wanted(ways, name) / GIB, memory_available() / GIB
+                ways[name].failure = f"wants about {wanted:.1f} GiB of memory, {free:.1f} are free"
+                continue
+            left = ready_by - time.perf_counter()
+            _make_ready(
+                ways, processes, request, (name,), time.perf_counter() + left / (len(late) - i)
+            )
+        time_all(ways, dict(processes), end)
     finally:
         for process in processes.values():
             process.end()
     return ways
+
+
+def _make_ready(
+    ways: dict[str, Way],
+    processes: dict[str, Process],
+    request: Request,
+    names: Sequence[str],
+    until: float,
+) -> None:
+    """Adds the processes of those that are ready by then."""
+    if time.perf_counter() > until:
+        for name in names:
+            ways[name].failure = "no time was left for it, --seconds gives it some"
+        return
+    group = max(way.group for way in ways.values())
+    for name in names:
+        processes[name] = Process(replace(request, way=name))
+        ways[name].group = group
+    _await(ways, {name: processes[name] for name in names}, until)
+    for name in names:
+        if ways[name].ready is None:
+            processes.pop(name).end()
+
+
+def _wanted(ways: dict[str, Way], name: str) -> float:
+    """Bytes, which a late way may hold."""
+    return MEMORY[name] * ways["eager"].ready.peak
+
+
+def _fits(ways: dict[str, Way], name: str) -> bool:
+    return _wanted(ways, name) <= memory_available()
+
+
+def _let_go(ways: dict[str, Way], processes: dict[str, Process], seconds: float) -> None:
+    """Times the ways that are ready and ends them, but for eager: what comes is a new group."""
+    others = [name for name in processes if name != "eager"]
+    if not others:
+        return
+    time_all(ways, dict(processes), time.perf_counter() + seconds)
+    for name in others:
+        processes.pop(name).end()
+    ways["eager"].group += 1
 
 
 def _await(ways: dict[str, Way], processes: dict[str, Process], until: float) -> None:
@@ -121,7 +184,6 @@ def _await(ways: dict[str, Way], processes: dict[str, Process], until: float) ->
                 elif time.perf_counter() > until:
                     waited = f"{time.perf_counter() - start:.0f} s"
                     ways[name].failure = f"not ready in {waited}, --seconds gives it longer"
-                    process.end()
                 else:
                     continue
                 del waiting[name]

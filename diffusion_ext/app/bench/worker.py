@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...ops import choices
+from ...ops.memory import peak_memory
 from .context_unet import context_unet
 from .diffusers_folder import BUILT_IN, is_diffusers_folder
 from .diffusers_model import diffusers_model
@@ -28,7 +29,8 @@ class Ready:
     Attributes:
         title, shape, advice, notes: of the subject.
         parts: (name, uses) of each. outputs: what each has computed.
-        first: seconds that each part's first call took, compilation and all.
+        seconds: until then: weights, export, compilation and each part's first call.
+        peak: the most bytes that the process has held at once; 0 where that is not known.
     """
 
     title: str
@@ -37,7 +39,8 @@ class Ready:
     notes: list[str]
     parts: list[tuple[str, int]]
     outputs: list[np.ndarray] = field(repr=False)
-    first: list[float]
+    seconds: float
+    peak: int = 0
 
 
 def subject(request: Request) -> Subject:
@@ -75,14 +78,12 @@ def error_without_cause(error: Exception) -> Exception:
 
 
 def _serve(connection: Connection, request: Request) -> None:
+    start = time.perf_counter()
     of, device = subject(request), torch.device(request.device)
-    outputs, first = [], []
-    for part in of.parts:
-        start = time.perf_counter()
-        outputs.append(part.call().float().cpu().numpy())
-        first.append(time.perf_counter() - start)
+    outputs = [part.call().float().cpu().numpy() for part in of.parts]
     parts = [(part.name, part.uses) for part in of.parts]
-    connection.send(Ready(of.title, of.shape, of.advice, of.notes, parts, outputs, first))
+    seconds, peak = time.perf_counter() - start, peak_memory()
+    connection.send(Ready(of.title, of.shape, of.advice, of.notes, parts, outputs, seconds, peak))
     while True:
         index, seconds = connection.recv()
         connection.send(timed(of.parts[index], seconds, device))
