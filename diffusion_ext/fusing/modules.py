@@ -13,15 +13,15 @@ from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
-from .probing import EMPTY, NormKind, activation_name, configuration
+from .probing import Configuration, NormKind, activation_name, configuration
 from .stand_in import StandIn, swap_class
 
 ALONE = "alone"  # in a report: a norm without an activation
 
 # Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`; `fuse`
 # adds what it finds of other people's classes, with the configuration that it found it of.
-ACTIVATION_NAMES: dict[type | tuple, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
-CONFIGURED: set[type] = set()  # classes whose activations depend on their configuration
+ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
+CONFIGURED: dict[type, list[tuple[Configuration, str]]] = {}
 PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 NO_MODULATION = (None,) * 5
@@ -53,7 +53,7 @@ def act_of(module: nn.Module) -> str | None:
     cls = type(module)
     if cls in ACTIVATION_NAMES or torch.compiler.is_compiling():
         return ACTIVATION_NAMES.get(cls)
-    return ACTIVATION_NAMES.get((cls, configuration(module))) if cls in CONFIGURED else None
+    return next((name for of, name in CONFIGURED.get(cls, ()) if of.holds(module)), None)
 
 
 def learn_activation(module: nn.Module) -> None:
@@ -61,13 +61,14 @@ def learn_activation(module: nn.Module) -> None:
     cls = type(module)
     if cls.__module__.startswith("torch.nn.") or isinstance(module, StandIn):
         return
-    of = configuration(module)
-    key = cls if of == EMPTY else (cls, of)
-    if of is None or key in ACTIVATION_NAMES or (name := activation_name(module)) is None:
+    if act_of(module) or (of := configuration(module)) is None:
         return
-    ACTIVATION_NAMES[key] = name
-    if of != EMPTY:
-        CONFIGURED.add(cls)
+    if (name := activation_name(module)) is None:
+        return
+    if of.is_empty():
+        ACTIVATION_NAMES[cls] = name
+    else:
+        CONFIGURED.setdefault(cls, []).append((of, name))
 
 
 def passes(module: nn.Module) -> bool:
@@ -87,9 +88,11 @@ def pair_kind(activation: nn.Module) -> str:
 def as_probed(module: nn.Module) -> bool:
     """Whether module is configured as it was when `fuse` found out what it computes."""
     known = module.__dict__.get("configuration")
-    if known is None or torch.compiler.is_compiling():  # of torch's own class; not to be looked at
-        return known in (None, EMPTY)
-    return known == configuration(module) and not any(map(hooked, module.children()))
+    if known is None:  # of torch's own class
+        return True
+    if torch.compiler.is_compiling():  # it is not to be looked at
+        return known.is_empty()
+    return known.holds(module) and not any(map(hooked, module._modules.values()))
 
 
 class FusedGroupNorm(StandIn):

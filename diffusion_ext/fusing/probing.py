@@ -91,58 +91,114 @@ def looks_like_a_group_norm(module: nn.Module) -> bool:
     return known and {"weight", "bias"} <= vars(module)["_parameters"].keys()
 
 
-EMPTY = ((), ())  # the configuration of a module that has nothing of its own
+@dataclass(frozen=True)
+class Configuration:
+    """All that a module's class may look at besides parameters.
+
+    Attributes:
+        count: of the instance's attributes. values: (name, value, whether it is compared as it is)
+            of those, and of its classes', that torch's classes do not have.
+        children: (name, class, configuration) of each.
+    """
+
+    count: int
+    values: tuple[tuple[str, object, bool], ...]
+    children: tuple[tuple[str, type, Configuration], ...]
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing that could change."""
+        return not (self.values or self.children)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether module, of the same class, still has it."""
+        if _count(module) != self.count or len(module._modules) != len(self.children):
+            return False
+        for name, value, as_it_is in self.values:
+            now = getattr(module, name, None)
+            if (now if as_it_is else _listed(now)) != value:
+                return False
+        children = module._modules
+        return all(
+            _class_of(child := children.get(name)) is cls and of.holds(child)
+            for name, cls, of in self.children
+        )
 
 
-def configuration(module: nn.Module) -> tuple | None:
-    """All that a module's class may look at besides parameters: attributes of the instance and of
-    its classes that torch's classes do not have, and its children, so described too. None where
-    some of it cannot be compared."""
-    ours = module.notes if isinstance(module, StandIn) else ()
-    known = _OF_TORCH.union(ours)
-    own = {name: value for name, value in vars(module).items() if name not in known}
-    own |= {name: getattr(module, name) for name in _data_attributes(type(module))}
+def configuration(module: nn.Module) -> Configuration | None:
+    """module's, as it is now; None where some of it cannot be compared."""
+    own = {*vars(module)} - _OF_TORCH - {*_notes(module)}
     try:
-        described = tuple((name, _comparable(value)) for name, value in sorted(own.items()))
+        values = tuple(
+            (name, _comparable(value := getattr(module, name)), not isinstance(value, _MUTABLE))
+            for name in sorted(own | _data_attributes(type(module)))
+        )
     except TypeError:
         return None
-    children = tuple((n, type(c), configuration(c)) for n, c in module._modules.items() if c)
-    return None if any(of is None for _, _, of in children) else (described, children)
+    children = tuple(
+        (name, _class_of(child), configuration(child))
+        for name, child in module._modules.items()
+        if child is not None
+    )
+    if len(children) < len(module._modules) or any(of is None for _, _, of in children):
+        return None
+    return Configuration(_count(module), values, children)
 
 
 # --- how they are run -----------------------------------------------------------------------------
 
 # What every module has, or our ops read at every call.
 _OF_TORCH = frozenset({*vars(nn.GroupNorm(1, 1)), *vars(nn.Conv2d(1, 1, 1))})
+_MUTABLE = (list, dict)
+
+
+def _class_of(module) -> type:
+    """The class that module had before `fuse`."""
+    return type(module).original if isinstance(module, StandIn) else type(module)
+
+
+def _notes(module: nn.Module) -> tuple[str, ...]:
+    return module.notes if isinstance(module, StandIn) else ()
+
+
+def _count(module: nn.Module) -> int:
+    """Of module's attributes, without what `fuse` has written there."""
+    attributes = module.__dict__
+    return len(attributes) - sum(note in attributes for note in _notes(module))
 
 
 @functools.cache
-def _data_attributes(cls: type) -> tuple[str, ...]:
+def _data_attributes(cls: type) -> frozenset[str]:
     """Names of what the classes before torch's have that is no method."""
-    found = set()
-    for owner in cls.__mro__:
-        if not owner.__module__.startswith(("torch.nn.", __package__)) and owner is not object:
-            found |= {
-                name
-                for name, value in vars(owner).items()
-                if not name.startswith("__")
-                and not callable(value)
-                and not hasattr(value, "__get__")
-            }
-    return tuple(sorted(found))
+    return frozenset(
+        name
+        for owner in cls.__mro__
+        if not owner.__module__.startswith(("torch.nn.", __package__)) and owner is not object
+        for name, value in vars(owner).items()
+        if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__")
+    )
+
+
+_COMPARED = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 def _comparable(value):
-    """value, as something that can be compared and hashed. Raises: TypeError."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_comparable, value))
-    if isinstance(value, dict):
-        return tuple((key, _comparable(v)) for key, v in value.items())
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type)):
-        return value
-    if callable(value) and not isinstance(value, nn.Module):
-        return id(value)
-    raise TypeError(type(value).__name__)
+    """value, or a copy of what may change in place. Raises: TypeError where == is not for it."""
+    value = _listed(value)
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, tuple):
+            _comparable(part)
+        elif isinstance(part, nn.Module) or not (isinstance(part, _COMPARED) or callable(part)):
+            raise TypeError(type(part).__name__)
+    return value
+
+
+def _listed(value):
+    """A list or dictionary as a tuple, so that it does not change with the original."""
+    return (
+        tuple(value.items() if isinstance(value, dict) else value)
+        if isinstance(value, _MUTABLE)
+        else value
+    )
 
 
 @contextlib.contextmanager

@@ -130,8 +130,9 @@ def _fuse_norm(module: nn.Module) -> tuple[str | None, str | None]:
         if not module.eps > 0:
             return None, f"eps is {module.eps}"
         torchs = cls is nn.GroupNorm
-        of = () if torchs else configuration(module)
-        if of is None or (kind := norm_kind(module)) is None:
+        of = None if torchs else configuration(module)
+        kind = norm_kind(module) if torchs or of is not None else None
+        if kind is None:
             return None, f"{cls.__name__}: computes something else than a group norm"
         swap_class(module, FusedGroupNorm)
         if not torchs:
@@ -172,8 +173,8 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
     if not may_gain(conv):
         return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
-    of = () if torchs else configuration(conv)
-    if of is None or not (torchs or computes_conv2d(conv)):
+    of = None if torchs else configuration(conv)
+    if not torchs and (of is None or not computes_conv2d(conv)):
         return f"{cls.__name__}: computes something else than a Conv2d"
     swap_class(conv, FusedConv2d)
     if not torchs:

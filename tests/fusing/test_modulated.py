@@ -1,6 +1,7 @@
 """Adaptive norms and residual blocks with an embedding, in the manner of other people's code."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -201,3 +202,16 @@ def test_hooks_in_a_block_see_what_they_saw():
         dx.unfuse(block)
         block(x, emb)
         torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("build", [Block, diffusers_norm])
+def test_copies_stay_fused(copied, build):
+    model = vary(build())
+    channels = 8 if isinstance(model, normalization.AdaGroupNorm) else 16
+    inputs = torch.randn(2, channels, 8, 8), torch.randn(2, 6)
+    dx.fuse(model)
+    twin = copied(model)
+    served = ops_of(lambda: model(*inputs))["group_norm_act"]
+    assert ops_of(lambda: twin(*inputs))["group_norm_act"] == served > 0
+    torch.testing.assert_close(twin(*inputs), model(*inputs))
