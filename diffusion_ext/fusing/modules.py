@@ -25,7 +25,6 @@ CONFIGURED: dict[type, list[tuple[Configuration, str]]] = {}
 PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 NO_MODULATION = (None,) * 5
-PARAMETERS = "weight", "bias"
 
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
 # leaves the dtype alone.
@@ -250,15 +249,17 @@ def fused_op(
             return None
         frames = x.transpose(1, 2)  # [N, F, C, H, W], which are normalised one by one
         x = frames.flatten(0, 1)
-    parameters = norm._parameters
-    weight, bias = (parameters[n] if n in parameters else getattr(norm, n) for n in PARAMETERS)
-    for parameter in (weight, bias):  # the kernel takes a row for each sample too
-        if parameter is not None and (parameter.dim() != 1 or parameter.is_meta):
-            return None
+    try:  # since a module's attributes take their time
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    except KeyError:
+        weight, bias = norm.weight, norm.bias
+    if weight is not None and (weight.dim() != 1 or weight.is_meta):
+        return None  # the kernel takes a row for each sample too
+    if bias is not None and (bias.dim() != 1 or bias.is_meta):
+        return None
     x = x if rounded_after else promoted(norm, x)
-    how = norm.num_groups, weight, bias, norm.eps, act
     try:
-        y = group_norm_act_unchecked(x, *how, *modulation)
+        y = group_norm_act_unchecked(x, norm.num_groups, weight, bias, norm.eps, act, *modulation)
     except RuntimeError:  # what a kernel refuses torch refuses too, in words of its own
         return None
     return y if frames is None else y.unflatten(0, frames.shape[:2]).transpose(1, 2)

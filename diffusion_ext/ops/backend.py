@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import json
@@ -158,13 +159,13 @@ def kernels():
 def kernel(name: str):
     """One op of `kernels()`, without the search among its overloads, of which there is one: that
     took 0.5 of a small step's 6 us."""
-    key = _kernels.name, name
-    if key not in _single:
-        _single[key] = getattr(_kernels, name).default._op
-    return _single[key]
+    ops = _single[_current]
+    if name not in ops:
+        ops[name] = getattr(_kernels, name).default._op
+    return ops[name]
 
 
-_single: dict[tuple[str, str], Callable] = {}
+_single: dict[str, dict[str, Callable]] = collections.defaultdict(dict)  # of each backend
 
 
 def serves(x: Tensor) -> bool:

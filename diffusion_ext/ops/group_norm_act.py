@@ -78,7 +78,7 @@ def group_norm_act_unchecked(x, num_groups, weight, bias, eps, act, *modulation)
 def with_statistics(x, num_groups, weight, bias, eps, act, *modulation):
     """The same: y, and of each group mean (float64) and 1/√(variance + eps) [N, G], which have no
     gradients."""
-    if needs_grad(x, weight, bias, *modulation):
+    if torch.is_grad_enabled() and needs_grad(x, weight, bias, *modulation):
         return _GroupNormAct.apply(x, num_groups, weight, bias, eps, act, *modulation)
     op = kernels().group_norm_act if torch.compiler.is_compiling() else kernel("group_norm_act")
     return op(x, num_groups, weight, bias, eps, ACTIVATIONS.index(act), *modulation)

@@ -27,9 +27,13 @@ def new(name: str):
     return getattr(ours, name)(**extra(name))
 
 
-def run(scheduler, dtype, guided: bool, steps=STEPS, shape=SHAPE, stop=None, change=None):
+def run(
+    scheduler, dtype, guided: bool, steps=STEPS, shape=SHAPE, stop=None, change=None, begin=None
+):
     """As pipelines do: every sample, of a model that stands in for a network."""
     scheduler.set_timesteps(steps)
+    if begin is not None:
+        begin(scheduler)
     generator = torch.Generator().manual_seed(3)
     x, samples = torch.randn(shape, generator=generator).to(dtype), []
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -111,3 +115,22 @@ def test_rows_that_were_traced_before_have_the_same_bits(name, monkeypatch):
         monkeypatch.setattr(made, "_latest", None)
     first = run(new(name), torch.float32, False)
     assert_same(run(ready, torch.float32, False), first)
+
+
+@every
+@pytest.mark.parametrize("attribute", ["sigmas", "alphas_cumprod"])
+@pytest.mark.parametrize(
+    "write", [lambda t: t.mul_(0.9), lambda t: t * 0.9], ids=["in place", "new"]
+)
+def test_levels_that_are_written_after_a_run_are_used(name, attribute, write):
+    """What is kept of a run is never used once what it was made of has changed."""
+
+    def begin(scheduler):
+        setattr(scheduler, attribute, write(getattr(scheduler, attribute)))
+
+    used = new(name)
+    run(used, torch.float32, False)
+    if not isinstance(getattr(used, attribute, None), torch.Tensor):
+        pytest.skip(f"it has no {attribute}")
+    want = run(new(name), torch.float32, False, begin=begin)
+    assert_same(run(used, torch.float32, False, begin=begin), want)

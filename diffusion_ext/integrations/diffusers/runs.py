@@ -92,10 +92,10 @@ def known_place(timestep: Tensor, timesteps: Tensor) -> int | None:
 
 
 def on_host(alpha_bar: Tensor, exact: bool) -> np.ndarray:
-    """alphas_cumprod in the dtype to compute with: float64 where exact, else no less than float32,
-    as the schedulers' own are."""
+    """A copy of alphas_cumprod in the dtype to compute with: float64 where exact, else no less than
+    float32, as the schedulers' own are. It stays when somebody writes into the scheduler's."""
     own = torch.promote_types(alpha_bar.dtype, torch.float32)
-    return alpha_bar.detach().cpu().to(torch.float64 if exact else own).numpy()
+    return alpha_bar.detach().to("cpu", torch.float64 if exact else own, copy=True).numpy()
 
 
 class TableRun(HeldRun):
