@@ -15,18 +15,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..ops.backend import recorded
-from .modules import (
-    ALONE,
-    AbsorbedActivation,
-    FusedGroupNorm,
-    absorb,
-    act_of,
-    convolved_by,
-    hooked,
-    norm_act,
-    pair_kind,
-)
-from .stand_in import StandIn, swap_class
+from .activations import ALONE, found_act_of, pair_kind
+from .modules import AbsorbedActivation, FusedGroupNorm, absorb, convolved_by, norm_act
+from .stand_in import StandIn, hooked, swap_class
 
 # Whose forward ends in conv_norm_out, conv_act, conv_out, and uses conv_act for nothing else.
 OUTPUT_NORMS = {
@@ -148,7 +139,7 @@ def _fuse_resnet(block: ResnetBlock2D) -> dict[nn.Module, str]:
 def _reason_not_to_pair(block: ResnetBlock2D) -> str | None:
     if "forward" in block.__dict__:
         return "the block's forward is replaced on the instance"
-    if act_of(block.nonlinearity) is None:
+    if found_act_of(block.nonlinearity) is None:
         return f"no kernel has a {type(block.nonlinearity).__name__}"
     if hooked(block.nonlinearity):
         return f"the {type(block.nonlinearity).__name__} after it has hooks"
@@ -165,7 +156,7 @@ def _fuse_output(module: nn.Module, references: Counter) -> dict[nn.Module, str]
         return {norm: f"with {act.extra_repr()}, output"}
     if references[norm] > 1 or references[act] > 1:
         return {norm: f"{ALONE}: it or the activation after it serves elsewhere too"}
-    if act_of(act) is None:
+    if found_act_of(act) is None:
         return {norm: f"{ALONE}: no kernel has a {type(act).__name__}"}
     kind = pair_kind(act)
     if not hooked(act):

@@ -13,18 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backend import recorded
-from .modules import (
-    ALONE,
-    FusedGroupNorm,
-    act_of,
-    as_probed,
-    convolved_by,
-    hooked,
-    norm_act,
-    pair_kind,
-)
+from .activations import ALONE, found_act_of, pair_kind
+from .modules import FusedGroupNorm, as_probed, convolved_by, norm_act
 from .probing import agree, apart, configuration, twin_of
-from .stand_in import StandIn, swap_class
+from .stand_in import StandIn, hooked, swap_class
 
 SEQUENTIALS = ("in_layers", "emb_layers", "out_layers")
 
@@ -88,7 +80,7 @@ def fuse_embedded_block(block: nn.Module, known: dict[tuple, bool]) -> dict[nn.M
         return {norm: _how(block, act)}
     kind = type(block), bool(block.use_scale_shift_norm), bool(getattr(block, "updown", False))
     of = configuration(block)
-    if of is None or "forward" in block.__dict__ or not act_of(act):
+    if of is None or "forward" in block.__dict__ or not found_act_of(act):
         known[kind] = known.get(kind, False)
     if kind not in known:
         known[kind] = _computes(block)

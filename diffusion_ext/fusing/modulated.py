@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.backend import recorded
-from .modules import as_probed, fused_op, hooked
+from .modules import as_probed, fused_op
 from .probing import NormKind, agree, apart, configuration, twin_of
-from .stand_in import StandIn, swap_class
+from .stand_in import StandIn, hooked, swap_class
 
 
 def _of_linear(norm: nn.Module, emb: Tensor) -> Tensor:

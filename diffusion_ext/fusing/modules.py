@@ -13,75 +13,15 @@ from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
-from .probing import Configuration, NormKind, activation_name, configuration
-from .stand_in import StandIn, swap_class
-
-ALONE = "alone"  # in a report: a norm without an activation
-
-# Activation class -> its name in group_norm_act. nn.GELU, which has two, is in `act_of`; `fuse`
-# adds what it finds of other people's classes, with the configuration that it found it of.
-ACTIVATION_NAMES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Mish: "mish"}
-CONFIGURED: dict[type, list[tuple[Configuration, str]]] = {}
-PASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+from .activations import act_of, passes
+from .probing import NormKind
+from .stand_in import StandIn, hooked, swap_class
 
 NO_MODULATION = (None,) * 5
 
 # Where torch's autocast computes group_norm, and so returns it, in float32. Its CPU autocast
 # leaves the dtype alone.
 AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether someone watches or changes what goes through this very module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def act_of(module: nn.Module) -> str | None:
-    """module's name among group_norm_act's activations; None if it is not one of them, or not one
-    of its own any more."""
-    if isinstance(module, AbsorbedActivation):
-        return None
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    cls = type(module)
-    if cls in ACTIVATION_NAMES or torch.compiler.is_compiling():
-        return ACTIVATION_NAMES.get(cls)
-    return next((name for of, name in CONFIGURED.get(cls, ()) if of.holds(module)), None)
-
-
-def learn_activation(module: nn.Module) -> None:
-    """Write down what module computes, if it is an activation of somebody's own class."""
-    cls = type(module)
-    if cls.__module__.startswith("torch.nn.") or isinstance(module, StandIn):
-        return
-    if act_of(module) or (of := configuration(module)) is None:
-        return
-    if (name := activation_name(module)) is None:
-        return
-    if of.is_empty():
-        ACTIVATION_NAMES[cls] = name
-    else:
-        CONFIGURED.setdefault(cls, []).append((of, name))
-
-
-def passes(module: nn.Module) -> bool:
-    """Whether module hands its input through, as it is now."""
-    if isinstance(module, nn.Identity):
-        return type(module) is nn.Identity and not hooked(module)
-    idle = type(module) in PASSES and (module.p == 0 or not module.training)
-    return idle and not hooked(module)
-
-
-def pair_kind(activation: nn.Module) -> str:
-    """How a report calls a norm that is followed by activation."""
-    name = type(activation).__name__
-    return f"{ALONE}: the {name} after it has hooks" if hooked(activation) else f"with {name}"
 
 
 def as_probed(module: nn.Module) -> bool:

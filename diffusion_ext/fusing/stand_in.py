@@ -87,3 +87,14 @@ def _blank(fused: type[StandIn], original: type) -> nn.Module:
     """A stand-in without any state, as unpickling and copying want it."""
     cls = _stand_in(fused, original)
     return cls.__new__(cls)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches or changes what goes through this very module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -13,23 +13,13 @@ from ..nn.group_norm_act import GroupNormAct
 from ..nn.kept_filters import filter_bytes, forget, may_gain, packs
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
+from .activations import ALONE, found_act_of, pair_kind, passes
 from .embedded_blocks import fuse_embedded_block
 from .modulated import fuse_adaptive_norm
-from .modules import (
-    ALONE,
-    FusedConv2d,
-    FusedGroupNorm,
-    FusedSequential,
-    PairedSequential,
-    act_of,
-    hooked,
-    learn_activation,
-    pair_kind,
-    passes,
-)
+from .modules import FusedConv2d, FusedGroupNorm, FusedSequential, PairedSequential
 from .probing import computes_conv2d, configuration, looks_like_a_group_norm, norm_kind
 from .report import FuseReport
-from .stand_in import StandIn, restore_class, swap_class
+from .stand_in import StandIn, hooked, restore_class, swap_class
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
 
@@ -66,7 +56,6 @@ def fuse(model: nn.Module) -> FuseReport:
             kinds[module] = how
         elif why is not None:
             reasons[module] = why
-        learn_activation(module)
         if (diffusers := _diffusers_blocks()) is not None:
             diffusers.fuse_upsampling(module)
     references = Counter(child for m in model.modules() for child in m._modules.values())
@@ -208,13 +197,14 @@ def _fuse_block(module: nn.Module, references: Counter, known: dict) -> dict[nn.
 
 
 def _fuse_sequential(sequential: nn.Sequential) -> dict[nn.Module, str]:
+    children = [child for child in sequential if not passes(child)]
     pairs = [
         (norm, act)
-        for norm, act in itertools.pairwise(child for child in sequential if not passes(child))
+        for norm, act in itertools.pairwise(children)
         if isinstance(norm, FusedGroupNorm)
         and norm.kind.act == "identity"
         and not hooked(norm)
-        and act_of(act)
+        and found_act_of(act)
     ]
     cls = type(sequential)
     known = cls is nn.Sequential or issubclass(cls, PairedSequential)

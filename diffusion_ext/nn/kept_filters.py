@@ -34,7 +34,7 @@ class Kept:
 
     Attributes:
         of: its settings, and what its weight was. numbers: the fingerprint of that weight.
-        packed: its filters. small: shapes of images on which ours do not gain.
+        packed: its filters. gains: shape of images -> whether ours gain on torch's.
         formats: shape, strides and upsampling of images -> whether torch's result of them is
             channels_last.
     """
@@ -42,7 +42,7 @@ class Kept:
     of: tuple
     packed: PackedConv2d
     numbers: int | None = None
-    small: set[tuple[int, ...]] = field(default_factory=set)
+    gains: dict[tuple[int, ...], bool] = field(default_factory=dict)
     formats: dict[tuple, bool] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
     kept, alone = _kept.get(conv), repeat == 1 and not after
-    if kept is not None and alone and x.shape in kept.small:
+    if kept is not None and alone and kept.gains.get(x.shape) is False:
         return None
     strides, of_weight = x.stride(), weight.stride()
     if len(strides) != 4 or (strides[1] > strides[3] and of_weight[1] > of_weight[3]):
@@ -81,8 +81,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     kept = _kept_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
         return None
-    if alone and not _is_worth_a_call(kept.packed, x.shape):
-        kept.small.add(x.shape)
+    if alone and not _gains(kept, x.shape):
         return None
     if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
         return None  # torch's sum would lie as the residual does
@@ -152,19 +151,21 @@ def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: in
     key = x.shape, strides, repeat
     if (found := kept.formats.get(key)) is None:
         if len(kept.formats) >= MOST_SIZES:
-            kept.formats.clear(), kept.small.clear()
+            kept.formats.clear(), kept.gains.clear()
         fits = x.numel() > 0 and x.shape[1] == weight.shape[1]
         found = kept.formats[key] = fits and convolves_to_channels_last(x, weight)
     return found
 
 
-def _is_worth_a_call(packed: PackedConv2d, shape: tuple[int, ...]) -> bool:
-    batch, channels, height, width = shape
-    if packed.by_winograd(batch, height, width):
-        return True
-    products = batch * height * width // (packed.stride[0] * packed.stride[1])
-    products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
-    return products >= LEAST_PRODUCTS
+def _gains(kept: Kept, shape: tuple[int, ...]) -> bool:
+    """Whether ours take less time than torch's, of images of that shape."""
+    if (found := kept.gains.get(shape)) is None:
+        packed, (batch, channels, height, width) = kept.packed, shape
+        products = batch * height * width // (packed.stride[0] * packed.stride[1])
+        products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
+        found = packed.by_winograd(batch, height, width) or products >= LEAST_PRODUCTS
+        kept.gains[shape] = found
+    return found
 
 
 def packs(conv: nn.Conv2d) -> bool:
