@@ -36,6 +36,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def small_work_counts(monkeypatch):
+    """The test's network is small; ours serve its convolutions nevertheless."""
+    from diffusion_ext.nn import kept_filters
+
+    monkeypatch.setattr(kept_filters, "LEAST_SUM", 0)
+    monkeypatch.setattr(kept_filters, "LEAST_PRODUCTS", 0)
+
+
 @pytest.fixture(autouse=True)
 def _own_choices(monkeypatch, tmp_path_factory):
     """No test takes what another one, or this machine's user, has measured."""

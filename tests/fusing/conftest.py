@@ -1,14 +1,11 @@
 import pytest
 
-from diffusion_ext.nn import kept_filters
-
 
 @pytest.fixture(autouse=True)
-def small_work_counts(request, monkeypatch):
-    """The tests' networks are small. Ours serve them nevertheless, but for tests about that."""
+def _small_work_counts(request):
+    """In all tests of this room but those about what ours leave to torch."""
     if "measured_thresholds" not in request.fixturenames:
-        monkeypatch.setattr(kept_filters, "LEAST_SUM", 0)
-        monkeypatch.setattr(kept_filters, "LEAST_PRODUCTS", 0)
+        request.getfixturevalue("small_work_counts")
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import diffusion_ext as dx
 from diffusion_ext.ops import choices
 from diffusion_ext.sampling import auto, runtimes
 
+pytestmark = pytest.mark.usefixtures("small_work_counts")
+
 OURS = {
     "any": ["eager", "trace", "fused", "fused, trace"],
     "ContextUnet": ["eager", "trace", "optimized", "optimized, trace"],
