@@ -67,7 +67,9 @@ def activation_name(module: nn.Module) -> str | None:
     with apart():
         twin = twin_of(module)
         names = (name for name in ACTIVATIONS if name != "identity")
-        return next((name for name in names if _agrees(twin, x, ACTIVATIONS[name])), None)
+        name = next((name for name in names if _agrees(twin, x, ACTIVATIONS[name])), None)
+        keeps_its_dtype = name is not None and twin(x.bfloat16()).dtype == torch.bfloat16
+        return name if keeps_its_dtype else None
 
 
 def computes_conv2d(conv: nn.Conv2d) -> bool:
@@ -87,8 +89,7 @@ def looks_like_a_group_norm(module: nn.Module) -> bool:
     groups, eps = getattr(module, "num_groups", None), getattr(module, "eps", None)
     if isinstance(groups, bool) or not isinstance(groups, int) or not isinstance(eps, float):
         return False
-    known = module._parameters.keys() <= {"weight", "bias"} and not module._buffers
-    return known and {"weight", "bias"} <= vars(module)["_parameters"].keys()
+    return module._parameters.keys() == {"weight", "bias"} and not module._buffers
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,15 @@ def test_activations_of_any_name_are_fused(name):
     assert ops.total() == ops["group_norm_act"] == 1
 
 
+def test_an_activation_of_another_dtype_is_left():
+    class ToFloat32(nn.Module):
+        def forward(self, x):
+            return F.silu(x.float())
+
+    model = nn.Sequential(nn.GroupNorm(2, 8), ToFloat32())
+    assert dx.fuse(model).fused == [("0", "alone")]
+
+
 def test_an_activation_that_changes_is_noticed():
     x, model = torch.randn(IMAGES), nn.Sequential(nn.GroupNorm(2, 8), Scaled(1.0))
     plain = copy.deepcopy(model)

@@ -164,7 +164,8 @@ def test_fused_networks_draw_the_same_images(pipe):
     norms = [m for net in (pipe.unet, pipe.vae) for m in net.modules() if type(m) is nn.GroupNorm]
     reports = [dx.fuse(pipe.unet), dx.fuse(pipe.vae)]
     assert sum(len(report.fused) for report in reports) == len(norms) > 30
-    assert {why for report in reports for _, why in report.left} == {"LayerNorm: no group norm"}
+    left = {why for report in reports for _, why in report.left}
+    assert left == {"LayerNorm: no group norm", "torch's is faster for so few channels"}
     pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
     torch.testing.assert_close(draw(pipe), want, atol=1e-3, rtol=0)
     count = ops_of(lambda: draw(pipe))
