@@ -79,12 +79,11 @@ def fuse_embedded_block(block: nn.Module, known: dict[tuple, bool]) -> dict[nn.M
     if isinstance(block, FusedEmbeddedBlock):
         return {norm: _how(block, act)}
     kind = type(block), bool(block.use_scale_shift_norm), bool(getattr(block, "updown", False))
-    of = configuration(block)
-    if of is None or "forward" in block.__dict__ or not found_act_of(act):
-        known[kind] = known.get(kind, False)
-    if kind not in known:
+    of = configuration(block, with_children=False)
+    fits = of is not None and "forward" not in block.__dict__ and found_act_of(act) is not None
+    if fits and kind not in known:
         known[kind] = _computes(block)
-    if not known[kind]:
+    if not fits or not known[kind]:
         taken_out = f"{ALONE}: its block takes it out of its Sequential"
         return {norm: taken_out} if block.use_scale_shift_norm else {}
     swap_class(block, FusedEmbeddedBlock)

@@ -99,12 +99,13 @@ class Configuration:
     Attributes:
         count: of the instance's attributes. values: (name, value, whether it is compared as it is)
             of those, and of its classes', that torch's classes do not have.
-        children: (name, class, configuration) of each.
+        children: (name, class, configuration) of each; None where they are called as they are, so
+            that what they are does not matter.
     """
 
     count: int
     values: tuple[tuple[str, object, bool], ...]
-    children: tuple[tuple[str, type, Configuration], ...]
+    children: tuple[tuple[str, type, Configuration], ...] | None
 
     def is_empty(self) -> bool:
         """Whether there is nothing that could change."""
@@ -112,20 +113,22 @@ class Configuration:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether module, of the same class, still has it."""
-        if _count(module) != self.count or len(module._modules) != len(self.children):
+        if _count(module) != self.count:
             return False
         for name, value, as_it_is in self.values:
             now = getattr(module, name, None)
             if (now if as_it_is else _listed(now)) != value:
                 return False
         children = module._modules
-        return all(
+        if self.children is None:
+            return True
+        return len(children) == len(self.children) and all(
             _class_of(child := children.get(name)) is cls and of.holds(child)
             for name, cls, of in self.children
         )
 
 
-def configuration(module: nn.Module) -> Configuration | None:
+def configuration(module: nn.Module, with_children: bool = True) -> Configuration | None:
     """module's, as it is now; None where some of it cannot be compared."""
     own = {*vars(module)} - _OF_TORCH - {*_notes(module)}
     try:
@@ -135,6 +138,8 @@ def configuration(module: nn.Module) -> Configuration | None:
         )
     except TypeError:
         return None
+    if not with_children:
+        return Configuration(_count(module), values, None)
     children = tuple(
         (name, _class_of(child), configuration(child))
         for name, child in module._modules.items()
