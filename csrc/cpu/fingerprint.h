@@ -15,16 +15,15 @@ namespace dx {
 uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers);
 
 // Which lines of 16 numbers are read: all of a weight of 64 KiB, and of a larger one `taken` of
-// each filter's, at least one in 48.
+// each filter's, at least one in 32.
 //
-// They are a lattice. A filter's lines are cut into `taken` strata of `width`, and of stratum j
-// filter k has line (k·step + j·shift) mod width read. `step` has no factor in common with `width`,
-// so any `width` filters, which are never more than there are, have every line read between them:
-// no filter, input channel or tap goes unread. `step` is near width / golden ratio and `shift` near
-// width / plastic number, whose multiples leave no large rectangle empty: a change of 32 filters
-// by 32 channels meets some line (tests/nn/test_fingerprint.py).
+// They are a lattice. A filter's lines are cut into `taken` strata of `width`, at most 32, and of
+// stratum j filter k has line (k·step + j·shift) mod width read. `step` has no factor in common
+// with `width`, so any `width` neighbouring filters, which are never more than there are, have
+// every line read between them: no input channel or tap goes unread, and of 32 neighbouring filters
+// no number.
 struct Sampling {
-  static constexpr int64_t kLine = 16, kLines = 1024, kShare = 48;
+  static constexpr int64_t kLine = 16, kLines = 1024, kShare = 32;
 
   int64_t filters, numbers, taken, width, step, shift;
 

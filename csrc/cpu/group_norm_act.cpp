@@ -211,17 +211,21 @@ DX_INLINE void apply_channels(const Slab& slab, const Channels& ch, Range part,
   });
 }
 
-// The same of channels of fewer elements than a vector has, each with its channel's numbers: at 4
-// elements, Mish took twice as long channel by channel; without an activation this takes longer. An
-// element's channel is its place over the channels' size, by a product that is right for the kRun
-// elements of a part.
+// The same where a channel has fewer than kShortChannel elements: whole vectors, each element with
+// its own channel's numbers. Channel by channel, Mish of 4 elements took twice as long (Zen 4);
+// without a costly activation this way is slower. An element's channel is its place divided by the
+// channel's size; the product with the inverse is exact, since a part has at most kRun elements.
 template <Act act, bool post>
 DX_INLINE void apply_elements(const Slab& slab, const Channels& ch, Range part,
                               const float* __restrict from, float* __restrict to) {
   const int32_t size = int32_t(slab.g.spatial), count = int32_t(part.size());
   const int32_t rest = int32_t(part.begin % size);
   const int64_t first = part.begin / size;
-  const float* __restrict centre = ch.centre + first, * __restrict slope = ch.slope + first, * __restrict intercept = ch.intercept + first, * __restrict scale = ch.post_scale + first, * __restrict shift = ch.post_shift + first;
+  const float* __restrict centre = ch.centre + first;
+  const float* __restrict slope = ch.slope + first;
+  const float* __restrict intercept = ch.intercept + first;
+  const float* __restrict scale = ch.post_scale + first;
+  const float* __restrict shift = ch.post_shift + first;
   const float inverse = 1.0f / float(size);
 #pragma omp simd
   for (int32_t i = 0; i < count; ++i) {

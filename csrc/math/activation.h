@@ -99,7 +99,7 @@ DX_INLINE float activate(float a, float& derivative) {
     const float u = exp(-fabsf(a)), u2 = u * u;
     const float n = above ? fma(2.0f, u, 1.0f) : fma(2.0f, u, u2);
     const float over = reciprocal(n + (above ? 2.0f * u2 : 2.0f)), t = n * over;
-    derivative = fma(4.0f * a * over * over, (above ? u2 : u) * (1.0f + u), t);
+    derivative = fma(a, 4.0f * over * over * ((above ? u2 : u) * (1.0f + u)), t);
     return a * t;
   } else {
     // 0.5 (1 + tanh(y)) = sigmoid(2y), y = sqrt(2/pi) (a + 0.044715 a^3)

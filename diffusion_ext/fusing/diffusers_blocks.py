@@ -85,8 +85,10 @@ class FusedUpsample2D(StandIn, Upsample2D):
 
     def forward(self, hidden_states: Tensor, output_size=None, *args, **kwargs) -> Tensor:
         """As Upsample2D's, which serves whatever is unusual."""
-        if output_size is None and not args and not kwargs:
+        if output_size is None and not (args or kwargs or recorded()):
             conv = self.conv if self.name == "conv" else self.Conv2d_0
+            if hidden_states.shape[0] >= 64:  # as diffusers does, whose result lies accordingly
+                hidden_states = hidden_states.contiguous()
             if (y := convolved_by(conv, hidden_states, repeat=2)) is not None:
                 return y
         return super().forward(hidden_states, output_size, *args, **kwargs)
@@ -124,7 +126,7 @@ def fuse_pairs(module: nn.Module, references: Counter) -> dict[nn.Module, str]:
 
 def _fuse_resnet(block: ResnetBlock2D) -> dict[nn.Module, str]:
     norms = [n for n in (block.norm1, block.norm2) if isinstance(n, FusedGroupNorm)]
-    norms = [n for n in norms if not hooked(n)]
+    norms = [n for n in norms if not hooked(n) and n.kind.act == "identity"]
     if (reason := _reason_not_to_pair(block)) is not None:
         return dict.fromkeys(norms, f"{ALONE}: {reason}")
     if norms and type(block) is ResnetBlock2D:
@@ -150,7 +152,7 @@ def _reason_not_to_pair(block: ResnetBlock2D) -> str | None:
 
 def _fuse_output(module: nn.Module, references: Counter) -> dict[nn.Module, str]:
     norm, act = module.conv_norm_out, module.conv_act
-    if not isinstance(norm, FusedGroupNorm) or hooked(norm):
+    if not isinstance(norm, FusedGroupNorm) or hooked(norm) or norm.kind.act != "identity":
         return {}
     if isinstance(act, AbsorbedActivation) and act.absorbed_by == (norm,):
         return {norm: f"with {act.extra_repr()}, output"}

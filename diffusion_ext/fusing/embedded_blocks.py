@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.backend import recorded
 from .activations import ALONE, found_act_of, pair_kind
 from .modules import FusedGroupNorm, as_probed, convolved_by, norm_act
-from .probing import agree, apart, configuration, twin_of
+from .probing import agree, apart, configuration, random, twin_of
 from .stand_in import StandIn, hooked, swap_class
 
 SEQUENTIALS = ("in_layers", "emb_layers", "out_layers")
@@ -78,9 +78,9 @@ def fuse_embedded_block(block: nn.Module, known: dict[tuple, bool]) -> dict[nn.M
         return {}
     if isinstance(block, FusedEmbeddedBlock):
         return {norm: _how(block, act)}
-    kind = type(block), bool(block.use_scale_shift_norm), bool(getattr(block, "updown", False))
     of = configuration(block, with_children=False)
-    fits = of is not None and "forward" not in block.__dict__ and found_act_of(act) is not None
+    kind = type(block), of
+    fits = of is not None and not hooked(block) and found_act_of(act) is not None
     if fits and kind not in known:
         known[kind] = _computes(block)
     if not fits or not known[kind]:
@@ -115,8 +115,8 @@ def _computes(block: nn.Module) -> bool:
         return False
     with apart():
         twin = twin_of(block)
-        x = torch.randn(2, conv.in_channels, *[4] * (conv.weight.dim() - 2))
-        emb = torch.randn(2, linear.in_features)
+        x = random(2, conv.in_channels, *[4] * (conv.weight.dim() - 2))
+        emb = random(2, linear.in_features)
         size = FusedEmbeddedBlock.fused_forward(twin, x, emb).abs().max()
         return agree(
             lambda x: twin(x, emb) / size,

@@ -31,7 +31,14 @@ def as_probed(module: nn.Module) -> bool:
         return True
     if torch.compiler.is_compiling():  # it is not to be looked at
         return known.is_empty()
-    return known.holds(module) and not any(map(hooked, module._modules.values()))
+    deep = known.children is not None
+    return known.holds(module) and not _watched_within(module, deep)
+
+
+def _watched_within(module: nn.Module, deep: bool) -> bool:
+    """Whether there are hooks on what module calls; deep: on what that calls, too."""
+    children = module._modules.values()
+    return any(hooked(child) or (deep and _watched_within(child, deep)) for child in children)
 
 
 class FusedGroupNorm(StandIn):
@@ -165,7 +172,7 @@ def fused_op(
     shift: Tensor | None = None,
     rounded_after: bool = False,
 ) -> Tensor | None:
-    """`norm_act` as the op; None where that is not for the op to do, but for torch's, or to refuse.
+    """`norm_act` as one op; None where the op does not serve, or where torch is to raise its error.
 
     These, and the kernel's own, are all the checks of a call: the op's would double them.
     """

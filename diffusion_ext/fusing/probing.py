@@ -2,7 +2,8 @@
 
 A module is run on a few numbers, with parameters of its size that are drawn at random, and its
 results are compared with the formulas that our ops have. What it is found to be holds as long as
-its configuration stays, which is all that its class may look at besides its parameters.
+its configuration stays: its attributes, those of its classes, its children. What a class reads
+elsewhere, in globals say, is not seen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from ..ops.reference import ACTIVATIONS
 from .stand_in import StandIn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SHAPES = {3: (5,), 4: (3, 4), 5: (2, 3, 4)}  # dimensions of an input -> its sizes after [N, C]
 
 
@@ -48,11 +51,13 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
         return None
     with apart():
         twin = twin_of(norm)
-        inputs = {dim: torch.randn(2, _channels(norm), *sizes) for dim, sizes in SHAPES.items()}
+        inputs = {dim: random(2, _channels(norm), *sizes) for dim, sizes in SHAPES.items()}
         for act in ACTIVATIONS:
             whole, by_frame = _formulas(twin, act)
-            dims = tuple(d for d, x in inputs.items() if _agrees(twin, x, whole))
-            frames = 5 not in dims and _agrees(twin, inputs[5], by_frame)
+            # Of small numbers too, where eps counts.
+            dims = tuple(d for d, x in inputs.items() if _agrees(twin, x, whole, 1e-3 * x))
+            x = inputs[5]
+            frames = 5 not in dims and _agrees(twin, x, by_frame, 1e-3 * x)
             if dims or frames:
                 rounds = _rounds(twin, inputs[dims[0] if dims else 5], whole if dims else by_frame)
                 return None if rounds is None else NormKind(act, rounds, dims, frames)
@@ -63,8 +68,8 @@ def activation_name(module: nn.Module) -> str | None:
     """Which of group_norm_act's activations a module without parameters computes, if any."""
     if module._parameters or module._buffers or module._modules:
         return None
-    x = torch.linspace(-9, 9, 240).view(2, 4, 5, 6)
     with apart():
+        x = torch.linspace(-40, 40, 960, dtype=torch.float32).view(2, 4, 10, 12)
         twin = twin_of(module)
         names = (name for name in ACTIVATIONS if name != "identity")
         name = next((name for name in names if _agrees(twin, x, ACTIVATIONS[name])), None)
@@ -74,6 +79,8 @@ def activation_name(module: nn.Module) -> str | None:
 
 def computes_conv2d(conv: nn.Conv2d) -> bool:
     """Whether conv, of a subclass of Conv2d, computes what Conv2d does with its settings."""
+    if conv._buffers or conv._parameters.keys() - {"weight", "bias"}:
+        return False
     sides = [d * (k - 1) + 3 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
 
     def formula(x: Tensor) -> Tensor:
@@ -81,7 +88,7 @@ def computes_conv2d(conv: nn.Conv2d) -> bool:
 
     with apart():
         twin = twin_of(conv)
-        return _agrees(twin, torch.randn(2, conv.in_channels, *sides), formula)
+        return _agrees(twin, random(2, conv.in_channels, *sides), formula)
 
 
 def looks_like_a_group_norm(module: nn.Module) -> bool:
@@ -108,7 +115,7 @@ class Configuration:
     children: tuple[tuple[str, type, Configuration], ...] | None
 
     def is_empty(self) -> bool:
-        """Whether there is nothing that could change."""
+        """Whether there is nothing to compare, other than how many attributes there are."""
         return not (self.values or self.children)
 
     def holds(self, module: nn.Module) -> bool:
@@ -117,7 +124,8 @@ class Configuration:
             return False
         for name, value, as_it_is in self.values:
             now = getattr(module, name, None)
-            if (now if as_it_is else _listed(now)) != value:
+            now = now if as_it_is else _listed(now)
+            if type(now) is not type(value) or now != value:
                 return False
         children = module._modules
         if self.children is None:
@@ -210,24 +218,34 @@ def _listed(value):
 @contextlib.contextmanager
 def apart():
     """Without gradients, and without a draw from torch's own generator."""
-    apart = torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad()
-    with apart[0], apart[1], apart[2], torch.device("cpu"):
-        torch.manual_seed(0)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+    ):
+        torch.default_generator.manual_seed(0)  # torch's own function would seed a GPU's too
         yield
 
 
+def random(*shape: int) -> Tensor:
+    """Normals, float32 whatever torch's default is."""
+    return torch.randn(shape, dtype=torch.float32)
+
+
 def twin_of(module: nn.Module) -> nn.Module:
-    """A copy with parameters of its own, float32 on the CPU and drawn at random, for what is ones
-    or zeros would hide what it is used for."""
+    """A copy that nobody watches, with parameters of its own: float32 on the CPU and drawn at
+    random, for what is ones or zeros would hide what it is used for, and large, so that a bound is
+    met."""
     twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {
-        name: None if p is None else nn.Parameter(torch.randn(p.shape))
+    own = twin.__dict__
+    own["_parameters"] = {
+        name: None if p is None else nn.Parameter(8 * random(*p.shape))
         for name, p in module._parameters.items()
     }
-    twin.__dict__["_buffers"] = dict(module._buffers)
-    twin.__dict__["_modules"] = {
-        n: c if c is None else twin_of(c) for n, c in module._modules.items()
-    }
+    own["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    own["_modules"] = {n: None if c is None else twin_of(c) for n, c in module._modules.items()}
+    own.update({hooks: OrderedDict() for hooks in HOOKS})
     return twin
 
 
@@ -249,9 +267,10 @@ def _formulas(norm: nn.Module, act: str) -> tuple[Callable, Callable]:
     return whole, by_frame
 
 
-def _agrees(module: nn.Module, x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:
-    """Whether module computes formula, in training and in evaluation."""
-    return all(agree(module.train(mode), x, formula) for mode in (True, False))
+def _agrees(module: nn.Module, x: Tensor, formula: Callable, *others: Tensor) -> bool:
+    """Whether module computes formula of all inputs, in training and in evaluation."""
+    modes = (True, False)
+    return all(agree(module.train(mode), y, formula) for y in (x, *others) for mode in modes)
 
 
 def agree(run: Callable[[Tensor], Tensor], x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:

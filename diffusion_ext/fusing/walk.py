@@ -27,14 +27,17 @@ CONVOLUTIONS = nn.modules.conv._ConvNd
 def fuse(model: nn.Module) -> FuseReport:
     """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions.
 
-    Norms: whatever computes a group norm, as its results tell (see probing.py). An activation is
-    fused with it where the structure proves that it follows it: neighbours in an nn.Sequential,
-    diffusers' ResnetBlock2D (with its time embedding) and the output norms of diffusers' UNets and
-    autoencoders. Every other group norm is fused alone.
+    Norms: whatever computes a group norm, as its results tell (see probing.py), with an activation
+    of its own too, and adaptive norms, whose scale and shift come from an embedding. The activation
+    after a norm is fused with it where the structure proves that it follows: neighbours in an
+    nn.Sequential, with an Identity or an idle dropout between them or not; diffusers' ResnetBlock2D
+    and guided-diffusion's residual blocks, with their embedding; the output norms of diffusers'
+    UNets and autoencoders.
 
-    Convolutions: on a CPU, in float32 and channels_last; so move the model to that. Without
-    gradients, weights are laid out once, in memory of their own (see `FuseReport`), and again when
-    they change. With gradients, 3x3 filters of stride 1 and padding 1 run by Winograd's algorithm.
+    Convolutions: on a CPU, in float32, where the weight or the images are channels_last, and where
+    that gains on torch's; so move the model to channels_last. Without gradients, weights are laid
+    out once, in memory of their own (see `FuseReport`), and again when they change. With gradients,
+    3x3 filters of stride 1 and padding 1 run by Winograd's algorithm.
 
     Parameters, module names, the state dict and the module objects stay; only their classes change.
     A new class stands in for the old one (see stand_in.py), so that adapters and other wrappers
@@ -48,6 +51,7 @@ def fuse(model: nn.Module) -> FuseReport:
     _check(model)
     kinds: dict[nn.Module, str] = {}  # fused norm -> how
     reasons: dict[nn.Module, str] = {}  # norm or convolution that is left -> why
+    diffusers = _diffusers_blocks()
     for module in model.modules():
         how, why = _fuse_norm(module)
         if how is None:
@@ -56,7 +60,7 @@ def fuse(model: nn.Module) -> FuseReport:
             kinds[module] = how
         elif why is not None:
             reasons[module] = why
-        if (diffusers := _diffusers_blocks()) is not None:
+        if diffusers is not None:
             diffusers.fuse_upsampling(module)
     references = Counter(child for m in model.modules() for child in m._modules.values())
     for module in model.modules():
@@ -110,7 +114,8 @@ def _fuse_norm(module: nn.Module) -> tuple[str | None, str | None]:
     if fuse_adaptive_norm(module):
         return f"{ALONE}, modulated", None
     if not (isinstance(module, nn.GroupNorm) or looks_like_a_group_norm(module)):
-        return None, f"{cls.__name__}: no group norm" if _is_a_norm(module) else None
+        why = "has hooks" if hooked(module) else f"{cls.__name__}: no group norm"
+        return None, why if _is_a_norm(module) else None
     if isinstance(module, GroupNormAct):
         return None, "GroupNormAct: on the fused op already"
     if not isinstance(module, FusedGroupNorm):

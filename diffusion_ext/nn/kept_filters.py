@@ -25,7 +25,7 @@ FREE = 4  # filters are laid out while one part in so many of the machine's memo
 # of 64, 128, 320 and 640 channels ours take 1.1, 1.02, 0.93, 0.91 of torch's time, and a call 5 us
 # more. By Winograd's algorithm they take 0.3 to 0.7.
 LEAST_SUM, LEAST_PRODUCTS = 256, 1_500_000
-MOST_SIZES = 64  # of images, of which is kept how torch's results lie
+MOST_SIZES = 64  # of images, for each convolution, of which it is kept how torch's result lies
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Kept:
 
     Attributes:
         of: its settings, and what its weight was. numbers: the fingerprint of that weight.
-        packed: its filters. gains: shape of images -> whether ours gain on torch's.
+        packed: its filters. gains: shape of images, stride -> whether ours gain on torch's.
         formats: shape, strides and upsampling of images -> whether torch's result of them is
             channels_last.
     """
@@ -42,7 +42,7 @@ class Kept:
     of: tuple
     packed: PackedConv2d
     numbers: int | None = None
-    gains: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    gains: dict[tuple, bool] = field(default_factory=dict)
     formats: dict[tuple, bool] = field(default_factory=dict)
 
 
@@ -67,7 +67,8 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
     kept, alone = _kept.get(conv), repeat == 1 and not after
-    if kept is not None and alone and kept.gains.get(x.shape) is False:
+    small = kept is not None and alone and kept.gains.get((x.shape, conv.stride)) is False
+    if small and not torch.is_grad_enabled():
         return None
     strides, of_weight = x.stride(), weight.stride()
     if len(strides) != 4 or (strides[1] > strides[3] and of_weight[1] > of_weight[3]):
@@ -81,7 +82,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     kept = _kept_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
         return None
-    if alone and not _gains(kept, x.shape):
+    if alone and not _gains(kept, (x.shape, conv.stride)):
         return None
     if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
         return None  # torch's sum would lie as the residual does
@@ -147,7 +148,8 @@ def _holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
 
 
 def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:
-    """Whether torch's result is, of x upsampled."""
+    """Whether torch's result for x, upsampled `repeat` times, is channels_last; found once for each
+    shape and strides."""
     key = x.shape, strides, repeat
     if (found := kept.formats.get(key)) is None:
         if len(kept.formats) >= MOST_SIZES:
@@ -157,14 +159,14 @@ def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: in
     return found
 
 
-def _gains(kept: Kept, shape: tuple[int, ...]) -> bool:
-    """Whether ours take less time than torch's, of images of that shape."""
-    if (found := kept.gains.get(shape)) is None:
-        packed, (batch, channels, height, width) = kept.packed, shape
-        products = batch * height * width // (packed.stride[0] * packed.stride[1])
+def _gains(kept: Kept, key: tuple) -> bool:
+    """Whether ours take less time than torch's, of images of a shape, by a stride."""
+    if (found := kept.gains.get(key)) is None:
+        packed, ((batch, channels, height, width), stride) = kept.packed, key
+        products = batch * height * width // (stride[0] * stride[1])
         products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
         found = packed.by_winograd(batch, height, width) or products >= LEAST_PRODUCTS
-        kept.gains[shape] = found
+        kept.gains[key] = found
     return found
 
 

@@ -58,16 +58,17 @@ class PackedConv2d:
         if (version := version_of(self.weight)) != self.version:
             self.winograd, self.direct, self.version = None, None, version
         # What stays must not be an inference tensor, which later calls could not use everywhere.
+        # Another thread may set the attributes to None at any time.
         if self.by_winograd(self.batch or batch, height, width):
-            if self.winograd is None:
+            if (filters := self.winograd) is None:
                 with torch.inference_mode(False):
-                    self.winograd = winograd_filters(self.weight.detach())
-            return self.winograd
-        if self.direct is None:
+                    filters = self.winograd = winograd_filters(self.weight.detach())
+            return filters
+        if (filters := self.direct) is None:
             with torch.inference_mode(False):
                 weight = self.weight.detach().view(self.shape)
-                self.direct = direct_filters(weight, self.side > 1)
-        return self.direct
+                filters = self.direct = direct_filters(weight, self.side > 1)
+        return filters
 
     def by_winograd(self, *size: int) -> bool:
         if self.chosen is None:

@@ -88,8 +88,8 @@ def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def empty_sum(x: Tensor) -> Tensor:
-    """Of the strides of a·x + b·y where y lies as x. They differ from x's only for sizes of 0 and
-    1, and where x is not dense."""
+    """A tensor for a fake kernel, with the strides of a·x + b·y, where y lies as x does. They
+    differ from x's only for sizes of 0 and 1, and where x is not dense."""
     return (2 * x).abs()
 
 

@@ -33,6 +33,12 @@ def test_reads_in_place(name, batch):
     plain, fused = pair(use_conv=True, name=name, out_channels=24)
     x = images(batch)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert fused(x).stride() == plain(x).stride()
+    for model in (plain, fused):
+        model.to(memory_format=torch.contiguous_format)
+    assert fused(x).stride() == plain(x).stride()
+    for model in (plain, fused):
+        model.to(memory_format=torch.channels_last)
     ops = ops_of(lambda: fused(x))
     assert ops["conv2d"] == VECTORISED
     assert bool(ops["upsample_nearest2d"]) != VECTORISED

@@ -161,6 +161,42 @@ def test_a_block_that_computes_something_else_is_not_taken(scale_shift):
     torch.testing.assert_close(block(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+class ScaledBlock(Block):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def _forward(self, x, emb):
+        return self.scale * super()._forward(x, emb)
+
+
+def test_blocks_of_a_class_are_known_by_their_attributes():
+    blocks = nn.ModuleList(vary(ScaledBlock(scale)) for scale in (1.0, 0.5))
+    inputs = torch.randn(2, 16, 8, 8), torch.randn(2, 6)
+    expected = [block(*inputs) for block in blocks]
+    report = dict(dx.fuse(blocks).fused)
+    assert report["0.out_layers.0"] == "with Swish, embedding as scale and shift"
+    assert report["1.out_layers.0"] == "alone: its block takes it out of its Sequential"
+    for block, y in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(block(*inputs), y, rtol=1e-4, atol=1e-4)
+
+
+def test_probing_a_block_leaves_no_trace():
+    block, called = Block(out=32), []
+    block.skip_connection = nn.Sequential(nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32))
+    block.skip_connection[1].register_forward_hook(lambda *_: called.append(1))
+    state = copy.deepcopy(block.state_dict())
+    dx.fuse(block.train())
+    assert not called
+    assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
+
+
+def test_a_hooked_adaptive_norm_is_named_so():
+    norm = diffusers_norm()
+    norm.register_forward_hook(lambda *_: None)
+    assert dx.fuse(norm).left == [("(model)", "has hooks")]
+
+
 def test_unusual_calls_are_the_blocks_own():
     block, x = vary(Block()), torch.randn(2, 16, 8, 8)
     plain = copy.deepcopy(block)

@@ -110,6 +110,13 @@ class ToFloat32(nn.GroupNorm):
         return super().forward(x.float())
 
 
+class OwnEps(nn.GroupNorm):
+    """Its eps is another than it says."""
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, 1e-3)
+
+
 IMAGES, VIDEO = (2, 8, 6, 5), (2, 8, 3, 6, 5)
 NORMS = {
     "only an __init__": (lambda: OnlyAnInit(8), IMAGES),
@@ -127,6 +134,8 @@ NORMS = {
 OTHERS = {
     "another activation": lambda: WithActivation(8, act=nn.Softplus),
     "another swish": lambda: InFloat32(8, swish=1.7),
+    "an activation with a bound": lambda: WithActivation(8, act=nn.ReLU6),
+    "another eps": lambda: OwnEps(4, 8),
     "learned": lambda: Learned(4, 8),
     "noisy": lambda: Noisy(4, 8),
     "to float32": lambda: ToFloat32(4, 8),
@@ -165,7 +174,10 @@ def test_what_computes_something_else_is_left_and_named(name):
 
 
 def test_probing_leaves_no_trace():
-    model, state = nn.Sequential(*(vary(build()) for build, _ in NORMS.values())), {}
+    norms = [vary(build()) for build, _ in NORMS.values()]
+    model, called = nn.Sequential(*norms, nn.GroupNorm(2, 8), TimesSigmoid(), Counting()), []
+    for module in (model[-2], model[list(NORMS).index("with ReLU")].act):
+        module.register_forward_hook(lambda *_: called.append(1))
     state = copy.deepcopy(model.state_dict())
     modes = [m.training for m in model.modules()]
     torch.manual_seed(3)
@@ -177,6 +189,21 @@ def test_probing_leaves_no_trace():
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     assert not any(p.grad is not None for p in model.parameters())
+    assert not called
+
+
+def test_probing_leaves_the_seeds_of_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("was seeded"))
+    assert len(dx.fuse(OnlyAnInit(8)).fused) == 1
+
+
+def test_probing_in_another_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = nn.Sequential(OnlyAnInit(8), TimesSigmoid())
+        assert dx.fuse(model).fused == [("0", "with TimesSigmoid")]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_module_whose_configuration_changes_computes_as_its_class_does():
@@ -186,6 +213,7 @@ def test_a_module_whose_configuration_changes_computes_as_its_class_does():
         "a list": (Switched(4, 8), lambda m: setattr(m, "weight_function", [torch.neg])),
         "its own attribute": (OneGroup(8), lambda m: setattr(m, "fast_norm", True)),
         "a child": (WithActivation(8), lambda m: setattr(m, "act", nn.Tanh())),
+        "a tensor": (InFloat32(8, swish=1), lambda m: setattr(m, "swish", torch.tensor(2.0))),
         "a child's class": (InFloat32(8, swish=1), lambda m: setattr(m, "swish", 1.5)),
     }
     for what, (norm, change) in changes.items():
@@ -206,9 +234,10 @@ def test_a_list_that_grows_in_place_is_noticed():
 
 
 def test_hooks_on_a_norms_own_activation_see_what_they_saw():
-    norm, x, seen = WithActivation(8), torch.randn(IMAGES), []
-    dx.fuse(norm)
-    norm.act.register_forward_hook(lambda m, args, y: seen.append(args[0].min()))
+    act = nn.Sequential(nn.Identity(), nn.ReLU())
+    norm, x, seen = WithActivation(8, act=lambda: act), torch.randn(IMAGES), []
+    assert dx.fuse(norm).fused == [("(model)", "with its relu")]
+    norm.act[1].register_forward_hook(lambda m, args, y: seen.append(args[0].min()))
     norm(x)
     assert seen[0] < 0
 
@@ -272,6 +301,23 @@ def test_activations_of_any_name_are_fused(name):
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     ops = ops_of(lambda: model(x))
     assert ops.total() == ops["group_norm_act"] == 1
+
+
+class Betas(nn.Module):
+    """A SiLU until somebody says otherwise."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(getattr(self, "beta", 1.0) * x)
+
+
+def test_what_one_activation_is_says_nothing_of_another():
+    model, other = (nn.Sequential(nn.GroupNorm(2, 8), Betas()) for _ in range(2))
+    other[1].beta = 2.0
+    assert dx.fuse(model).fused == [("0", "with Betas")]
+    assert dx.fuse(other).fused == [("0", "alone")]
+    x = torch.randn(IMAGES)
+    model[1].beta = 2.0
+    torch.testing.assert_close(model(x), model[1](model[0](x)))
 
 
 def test_an_activation_of_another_dtype_is_left():
@@ -346,6 +392,18 @@ class SamePadding(nn.Conv2d):
         return super()._conv_forward(F.pad(x, (1, 1, 1, 1)), weight, bias)
 
 
+class Counting(nn.Conv2d):
+    """With a state of its own."""
+
+    def __init__(self):
+        super().__init__(8, 8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 CONVOLUTIONS = {
     "only an __init__": lambda: ConvOfInit(16, 16),
     "with lora": lambda: ConvWithLora(16, 16, 3, stride=2),
@@ -378,9 +436,9 @@ def test_arguments_and_attributes_of_a_subclass_are_its_own_matter():
         torch.testing.assert_close(fused(x, scale=0.5), conv(x, scale=0.5))
 
 
-@pytest.mark.parametrize("cls", [Standardised, SamePadding])
+@pytest.mark.parametrize("cls", [Standardised, SamePadding, Counting])
 def test_convolutions_that_compute_something_else_are_left(cls):
-    conv = cls(8, 8, 3)
+    conv = cls() if cls is Counting else cls(8, 8, 3)
     report = dx.fuse(conv)
     assert report.convolutions == []
     assert report.left == [("(model)", f"{cls.__name__}: computes something else than a Conv2d")]

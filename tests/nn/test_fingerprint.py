@@ -56,7 +56,15 @@ def test_no_filter_input_channel_or_tap_goes_unread(shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(256, 256, 3, 3), (512, 512, 3, 3), (640, 320, 3, 3), (320, 320, 1, 1), (130, 70, 3, 3)],
+    [
+        (256, 256, 3, 3),
+        (512, 512, 3, 3),
+        (640, 320, 3, 3),
+        (320, 320, 1, 1),
+        (1280, 1280, 1, 1),
+        (640, 1920, 1, 1),
+        (130, 70, 3, 3),
+    ],
     ids=str,
 )
 def test_no_block_of_32_filters_by_32_channels_goes_unread(shape, layout):

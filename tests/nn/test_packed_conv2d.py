@@ -148,7 +148,7 @@ def test_a_large_weight_that_has_changed_is_noticed(change, layout, shape):
 
 
 def test_a_number_that_was_changed_in_place_is_noticed():
-    """By the version alone: of a weight of this size one line in 48 is compared."""
+    """By the version alone: of a weight of this size one line in 32 is compared."""
     conv, x = layer(640, 640), images(640, 1, 4)
     assert_right(conv, x)
     draw = torch.Generator().manual_seed(0)
@@ -182,6 +182,16 @@ def test_gradients_after_inference_mode():
         assert_right(conv, x)
     conv(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+
+
+def test_training_on_small_images_gives_the_memory_back_too():
+    conv, x = layer(), images(side=2)
+    with torch.no_grad():
+        assert convolved(conv, x) is None  # too small
+    assert_right(conv, images())
+    assert laid_out(conv).winograd is not None
+    conv(x).sum().backward()
+    assert laid_out(conv) is None
 
 
 def test_training_gives_the_memory_back():
