@@ -9,13 +9,15 @@ They are known by these names, and by running them; the class and what it is cal
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..ops.backend import recorded
 from .activations import ALONE, found_act_of, pair_kind
 from .modules import FusedGroupNorm, as_probed, convolved_by, norm_act
-from .probing import agree, apart, configuration, random, twin_of
+from .probing import agrees, apart, configuration, random, twin_of
 from .stand_in import StandIn, hooked, swap_class
 
 SEQUENTIALS = ("in_layers", "emb_layers", "out_layers")
@@ -26,21 +28,13 @@ class FusedEmbeddedBlock(StandIn):
 
     notes = ("configuration",)
 
-    def forward(self, x: Tensor, emb: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, *args, **kwargs) -> Tensor:
         """As the block's own forward, which serves whatever is unusual."""
         recomputed = torch.is_grad_enabled() and getattr(self, "use_checkpoint", False)
-        if (
-            args
-            or kwargs
-            or recomputed
-            or recorded()
-            or not isinstance(emb, Tensor)
-            or emb.dim() != 2
-        ):
-            return super().forward(x, emb, *args, **kwargs)
-        if len(emb) not in (1, len(x)) or not as_probed(self):
-            return super().forward(x, emb)
-        return self.fused_forward(x, emb)
+        usual = isinstance(emb, Tensor) and not (args or kwargs or recomputed or recorded())
+        if usual and as_probed(self) and emb.dim() == 2 and emb.shape[0] in (1, x.shape[0]):
+            return self.fused_forward(x, emb)
+        return super().forward(x, *(() if emb is None else (emb,)), *args, **kwargs)
 
     def fused_forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [N, C, *spatial], emb [N or 1, E] -> [N, K, *spatial']"""
@@ -79,8 +73,9 @@ def fuse_embedded_block(block: nn.Module, known: dict[tuple, bool]) -> dict[nn.M
     if isinstance(block, FusedEmbeddedBlock):
         return {norm: _how(block, act)}
     of = configuration(block, with_children=False)
-    kind = type(block), of
-    fits = of is not None and not hooked(block) and found_act_of(act) is not None
+    kind = type(block), of, tuple((name, type(m)) for name, m in block.named_modules())
+    own = block._parameters or block._buffers
+    fits = of is not None and not (own or hooked(block)) and found_act_of(act) is not None
     if fits and kind not in known:
         known[kind] = _computes(block)
     if not fits or not known[kind]:
@@ -97,18 +92,18 @@ def _how(block: nn.Module, act: nn.Module) -> str:
 
 
 def _looks_like_one(block: nn.Module) -> bool:
-    if not all(isinstance(getattr(block, name, None), nn.Sequential) for name in SEQUENTIALS):
+    children = block._modules
+    if not all(isinstance(children.get(name), nn.Sequential) for name in SEQUENTIALS):
         return False
-    named = hasattr(block, "use_scale_shift_norm") and isinstance(
-        getattr(block, "skip_connection", None), nn.Module
-    )
-    linear = [m for m in block.emb_layers if isinstance(m, nn.Linear)]
-    return named and len(linear) == 1 and len(block.out_layers) >= 3
+    if "use_scale_shift_norm" not in vars(block) or children.get("skip_connection") is None:
+        return False
+    linear = [m for m in block.emb_layers if type(m) is nn.Linear]
+    return len(linear) == 1 and len(block.out_layers) >= 3
 
 
 def _computes(block: nn.Module) -> bool:
     """Whether block computes what `fused_forward` does: run both ways, to rounding."""
-    (linear,) = (m for m in block.emb_layers if isinstance(m, nn.Linear))
+    (linear,) = (m for m in block.emb_layers if type(m) is nn.Linear)
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     conv = next((m for m in block.in_layers if isinstance(m, convolutions)), None)
     if conv is None:
@@ -117,9 +112,5 @@ def _computes(block: nn.Module) -> bool:
         twin = twin_of(block)
         x = random(2, conv.in_channels, *[4] * (conv.weight.dim() - 2))
         emb = random(2, linear.in_features)
-        size = FusedEmbeddedBlock.fused_forward(twin, x, emb).abs().max()
-        return agree(
-            lambda x: twin(x, emb) / size,
-            x,
-            lambda x: FusedEmbeddedBlock.fused_forward(twin, x, emb) / size,
-        )
+        fused = partial(FusedEmbeddedBlock.fused_forward, twin, emb=emb)
+        return agrees(twin, x, fused, run=lambda x: twin(x, emb))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..ops.backend import recorded
 from .modules import as_probed, fused_op
-from .probing import NormKind, agree, apart, configuration, random, twin_of
+from .probing import NormKind, agrees, apart, configuration, random, twin_of
 from .stand_in import StandIn, hooked, swap_class
 
 
@@ -44,22 +44,24 @@ class FusedAdaptiveNorm(StandIn):
     notes = ("layer", "configuration")
     kind, weight, bias = NormKind(), None, None
 
-    def forward(self, x: Tensor, condition, *args, **kwargs) -> Tensor:
-        if not (args or kwargs or recorded()) and x.dim() == 4 and as_probed(self):
-            scale, shift = ROWS[self.layer][0](self, condition).chunk(2, dim=1)
+    def forward(self, x: Tensor, emb=None, *args, **kwargs) -> Tensor:
+        usual = emb is not None and not (args or kwargs or recorded()) and x.dim() == 4
+        if usual and as_probed(self):
+            scale, shift = ROWS[self.layer][0](self, emb).chunk(2, dim=1)
             y = fused_op(self, x, "identity", scale=scale, shift=shift)
             if y is not None:
                 return y
-        return super().forward(x, condition, *args, **kwargs)
+        return super().forward(x, *(() if emb is None else (emb,)), *args, **kwargs)
 
 
 def fuse_adaptive_norm(norm: nn.Module) -> bool:
     """Whether norm is an adaptive group norm, which is fused then."""
     if isinstance(norm, FusedAdaptiveNorm):
         return not hooked(norm)
-    if hooked(norm) or not isinstance(getattr(norm, "num_groups", None), int):
+    own = norm._parameters or norm._buffers
+    if own or hooked(norm) or not isinstance(vars(norm).get("num_groups"), int):
         return False
-    layer = next((name for name in ROWS if isinstance(getattr(norm, name, None), nn.Linear)), None)
+    layer = next((name for name in ROWS if type(norm._modules.get(name)) is nn.Linear), None)
     if layer is None or (of := configuration(norm)) is None or not _computes(norm, layer):
         return False
     swap_class(norm, FusedAdaptiveNorm)
@@ -78,8 +80,5 @@ def _computes(norm: nn.Module, layer: str) -> bool:
             scale, shift = rows(twin, wrapped(twin, emb))[..., None, None].chunk(2, dim=1)
             return (1 + scale) * F.group_norm(x, twin.num_groups, eps=twin.eps) + shift
 
-        size = formula(x).abs().max()
-        return all(
-            agree(lambda x: twin(x, wrapped(twin, emb)) / size, y, lambda x: formula(x) / size)
-            for y in (x, 1e-3 * x)  # of small numbers too, where eps counts
-        )
+        # Of small numbers too, where eps counts.
+        return agrees(twin, x, formula, 1e-3 * x, run=lambda x: twin(x, wrapped(twin, emb)))

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.kept_filters import convolved
@@ -25,12 +26,11 @@ AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
 
 
 def as_probed(module: nn.Module) -> bool:
-    """Whether module is configured as it was when `fuse` found out what it computes."""
+    """Whether module is configured as it was when `fuse` found out what it computes. While it is
+    compiled it is not looked at, and taken to be."""
     known = module.__dict__.get("configuration")
-    if known is None:  # of torch's own class
+    if known is None or torch.compiler.is_compiling():  # None: of torch's own class
         return True
-    if torch.compiler.is_compiling():  # it is not to be looked at
-        return known.is_empty()
     deep = known.children is not None
     return known.holds(module) and not _watched_within(module, deep)
 
@@ -48,12 +48,22 @@ class FusedGroupNorm(StandIn):
     kind = NormKind()
     carries: str = "identity"  # the activation of the AbsorbedActivation that follows
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or not as_probed(self):
-            return super().forward(x, *args, **kwargs)
+            return super().forward(input, *args, **kwargs)
         act = carried(self)
-        y = fused_op(self, x, act)
-        return ACTIVATIONS[act](super().forward(x)) if y is None else y
+        if (y := fused_op(self, input, act)) is not None:
+            return y
+        # torch.compile takes a stand-in's class for the original, whose own super() it would send
+        # back to here.
+        written_out = torch.compiler.is_compiling() and not self.kind.frames
+        return ACTIVATIONS[act]((self.by_torch if written_out else super().forward)(input))
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        """What its class computes."""
+        inner = x.float() if self.kind.rounds else x
+        y = F.group_norm(inner, self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        return ACTIVATIONS[self.kind.act](y)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.carries == "identity" else f", {self.carries}")
@@ -66,8 +76,8 @@ class PairedSequential(nn.Sequential):
     slices, insertions and later hooks keep their meaning.
     """
 
-    def forward(self, x):
-        modules, i = list(self), 0
+    def forward(self, input):
+        x, modules, i = input, list(self), 0
         while i < len(modules):
             module = modules[i]
             i += 1
@@ -242,8 +252,11 @@ class FusedConv2d(StandIn, WinogradConv2d):
 
     notes = ("configuration",)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         usual = not (args or kwargs) and as_probed(self)
-        if usual and (y := convolved(self, x)) is not None:
-            return y
-        return super(WinogradConv2d, self).forward(x, *args, **kwargs)
+        if usual and "_conv_forward" not in self.__dict__:
+            if (y := convolved(self, input)) is not None:
+                return y
+            if torch.compiler.is_compiling():  # see FusedGroupNorm
+                return self._conv_forward(input, self.weight, self.bias)
+        return super(WinogradConv2d, self).forward(input, *args, **kwargs)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
+import random as stdlib_random
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,16 +53,18 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
         return None
     with apart():
         twin = twin_of(norm)
+        before = configuration(twin)
         inputs = {dim: random(2, _channels(norm), *sizes) for dim, sizes in SHAPES.items()}
         for act in ACTIVATIONS:
             whole, by_frame = _formulas(twin, act)
             # Of small numbers too, where eps counts.
-            dims = tuple(d for d, x in inputs.items() if _agrees(twin, x, whole, 1e-3 * x))
+            dims = tuple(d for d, x in inputs.items() if agrees(twin, x, whole, 1e-3 * x))
             x = inputs[5]
-            frames = 5 not in dims and _agrees(twin, x, by_frame, 1e-3 * x)
+            frames = 5 not in dims and agrees(twin, x, by_frame, 1e-3 * x)
             if dims or frames:
                 rounds = _rounds(twin, inputs[dims[0] if dims else 5], whole if dims else by_frame)
-                return None if rounds is None else NormKind(act, rounds, dims, frames)
+                same = before is not None and configuration(twin) == before
+                return NormKind(act, rounds, dims, frames) if same and rounds is not None else None
     return None
 
 
@@ -70,11 +74,15 @@ def activation_name(module: nn.Module) -> str | None:
         return None
     with apart():
         x = torch.linspace(-40, 40, 960, dtype=torch.float32).view(2, 4, 10, 12)
+        x[0, 0, 0, :3] = torch.tensor([-1e3, 1e3, float("nan")])
         twin = twin_of(module)
-        names = (name for name in ACTIVATIONS if name != "identity")
-        name = next((name for name in names if _agrees(twin, x, ACTIVATIONS[name])), None)
-        keeps_its_dtype = name is not None and twin(x.bfloat16()).dtype == torch.bfloat16
-        return name if keeps_its_dtype else None
+        before = configuration(twin)
+        for name, formula in ACTIVATIONS.items():
+            if name != "identity" and agrees(twin, x, formula, x.flatten(2)):
+                keeps_its_dtype = twin(x.bfloat16()).dtype == torch.bfloat16
+                same = before is not None and configuration(twin) == before
+                return name if keeps_its_dtype and same else None
+    return None
 
 
 def computes_conv2d(conv: nn.Conv2d) -> bool:
@@ -88,12 +96,15 @@ def computes_conv2d(conv: nn.Conv2d) -> bool:
 
     with apart():
         twin = twin_of(conv)
-        return _agrees(twin, random(2, conv.in_channels, *sides), formula)
+        before = configuration(twin)
+        if before is None or not agrees(twin, random(2, conv.in_channels, *sides), formula):
+            return False
+        return configuration(twin) == before  # a state that changes is lost where ours serve
 
 
 def looks_like_a_group_norm(module: nn.Module) -> bool:
     """Whether module has the attributes of a GroupNorm."""
-    groups, eps = getattr(module, "num_groups", None), getattr(module, "eps", None)
+    groups, eps = vars(module).get("num_groups"), vars(module).get("eps")
     if isinstance(groups, bool) or not isinstance(groups, int) or not isinstance(eps, float):
         return False
     return module._parameters.keys() == {"weight", "bias"} and not module._buffers
@@ -105,7 +116,7 @@ class Configuration:
 
     Attributes:
         count: of the instance's attributes. values: (name, value, whether it is compared as it is)
-            of those, and of its classes', that torch's classes do not have.
+            of those, and of its classes', that not every module has.
         children: (name, class, configuration) of each; None where they are called as they are, so
             that what they are does not matter.
     """
@@ -160,8 +171,7 @@ def configuration(module: nn.Module, with_children: bool = True) -> Configuratio
 
 # --- how they are run -----------------------------------------------------------------------------
 
-# What every module has, or our ops read at every call.
-_OF_TORCH = frozenset({*vars(nn.GroupNorm(1, 1)), *vars(nn.Conv2d(1, 1, 1))})
+_OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
 _MUTABLE = (list, dict)
 
 
@@ -182,7 +192,7 @@ def _count(module: nn.Module) -> int:
 
 @functools.cache
 def _data_attributes(cls: type) -> frozenset[str]:
-    """Names of what the classes before torch's have that is no method."""
+    """Names of what cls and its bases before torch's have that is no method."""
     return frozenset(
         name
         for owner in cls.__mro__
@@ -218,19 +228,24 @@ def _listed(value):
 @contextlib.contextmanager
 def apart():
     """Without gradients, and without a draw from torch's own generator."""
+    state = stdlib_random.getstate()
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.device("cpu"),
     ):
-        torch.default_generator.manual_seed(0)  # torch's own function would seed a GPU's too
-        yield
+        try:
+            yield
+        finally:
+            stdlib_random.setstate(state)
 
 
 def random(*shape: int) -> Tensor:
-    """Normals, float32 whatever torch's default is."""
-    return torch.randn(shape, dtype=torch.float32)
+    """Normals, float32 whatever torch's default is; the same few thousand again and again, for a
+    large weight would take a third of a second."""
+    few = torch.randn(4099, dtype=torch.float32)  # a prime, which no size of a weight shares
+    return few.repeat(math.prod(shape) // len(few) + 1)[: math.prod(shape)].view(shape)
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -244,6 +259,7 @@ def twin_of(module: nn.Module) -> nn.Module:
         for name, p in module._parameters.items()
     }
     own["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    own.update({n: v.copy() for n, v in own.items() if isinstance(v, (list, dict, set))})
     own["_modules"] = {n: None if c is None else twin_of(c) for n, c in module._modules.items()}
     own.update({hooks: OrderedDict() for hooks in HOOKS})
     return twin
@@ -267,18 +283,40 @@ def _formulas(norm: nn.Module, act: str) -> tuple[Callable, Callable]:
     return whole, by_frame
 
 
-def _agrees(module: nn.Module, x: Tensor, formula: Callable, *others: Tensor) -> bool:
-    """Whether module computes formula of all inputs, in training and in evaluation."""
-    modes = (True, False)
-    return all(agree(module.train(mode), y, formula) for y in (x, *others) for mode in modes)
+def agrees(
+    module: nn.Module, x: Tensor, formula: Callable, *others: Tensor, run: Callable | None = None
+) -> bool:
+    """Whether module, or `run` of it, computes formula of all inputs, in training and in
+    evaluation, and has its gradients."""
+    for mode in (True, False):
+        module.train(mode)
+        if not all(_agree(run or module, y, formula) for y in (x, *others)):
+            return False
+    return True
 
 
-def agree(run: Callable[[Tensor], Tensor], x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:
-    """Whether run(x) is formula(x)."""
+def _agree(run: Callable[[Tensor], Tensor], x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool:
+    """Whether run(x) is formula(x), and its gradient formula's."""
     try:
-        return torch.allclose(run(x.clone()), formula(x), rtol=1e-4, atol=1e-5)
+        ours, theirs = (_with_gradient(f, x) for f in (formula, run))
+        return all(
+            torch.allclose(
+                a, b, rtol=1e-4, atol=1e-5 * max(1, b.nan_to_num().abs().max()), equal_nan=True
+            )
+            for a, b in zip(theirs, ours, strict=True)
+        )
     except Exception:  # whatever a stranger's forward raises: it is not for such an input
         return False
+
+
+def _with_gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x), and the gradient of a sum of it; the draws of f are the same each time."""
+    torch.default_generator.manual_seed(0)  # torch's own function would seed a GPU's too
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = f(x.clone())
+        (gradient,) = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), x)
+    return y.detach(), gradient
 
 
 def _rounds(norm: nn.Module, x: Tensor, formula: Callable[[Tensor], Tensor]) -> bool | None:

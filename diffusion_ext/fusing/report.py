@@ -39,8 +39,9 @@ class FuseReport:
     def _of_convolutions(self) -> Iterator[str]:
         mebibytes = f"{self.filter_bytes / 2**20:.3g} MiB"
         count = len(self.convolutions)
-        yield f"{count} convolutions of ours: in float32 on a CPU, where the weight or the images are"
-        yield f"  channels_last and a call has enough work. Filters take {mebibytes} at the most."
+        yield f"{count} convolutions of ours: in float32 on a CPU, where the weight or the images"
+        yield "  are channels_last and a call has enough work."
+        yield f"  To sample, their filters take {mebibytes} more at the most."
         if self.contiguous:
             yield f"  The weights of {self.contiguous} are contiguous now:"
             yield "  model.to(memory_format=torch.channels_last) changes that."

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..nn.group_norm_act import GroupNormAct
 from ..nn.kept_filters import filter_bytes, forget, may_gain, packs
@@ -145,8 +146,10 @@ def _is_a_norm(module: nn.Module) -> bool:
 
 def _is_a_convolution(module: nn.Module) -> bool:
     """Whether module is one of torch's convolutions, or has a weight as only they have."""
+    if isinstance(module, CONVOLUTIONS):
+        return True
     weight = module._parameters.get("weight")
-    return isinstance(module, CONVOLUTIONS) or (weight is not None and weight.dim() >= 3)
+    return weight is not None and not is_lazy(weight) and weight.dim() >= 3
 
 
 def _fuse_convolution(conv: nn.Module) -> str | None:
@@ -181,6 +184,8 @@ def _why_untouched(module: nn.Module) -> str | None:
         return "its forward is replaced on the instance"
     if isinstance(module, StandIn):
         return "it stands for another class already"
+    if "parametrizations" in module._modules:
+        return "is parametrized"
     return "has hooks" if hooked(module) else None
 
 

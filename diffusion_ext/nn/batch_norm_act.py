@@ -29,6 +29,7 @@ class BatchNormAct(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         fused = self.training and x.is_cpu and serves(x) and pixels.is_contiguous()
+        fused = fused and not x.is_contiguous()  # of one channel or pixel: torch's strides
         if not fused or x.numel() <= x.shape[1]:  # one value: torch's error
             return ACTIVATIONS[self.act](super().forward(x))
         one_sample = pixels.flatten(0, 1).unsqueeze(0).permute(0, 3, 1, 2)  # [1, C, B·H, W]

@@ -131,6 +131,9 @@ def _kept_of(conv: nn.Conv2d, kept: Kept | None, weight: Tensor, strides) -> Kep
 def _can_be_laid_out(conv: nn.Conv2d, weight: Tensor) -> bool:
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_cpu:
         return False
+    bias = conv._parameters.get("bias")
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_cpu):
+        return False  # which torch refuses, in words of its own
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return packs(conv) and dense and weight.numel() > 0
 

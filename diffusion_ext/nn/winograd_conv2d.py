@@ -16,6 +16,6 @@ class WinogradConv2d(nn.Conv2d):
     filtering (Lavin & Gray 2016), where C is a multiple of 16.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H', W']
-        y = convolved(self, x)
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K, H', W']
+        y = convolved(self, input)
+        return super().forward(input) if y is None else y
