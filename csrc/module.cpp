@@ -102,7 +102,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("address"), py::arg("filters"), py::arg("numbers"),
       "64 bits of a float32 weight [filters, numbers] at an address: of all of its numbers up to\n"
-      "64 KiB, above of the lines that csrc/cpu/fingerprint.h says.");
+      "64 KiB, above of the runs that csrc/cpu/fingerprint.h says.");
   m.def("philox4x32", &philox4x32, py::arg("counters"), py::arg("keys"),
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),

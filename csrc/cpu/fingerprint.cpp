@@ -9,69 +9,65 @@
 namespace dx {
 namespace {
 
-constexpr int64_t kLine = Sampling::kLine;
-constexpr int64_t kAhead = 16;   // lines that are asked of the memory before they are read
-constexpr int64_t kPart = 4096;  // lines of a large weight that a thread hashes at a time
+constexpr int64_t kRun = Sampling::kRun;
+constexpr int64_t kAhead = 8;    // runs that are asked of the memory before they are read
+constexpr int64_t kPart = 1024;  // runs of a large weight that a thread hashes at a time
 constexpr uint64_t kMixing = 0x9E3779B97F4A7C15;
 
-// A hash of lines, as 16 lanes of 32 bits, four times side by side so that multiplications overlap.
-// The shift brings the sign bits, which a product leaves where they are, down among the others.
-class LineHash {
+// A hash of runs, in as many lanes of 32 bits as a run has numbers. The shift brings the sign bits,
+// which a product leaves where they are, down among the others.
+class RunHash {
  public:
-  DX_INLINE void add(const float* line) {
-    uint32_t* __restrict lanes = lanes_[count_++ % kSide];
+  DX_INLINE void add(const float* run) {
 #pragma omp simd
-    for (int64_t l = 0; l < kLine; ++l) {
+    for (int64_t l = 0; l < kRun; ++l) {
       uint32_t bits;
-      std::memcpy(&bits, line + l, sizeof bits);
-      const uint32_t product = (lanes[l] ^ bits) * 0x9E3779B1u;
-      lanes[l] = product ^ product >> 15;
+      std::memcpy(&bits, run + l, sizeof bits);
+      const uint32_t product = (lanes_[l] ^ bits) * 0x9E3779B1u;
+      lanes_[l] = product ^ product >> 15;
     }
   }
   uint64_t value() const {
     uint64_t total = 0;
-    for (const auto& side : lanes_)
-      for (const uint32_t lane : side) total = (total ^ lane) * kMixing ^ total >> 29;
+    for (const uint32_t lane : lanes_) total = (total ^ lane) * kMixing ^ total >> 29;
     return total;
   }
 
  private:
-  static constexpr int64_t kSide = 4;
-  uint32_t lanes_[kSide][kLine] = {};
-  int64_t count_ = 0;
+  uint32_t lanes_[kRun] = {};
 };
 
 uint64_t hash_of_all(const float* data, int64_t count) {
-  LineHash hash;
+  RunHash hash;
   on_best_isa([&]() DX_KERNEL {
-    LineHash lines;
-    const int64_t whole = count / kLine * kLine;
-    for (int64_t i = 0; i < whole; i += kLine) lines.add(data + i);
-    float rest[kLine] = {};
+    RunHash runs;
+    const int64_t whole = count / kRun * kRun;
+    for (int64_t i = 0; i < whole; i += kRun) runs.add(data + i);
+    float rest[kRun] = {};
     std::copy(data + whole, data + count, rest);
-    lines.add(rest);
-    hash = lines;
+    runs.add(rest);
+    hash = runs;
   });
   return hash.value();
 }
 
-// Of the sampled lines of some filters. They lie far apart, and would come one by one from memory
-// if they were not asked for ahead.
+// Of the sampled runs of some filters. They lie far apart, and would come one by one from memory if
+// they were not asked for ahead.
 uint64_t hash_of_filters(const float* data, const Sampling& sampling, int64_t first, int64_t last) {
-  LineHash hash;
+  RunHash hash;
   on_best_isa([&]() DX_KERNEL {
-    LineHash lines;
+    RunHash runs;
     const float* asked[kAhead];
     std::fill_n(asked, kAhead, data);
     int64_t i = 0;
-    sampling.for_each_line(first, last, [&](int64_t begin) DX_KERNEL {
-      const float*& line = asked[i++ % kAhead];
-      lines.add(line);
-      line = data + begin;
-      prefetch(line, kLine);
+    sampling.for_each_run(first, last, [&](int64_t begin) DX_KERNEL {
+      const float*& run = asked[i++ % kAhead];
+      runs.add(run);
+      run = data + begin;
+      prefetch(run, kRun);
     });
-    for (const float* line : asked) lines.add(line);
-    hash = lines;
+    for (const float* run : asked) runs.add(run);
+    hash = runs;
   });
   return hash.value();
 }

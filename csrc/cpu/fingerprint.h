@@ -14,37 +14,38 @@ namespace dx {
 // Sampling reads. The same on any number of threads and any instruction set.
 uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers);
 
-// Which lines of 16 numbers are read: all of a weight of 64 KiB, and of a larger one `taken` of
-// each filter's, at least one in 32.
+// Which runs of 64 neighbouring numbers are read: all of a weight of 64 KiB, and of a larger one
+// `taken` of each filter's, at least one in 32. Single cache lines, of 16 numbers, would be read no
+// faster: what takes the time is to find a page.
 //
-// They are a lattice. A filter's lines are cut into `taken` strata of `width`, at most 32, and of
-// stratum j filter k has line (k·step + j·shift) mod width read. `step` has no factor in common
+// The runs are a lattice. Those of a filter are cut into `taken` strata of `width`, at most 32, and
+// of stratum j filter k has run (k·step + j·shift) mod width read. `step` has no factor in common
 // with `width`, so any `width` neighbouring filters, which are never more than there are, have
-// every line read between them: no input channel or tap goes unread, and of 32 neighbouring filters
+// every run read between them: no input channel or tap goes unread, and of 32 neighbouring filters
 // no number.
 struct Sampling {
-  static constexpr int64_t kLine = 16, kLines = 1024, kShare = 32;
+  static constexpr int64_t kRun = 64, kRuns = 256, kShare = 32;
 
   int64_t filters, numbers, taken, width, step, shift;
 
   Sampling(int64_t filters, int64_t numbers) : filters(filters), numbers(numbers) {
     const auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t lines = parts(numbers, kLine);
-    width = lines / std::max({parts(lines, kShare), parts(lines, filters), parts(kLines, filters)});
+    const int64_t runs = parts(numbers, kRun);
+    width = runs / std::max({parts(runs, kShare), parts(runs, filters), parts(kRuns, filters)});
     width = std::max<int64_t>(width, 1);
-    taken = parts(lines, width);
+    taken = parts(runs, width);
     step = coprime(width, 0.6180339887);
     shift = coprime(width, 0.7548776662);
   }
   bool all() const { return width == 1; }
 
-  // Calls read with where each line of filters first, ..., last - 1 begins, in the weight.
+  // Calls read with where each run of filters first, ..., last - 1 begins, in the weight.
   template <class Read>
-  DX_INLINE void for_each_line(int64_t first, int64_t last, const Read& read) const {
+  DX_INLINE void for_each_run(int64_t first, int64_t last, const Read& read) const {
     int64_t of_filter = first * step % width;
     for (int64_t k = first; k < last; ++k, of_filter = next(of_filter, step))
       for (int64_t j = 0, place = of_filter; j < taken; ++j, place = next(place, shift))
-        read(k * numbers + std::min((j * width + place) * kLine, numbers - kLine));
+        read(k * numbers + std::min((j * width + place) * kRun, numbers - kRun));
   }
 
  private:

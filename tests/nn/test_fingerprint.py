@@ -1,4 +1,4 @@
-"""The fingerprint of a weight, of which it reads some lines: what cannot change without it."""
+"""The fingerprint of a weight, of which it reads a part: what cannot change without it."""
 
 import pytest
 import torch

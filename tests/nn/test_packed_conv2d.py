@@ -148,7 +148,7 @@ def test_a_large_weight_that_has_changed_is_noticed(change, layout, shape):
 
 
 def test_a_number_that_was_changed_in_place_is_noticed():
-    """By the version alone: of a weight of this size one line in 32 is compared."""
+    """By the version alone: of a weight of this size one run of 64 numbers in 32 is compared."""
     conv, x = layer(640, 640), images(640, 1, 4)
     assert_right(conv, x)
     draw = torch.Generator().manual_seed(0)
