@@ -227,7 +227,7 @@ def _listed(value):
 
 @contextlib.contextmanager
 def apart():
-    """Without gradients, and without a draw from torch's own generator."""
+    """Without gradients, and without a draw from the CPU's generators, torch's and Python's."""
     state = stdlib_random.getstate()
     with (
         torch.random.fork_rng(devices=[]),
