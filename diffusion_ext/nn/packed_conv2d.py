@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,19 +56,17 @@ class PackedConv2d:
 
     def lay_out(self, batch: int, height: int, width: int) -> Tensor:
         """The filters for so many images of that size."""
-        if (version := version_of(self.weight)) != self.version:
+        compiling = torch.compiler.is_compiling()  # a version cannot be asked for then
+        if not compiling and (version := version_of(self.weight)) != self.version:
             self.winograd, self.direct, self.version = None, None, version
-        # What stays must not be an inference tensor, which later calls could not use everywhere.
         # Another thread may set the attributes to None at any time.
         if self.by_winograd(self.batch or batch, height, width):
             if (filters := self.winograd) is None:
-                with torch.inference_mode(False):
-                    filters = self.winograd = winograd_filters(self.weight.detach())
+                filters = self.winograd = _lasting(winograd_filters, self.weight.detach())
             return filters
         if (filters := self.direct) is None:
-            with torch.inference_mode(False):
-                weight = self.weight.detach().view(self.shape)
-                filters = self.direct = direct_filters(weight, self.side > 1)
+            weight = self.weight.detach().view(self.shape)
+            filters = self.direct = _lasting(direct_filters, weight, self.side > 1)
         return filters
 
     def by_winograd(self, *size: int) -> bool:
@@ -86,6 +85,14 @@ class PackedConv2d:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"winograd": None, "direct": None, "version": None}
+
+
+def _lasting(make: Callable[..., Tensor], *arguments) -> Tensor:
+    """What make gives, as no inference tensor, which later calls could not use everywhere."""
+    if torch.compiler.is_compiling():
+        return make(*arguments)
+    with torch.inference_mode(False):
+        return make(*arguments)
 
 
 def version_of(weight: Tensor) -> int:

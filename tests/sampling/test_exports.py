@@ -131,6 +131,7 @@ def test_changed_weights_are_noticed(way, write, written):
     assert written == [way, way]
 
 
+@pytest.mark.usefixtures("small_work_counts")
 def test_a_trace_reads_a_prepared_filter_once():
     """Filters are laid out before the trace, not by it."""
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).to(memory_format=torch.channels_last)
