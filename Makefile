@@ -12,8 +12,8 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
     -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs notebooks wheels lint format build emulated sanitized gpu-check \
-    gpu-wheels cmake clean
+.PHONY: help demo test bench docs notebooks wheels lint format build emulated gpu-tests sanitized \
+    gpu-check gpu-wheels cmake clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,16 @@ PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(abspath $(BIN))/p
     -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
     --timeout 900 --timeout-method thread -p no:cacheprovider
 
-test: build lint docs emulated ## build, lint, build the documentation, run every test
+test: build lint docs emulated gpu-tests ## build, lint, build the documentation, run every test
 	$(PYTEST) --benchmark-disable tests benchmarks
+
+# The package with the emulated kernels, not the tree's: hence no working folder on Python's path.
+STAND_IN = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(1))/python:$(abspath tests/stand_in) \
+    DIFFUSION_EXT_EMULATED=$(abspath $(1)) DIFFUSION_EXT_TEST_BACKENDS=cuda
+GPU_TESTS := -q -m "not compiles" tests/ops tests/sampling/test_engines_cuda.py tests/stand_in
+
+gpu-tests: emulated ## every test that a GPU would run, on the stand-in for one
+	$(call STAND_IN,build/emulated) $(PYTEST) $(GPU_TESTS)
 
 # Half an hour on two cores. benchmarks/results/<device> has the results; a missed target is an error.
 # On a GPU, for which there are no targets here (gpu-check has some): make bench BENCH_REPORT=
@@ -81,9 +89,10 @@ $(NATIVE): $(VENV)/ready $(SOURCES)
 	DIFFUSION_EXT_NATIVE=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-emulated: $(VENV)/ready ## the CUDA kernels for the emulated GPU, and what tests it
+emulated: build ## the CUDA kernels for the emulated GPU, and what tests it
 	$(CMAKE) -B build/emulated
-	$(BIN)/cmake --build build/emulated --target cuda_emulated planted_bugs
+	$(BIN)/cmake --build build/emulated --target _cuda stand_in planted_bugs
+	ln -sf $(abspath $(wildcard diffusion_ext/_C*.so)) build/emulated/python/diffusion_ext
 
 # Python itself is not sanitized, so the runtime is loaded first.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -91,8 +100,9 @@ SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 
 sanitized: build ## the kernels and a fuzz of them under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE) -B build/sanitized -DDIFFUSION_EXT_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitized --target cuda_emulated planted_bugs _C
-	$(SANITIZED) $(PYTEST) --dist load -q -m "not compiles" -k "cuda-emulated or emulation" tests/ops tests/emulation
+	$(BIN)/cmake --build build/sanitized --target _cuda stand_in planted_bugs _C
+	$(SANITIZED) $(call STAND_IN,build/sanitized) $(PYTEST) --dist load $(GPU_TESTS)
+	$(SANITIZED) $(PYTEST) --dist load -q tests/emulation
 	cd build/sanitized && $(SANITIZED) PYTHONPATH=$(abspath build/sanitized/python) \
 	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
 

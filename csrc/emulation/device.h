@@ -26,6 +26,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -38,7 +39,15 @@
 #define DX_BOUNDED(threads, blocks)
 #define DX_DEVICE inline
 
-#define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(DX_NAMESPACE, CPU, m)
+#define DX_REGISTER_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(DX_NAMESPACE, DX_DISPATCH_KEY, m)
+
+// Of tests/stand_in, whose tensors say that they are CUDA's: the stream that is current there, and
+// where a launch is told, for the graph that captures it. Null where that is not loaded.
+extern "C" {
+__attribute__((weak)) int64_t stand_in_current_stream(int device);
+__attribute__((weak)) void stand_in_launched(int device, int64_t stream,
+                                             std::function<void()>* again);
+}
 
 namespace dx {
 
@@ -46,7 +55,12 @@ inline bool compiled_for(int) { return true; }
 
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor&) : limits(emulation::configuration.limits) {}
+  explicit OnDevice(const Tensor& t)
+      : index(t.get_device_index()),
+        stream(t.is_cpu() ? 0 : stand_in_current_stream(index)),
+        limits(emulation::configuration.limits) {}
+  const int index;  // negative: the CPU
+  const int64_t stream;
   const DeviceLimits limits;
 };
 
@@ -61,6 +75,11 @@ void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters
     std::apply(kernel, arguments);
   };
   emulation::run(how, device.limits, {run_thread, &call});
+  if (device.index < 0) return;
+  std::function<void()> again = [how, limits = device.limits, run_thread, call] {
+    emulation::run(how, limits, {run_thread, &call});
+  };
+  stand_in_launched(device.index, device.stream, &again);
 }
 
 DX_DEVICE int thread() { return emulation::running->index; }

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ from torch.autograd import forward_ad
 NAMESPACES = {"native": "diffusion_ext"}
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# The folder that the package was imported from, whatever its files are links to.
+PACKAGE = pathlib.Path(sys.modules[__package__.rpartition(".")[0]].__path__[0]).resolve()
 OWNER = "_diffusion_ext_of"  # in torch.ops: the package whose ops are there
 
 

@@ -81,8 +81,7 @@ def elementwise_calls(dtype, layout, shape) -> dict[str, Call]:
         return dx.sampler_step(x, m, *tensors, row, seeds=seeds, clip=0.8, slots=kept), kept
 
     def step_of_one_row(x, m, seeds, **slots):
-        coefficients, timesteps = UNGUIDED.tensors(x.device)
-        row, timestep = coefficients[3], int(timesteps[3])
+        row, timestep = UNGUIDED.tensors(x.device)[0][3], int(UNGUIDED.timesteps[3])
         slots = list(slots.values())
         return step_of_row(x, m, row, timestep, None, seeds, slots, 0.8, True)
 

@@ -1,9 +1,9 @@
 """The backends that a test of the ops runs over, one at a time.
 
-    cpu            the native kernels on CPU tensors
-    cuda           the native kernels on CUDA tensors, where there are both
-    cuda-emulated  the CUDA kernels compiled for the host (make emulated), on CPU tensors
-    reference      torch, which checks the tests themselves
+    cpu        the native kernels on CPU tensors
+    cuda       the native kernels on CUDA tensors: on a GPU, or on the stand-in for one
+               (tests/stand_in), where the same kernels run on the emulated GPU
+    reference  torch, which checks the tests themselves
 
 Marks: `backends(*names)` for a test that needs some of them only; `every_device` for one that the
 emulated kernels pass on every one of DEVICES. A tensor made without a device is on the backend's.
@@ -13,7 +13,6 @@ DIFFUSION_EXT_TEST_BACKENDS=cuda,reference restricts the tests to these; no CUDA
 
 from __future__ import annotations
 
-import os
 import zlib
 
 import pytest
@@ -29,23 +28,18 @@ if unknown := set(WANTED) - set(BACKENDS):
     raise pytest.UsageError(f"DIFFUSION_EXT_TEST_BACKENDS: {unknown} is not of {BACKENDS}")
 if "cuda" in WANTED and NO_CUDA:
     raise pytest.UsageError(f"DIFFUSION_EXT_TEST_BACKENDS: no test can run on cuda: {NO_CUDA}")
-if EMULATED.exists():
-    torch.ops.load_library(str(EMULATED))
-    for name, fake in choice.fakes.items():
-        torch.library.register_fake(f"diffusion_ext_emulated::{name}", fake)
-    choice.NAMESPACES["cuda-emulated"] = "diffusion_ext_emulated"
 
 
 def pytest_generate_tests(metafunc):
     mark = metafunc.definition.get_closest_marker("backends")
     wanted = mark.args if mark else BACKENDS
-    if NO_CUDA and wanted != ("cuda",):  # those stay, to be skipped for that reason
+    if NO_CUDA:
         wanted = [name for name in wanted if name != "cuda"]
     if WANTED:
         wanted = [name for name in wanted if name in WANTED]
     parameters = [(name, "hopper") for name in wanted]
-    if metafunc.definition.get_closest_marker("every_device") and "cuda-emulated" in wanted:
-        parameters += [("cuda-emulated", device) for device in DEVICES if device != "hopper"]
+    if metafunc.definition.get_closest_marker("every_device") and set(EMULATED) & set(wanted):
+        parameters += [("cuda", device) for device in DEVICES if device != "hopper"]
     ids = [name if device == "hopper" else f"{name}-{device}" for name, device in parameters]
     metafunc.parametrize("backend", parameters or [NOWHERE], ids=ids or ["none"], indirect=True)
 
@@ -62,16 +56,10 @@ def pytest_collection_modifyitems(config, items):
 def backend(request):
     """Makes one of BACKENDS serve the ops; its name."""
     name, device = request.param
-    if name == "cuda" and NO_CUDA:
-        pytest.skip(f"no test ran on CUDA tensors: {NO_CUDA}")
-    if name == "cuda-emulated":
-        if not EMULATED.exists():
-            if os.environ.get("DIFFUSION_EXT_REQUIRE_EMULATED") == "1":
-                pytest.fail(f"{EMULATED} is missing: make emulated")
-            pytest.skip("not built: make emulated")
+    if name in EMULATED:
         # Threads in an order of the test's own: the same in every run.
         pretend(zlib.crc32(request.node.nodeid.encode()), device)
-    served = "native" if name in ("cpu", "cuda") else name
+    served = "reference" if name == "reference" else "native"
     with torch.device("cuda" if name == "cuda" else "cpu"), dx.use_backend(served):
         assert choice.serves(torch.empty(1)) == (name != "reference")
         yield name

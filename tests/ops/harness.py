@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
+import sys
 
 import torch
 
 from diffusion_ext.ops.backend import missing
 
-BUILT = pathlib.Path(__file__).parents[2] / "build" / "emulated"
-EMULATED = pathlib.Path(os.environ.get("DIFFUSION_EXT_EMULATED", BUILT)) / "cuda_emulated.so"
-
 # Why the tests do not run on CUDA tensors; empty where they do.
 NO_CUDA = missing.get("cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
 
 # What conftest.py runs the tests over.
-CUDA = ("cuda", "cuda-emulated")
-KERNELS = ("cpu", *CUDA)
+KERNELS = ("cpu", "cuda")
 BACKENDS = (*KERNELS, "reference")
 # Those that were asked for; none: all of them.
 WANTED = [name for name in os.environ.get("DIFFUSION_EXT_TEST_BACKENDS", "").split(",") if name]
+
+# The backend whose kernels run on the emulated GPU, in a process on the stand-in (tests/stand_in).
+EMULATED = ("cuda",) if "stand_in_gpu" in sys.modules else ()
 
 # What the emulated kernels take the device for: multiprocessors, bytes of a block's dynamic shared
 # memory, blocks of a cluster. None is as small as the last two, for which little is too large.
@@ -36,7 +35,7 @@ DEVICES = {
 
 def pretend(seed: int, device: str = "hopper") -> None:
     """The emulated kernels run as on one of DEVICES, their threads in an order of this seed."""
-    torch.ops.diffusion_ext_emulated.configure(seed, *DEVICES[device])
+    torch.ops.diffusion_ext.configure(seed, *DEVICES[device])
 
 
 # Of the largest magnitude of the float64 reference. float32: rounding of a handful of operations;

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness import CUDA, DEVICES, DTYPES, assert_close, lay, pretend, same_bits
+from harness import DEVICES, DTYPES, EMULATED, assert_close, lay, pretend, same_bits
 
 import diffusion_ext as dx
 
@@ -40,7 +40,7 @@ def assert_same_bits_on_cpu(call, *args, **options):
         assert same_bits(a.cpu(), b)
 
 
-@pytest.mark.backends(*CUDA)
+@pytest.mark.backends("cuda")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 5000)])
 def test_philox_normal_has_the_bits_of_the_cpu(dtype, shape):
@@ -49,7 +49,7 @@ def test_philox_normal_has_the_bits_of_the_cpu(dtype, shape):
         assert_same_bits_on_cpu(dx.philox_normal, seeds, shape, step, stream, dtype)
 
 
-@pytest.mark.backends(*CUDA)
+@pytest.mark.backends("cuda")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
@@ -62,7 +62,7 @@ def test_perturb_has_the_bits_of_the_cpu(dtype, shape, layouts):
             assert_same_bits_on_cpu(dx.perturb, x0, t, SCHEDULE, **options)
 
 
-@pytest.mark.backends(*CUDA)
+@pytest.mark.backends("cuda")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
@@ -80,7 +80,7 @@ def test_gradients_of_the_loss_have_the_bits_of_the_cpu(dtype, shape, layouts):
         assert_same_bits_on_cpu(gradient, output, x0, t, seeds, prediction, delta)
 
 
-@pytest.mark.backends(*CUDA)
+@pytest.mark.backends("cuda")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
@@ -129,7 +129,7 @@ def results_of_every_op(dtype, layout):
     return results
 
 
-@pytest.mark.backends("cuda-emulated")
+@pytest.mark.backends(*EMULATED)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

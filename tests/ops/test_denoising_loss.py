@@ -106,7 +106,8 @@ def test_a_large_sample_keeps_its_gradient_in_float16():
     output = torch.randn(1, 2**18).half().requires_grad_()
     losses = dx.denoising_loss(output, output.detach(), 57, SCHEDULE, seeds=1)
     (gradient,) = torch.autograd.grad(losses.sum() * 2**16, output)
-    noise = dx.philox_normal(1, output.shape, step=57, stream=2, dtype=torch.float64)
+    seeds = torch.tensor([1])
+    noise = dx.philox_normal(seeds, output.shape, step=57, stream=2, dtype=torch.float64)
     assert_close(gradient, (output.double() - noise) / 2, torch.float16)
 
 

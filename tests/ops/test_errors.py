@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from harness import KERNELS
+from harness import EMULATED, KERNELS
 
 import diffusion_ext as dx
 from diffusion_ext.ops.backend import kernels
@@ -146,16 +146,16 @@ def test_message(call, error, message):
 @pytest.mark.backends(*KERNELS)
 def test_the_kernels_check_for_themselves():
     """Called past the wrappers, an op refuses shapes that it would read out of bounds."""
-    ops, x = kernels(), torch.zeros(2, 4, 3, 3)
+    ops, x, t = kernels(), torch.zeros(2, 4, 3, 3), torch.tensor([1, 10])
     with pytest.raises(RuntimeError, match="seeds: wanted shape"):
         ops.philox_normal_(x, torch.tensor([1]), 0, 0)
     tables = [SCHEDULE.tensor(name, x.device) for name in ("signal", "sigma")]
     with pytest.raises(RuntimeError, match="upstream: wanted float32"):
-        ops.denoising_loss(x, T, *tables, x, None, None, torch.ones(3), None)
+        ops.denoising_loss(x, t, *tables, x, None, None, torch.ones(3), None)
     with pytest.raises(RuntimeError, match="x0: wanted the model output's shape"):
-        ops.denoising_loss(x, T, *tables, x[..., :1], None, None, None, None)
+        ops.denoising_loss(x, t, *tables, x[..., :1], None, None, None, None)
     with pytest.raises(RuntimeError, match="wanted one of them at least"):
-        ops.denoising_loss(x, T, *tables, None, None, None, None, None)
+        ops.denoising_loss(x, t, *tables, None, None, None, None, None)
     with pytest.raises(RuntimeError, match="num_groups: wanted a divisor"):
         ops.group_norm_act(x, 3, None, None, 1e-5, 2, None, None, None, None, None)
     with pytest.raises(RuntimeError, match="scale: wanted shape"):
@@ -164,7 +164,7 @@ def test_the_kernels_check_for_themselves():
 
 # Not on a real GPU: there an index is checked on the device, and a failure ends the process's use
 # of it.
-@pytest.mark.backends("cpu", "cuda-emulated")
+@pytest.mark.backends("cpu", *EMULATED)
 @pytest.mark.parametrize("bad", [-1, 11, 2**40])
 def test_the_kernels_check_the_indices(backend, bad):
     ops, x = kernels(), torch.zeros(2, 4, 3, 3)
@@ -174,9 +174,10 @@ def test_the_kernels_check_the_indices(backend, bad):
         ops.perturb(x, torch.tensor([1, bad]), *tables, None, torch.tensor([1, 2]), 1)
     with pytest.raises(RuntimeError, match=wanted):
         ops.denoising_loss(x, torch.tensor([1, bad]), *tables, x, None, None, None, None)
+    steps = dx.ddpm(SCHEDULE).tensors(x.device)
     wanted = f"row: wanted from 0 to 9, got {bad}" if backend == "cpu" else "row out of range"
     for row in (torch.tensor(bad), torch.tensor([0, bad])):
         with pytest.raises(RuntimeError, match=wanted):
-            ops.sampler_step_(x, x, *TENSORS, row, None, None, None, None, 1.0)
+            ops.sampler_step_(x, x, *steps, row, None, None, None, None, 1.0)
         with pytest.raises(RuntimeError, match=wanted):
-            ops.sampler_step(x, x, *TENSORS, row, None, None, None, None, 1.0, True)
+            ops.sampler_step(x, x, *steps, row, None, None, None, None, 1.0, True)

@@ -1,0 +1,55 @@
+// A stand-in for CUDA in a torch without it: tensors that say cuda:0 or cuda:1, whose memory is the
+// host's, whose operators torch's CPU runs, and whose kernels of ours the emulated GPU runs.
+// stand_in_gpu.py loads it and gives torch.cuda what a GPU would.
+//
+// As on a GPU: a CPU tensor or a CPU generator beside such a tensor is an error, and so is numpy();
+// an op without a CUDA kernel; a wait, or a launch on another stream, while a graph is captured.
+// What was computed during a capture is not there after it, before the first replay.
+//
+// Unlike a GPU: all is done when a call returns, so that a missing wait shows nowhere. A capture
+// remembers and restores all memory, so that no other thread may compute meanwhile.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+
+namespace stand_in {
+
+using c10::DeviceIndex;
+using StreamId = c10::StreamId;
+
+constexpr DeviceIndex kDevices = 2;
+
+DeviceIndex current_device();
+StreamId current_stream(DeviceIndex device);  // of this thread
+
+// The host waits for a device: counted; an error in a capture and where sync debug mode says so.
+void wait(const std::string& why);
+
+// memory.cpp
+
+// The storage of a CUDA tensor that takes over the memory of `host`.
+c10::Storage on_device(const c10::Storage& host, DeviceIndex device);
+// The same memory as a storage of the CPU.
+c10::Storage on_host(const c10::Storage& storage);
+
+struct Memory {
+  void* data;
+  size_t bytes;
+};
+// Calls visit for each block of a device's memory that there is.
+void every_block(const std::function<void(Memory)>& visit);
+int64_t bytes_in_use();
+
+// graphs.cpp
+
+bool capturing(DeviceIndex device, StreamId stream);
+bool this_thread_captures();
+// Counts a kernel of ours.
+void launched(DeviceIndex device, StreamId stream);
+// What was just done on a stream: kept where that stream is captured, an error where this thread
+// captures another one.
+void done(DeviceIndex device, StreamId stream, std::function<void()> again);
+
+}  // namespace stand_in
