@@ -32,7 +32,7 @@ def waits_are_errors():
     torch.cuda.set_sync_debug_mode("default")
 
 
-# --- devices ------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 def test_tensors_say_where_they_are():
@@ -95,11 +95,11 @@ def test_numpy(x):
 
 
 def test_an_op_without_a_cuda_kernel():
-    with pytest.raises(NotImplementedError, match="conv3x3_filters.*'CUDA' backend"):
+    with pytest.raises(NotImplementedError, match=r"conv3x3_filters.*'CUDA' backend"):
         kernels().conv3x3_filters(torch.ones(8, 8, 3, 3, device="cuda"))
 
 
-# --- waits --------------------------------------------------------------------------------------------
+# --- waits ----------------------------------------------------------------------------------------
 
 WAITS = {
     "item": lambda x: x.sum().item(),
@@ -156,7 +156,7 @@ def test_a_wait_in_a_step(waits_are_errors):
         dx.sample(Waits(), (2, 3, 8, 8), TABLE, device="cuda", **options)
 
 
-# --- streams and graphs -------------------------------------------------------------------------------
+# --- streams and graphs ---------------------------------------------------------------------------
 
 
 def test_a_launch_is_on_the_current_stream(x):
