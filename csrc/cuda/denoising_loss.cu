@@ -118,8 +118,7 @@ struct Cuda {
     const Batch& batch = loss.batch;
     if (batch.samples == 0) return;
     if (batch.per_sample() == 0) return means(loss, nullptr, 0, false);
-    const bool noisy = loss.seeds != nullptr;
-    dispatch_shares<T>(batch, noisy, {m, x0, noise, gradient}, [&](auto walk, auto n, auto full) {
+    const auto run = [&](auto walk, auto n, auto full) {
       constexpr Walk w = decltype(walk)::value;
       constexpr int kPack = decltype(n)::value;
       const Launch how = elementwise_launch<w, kPack>("denoising_loss", device, batch);
@@ -128,7 +127,8 @@ struct Cuda {
       launch(device, how, loss_of_shares<w, kPack, decltype(full)::value, T, X>,
              LossOfShares<T, X>{loss, m, x0, noise, gradient, 0}, at);
       means(loss, at, how.blocks, true);
-    });
+    };
+    dispatch_shares<T>(batch, loss.seeds != nullptr, run, m, x0, noise, gradient);
   }
 
   void means(const DenoisingLoss& loss, const double* sums, int64_t pieces, bool follows) const {
