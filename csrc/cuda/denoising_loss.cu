@@ -63,10 +63,11 @@ struct LossOfShares {
   }
 };
 
-// The sum over a block, in its thread 0.
+// The sum over a block of at most that many threads, in its thread 0.
+template <int threads_at_most>
 DX_DEVICE double block_sum(double value) {
   struct Warps {
-    double of[tuning::kElementThreads / kWarp];
+    double of[threads_at_most / kWarp];
   };
   Warps& sums = shared<Warps>();
   value = warp_sum(value);
@@ -92,7 +93,7 @@ DX_GLOBAL DX_BOUNDED(kMostThreads<walk>, 1) void loss_of_shares(const LossOfShar
     for (int64_t first = block() * of_block + thread(); first < shares;
          first += blocks() * of_block)
       elementwise_shares<walk, n, full>(op, batch, b, first);
-    const double sum = block_sum(op.sum);
+    const double sum = block_sum<kMostThreads<walk>>(op.sum);
     if (thread() == 0) sums[b * blocks() + block()] = sum;
   }
   let_next_launch();
