@@ -63,10 +63,11 @@ struct LossOfShares {
   }
 };
 
-// The sum over a block, in its thread 0.
+// The sum over a block of at most that many threads, in its thread 0.
+template <int threads_at_most>
 DX_DEVICE double block_sum(double value) {
   struct Warps {
-    double of[tuning::kElementThreads / kWarp];
+    double of[threads_at_most / kWarp];
   };
   Warps& sums = shared<Warps>();
   value = warp_sum(value);
@@ -92,7 +93,7 @@ DX_GLOBAL DX_BOUNDED(kMostThreads<walk>, 1) void loss_of_shares(const LossOfShar
     for (int64_t first = block() * of_block + thread(); first < shares;
          first += blocks() * of_block)
       elementwise_shares<walk, n, full>(op, batch, b, first);
-    const double sum = block_sum(op.sum);
+    const double sum = block_sum<kMostThreads<walk>>(op.sum);
     if (thread() == 0) sums[b * blocks() + block()] = sum;
   }
   let_next_launch();
@@ -118,8 +119,7 @@ struct Cuda {
     const Batch& batch = loss.batch;
     if (batch.samples == 0) return;
     if (batch.per_sample() == 0) return means(loss, nullptr, 0, false);
-    const bool noisy = loss.seeds != nullptr;
-    dispatch_shares<T>(batch, noisy, {m, x0, noise, gradient}, [&](auto walk, auto n, auto full) {
+    const auto run = [&](auto walk, auto n, auto full) {
       constexpr Walk w = decltype(walk)::value;
       constexpr int kPack = decltype(n)::value;
       const Launch how = elementwise_launch<w, kPack>("denoising_loss", device, batch);
@@ -128,7 +128,8 @@ struct Cuda {
       launch(device, how, loss_of_shares<w, kPack, decltype(full)::value, T, X>,
              LossOfShares<T, X>{loss, m, x0, noise, gradient, 0}, at);
       means(loss, at, how.blocks, true);
-    });
+    };
+    dispatch_shares<T>(batch, loss.seeds != nullptr, run, m, x0, noise, gradient);
   }
 
   void means(const DenoisingLoss& loss, const double* sums, int64_t pieces, bool follows) const {

@@ -8,6 +8,7 @@
 #include <array>
 #include <cassert>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #define DX_GLOBAL __global__
@@ -47,7 +48,7 @@ inline bool compiled_for(int device) {
 // Fills a launch's configuration and the attributes that it points to.
 class Configuration {
  public:
-  Configuration(const Launch& how, cudaStream_t stream) {
+  Configuration(const Launch& how, const DeviceLimits& limits, cudaStream_t stream) {
     config.gridDim = dim3(unsigned(how.blocks), unsigned(how.blocks_y));
     config.blockDim = dim3(unsigned(how.threads));
     config.dynamicSmemBytes = size_t(how.shared_bytes);
@@ -58,7 +59,7 @@ class Configuration {
       cluster.id = cudaLaunchAttributeClusterDimension;
       cluster.val.clusterDim = {unsigned(how.cluster), 1, 1};
     }
-    if (how.follows_ours && tuning::kOverlapLaunches) {
+    if (how.follows_ours && limits.overlaps && tuning::kOverlapLaunches) {
       cudaLaunchAttribute& overlap = attributes_[config.numAttrs++];
       overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -79,7 +80,7 @@ inline int most_cluster(int shared_bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
   for (int size = tuning::kMostCluster; size > 1; size /= 2) {
-    const Configuration c({"probe", size, 1, 256, size, shared_bytes}, nullptr);
+    const Configuration c({"probe", size, 1, 256, size, shared_bytes}, {}, nullptr);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &c.config);
     if (error == cudaSuccess && clusters > 0) return size;
@@ -96,13 +97,14 @@ inline const DeviceLimits& limits_of(int device) {
   DeviceLimits& limits = known[device];
   if (limits.multiprocessors == 0) {
     const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStaticShared;
-    // Code for older architectures runs on newer ones too, but knows no clusters.
+    // Code for older architectures runs on newer ones too, but knows no clusters, and does not wait
+    // for the launch before it.
     cudaFuncAttributes compiled = {};
     check(cudaFuncGetAttributes(&compiled, probe<0>), "the CUDA library has no code for this GPU");
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-    const bool clusters = major >= 9 && compiled.ptxVersion >= 90;
-    const int most = clusters ? most_cluster(shared) : 1;
-    limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, most};
+    const bool hopper = major >= 9 && compiled.ptxVersion >= 90;
+    const int most = hopper ? most_cluster(shared) : 1;
+    limits = {attribute(cudaDevAttrMultiProcessorCount, device), shared, most, hopper};
   }
   return limits;
 }
@@ -111,11 +113,13 @@ inline const DeviceLimits& limits_of(int device) {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t)
-      : guard_(t.get_device_index()), limits(limits_of(t.get_device_index())) {
+      : index(t.get_device_index()), guard_(index), limits(limits_of(index)) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
   }
+
+  const int index;
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -125,18 +129,26 @@ class OnDevice {
   cudaStream_t stream;
 };
 
+// A block has 48 KB, static and dynamic together, without asking. Asked once for a kernel on a
+// device, not at each launch, where the host's time counts; and for the most that there is, so that
+// no later launch of the kernel has to ask again.
+inline void allow_most_shared(const void* kernel, const OnDevice& device, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({kernel, device.index})) return;
+  const int bytes = device.limits.shared_bytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  allowed.insert({kernel, device.index});
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters...),
             Arguments&&... arguments) {
   STD_TORCH_CHECK(how.blocks < int64_t(1) << 31, how.name, ": too many blocks");
-  // A block has 48 KB, static and dynamic together, without asking. Always asked for the most that
-  // there is, so that no other thread's launch of the kernel is left with less.
   if (how.shared_bytes > 48 * 1024 - kStaticShared)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device.limits.shared_bytes),
-          how.name);
-  const Configuration c(how, device.stream);
+    allow_most_shared(reinterpret_cast<const void*>(kernel), device, how.name);
+  const Configuration c(how, device.limits, device.stream);
   check(cudaLaunchKernelEx(&c.config, kernel, std::forward<Arguments>(arguments)...), how.name);
 }
 

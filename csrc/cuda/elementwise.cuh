@@ -181,15 +181,15 @@ Launch elementwise_launch(const char* name, const OnDevice& device, const Batch&
   return {name, blocks, samples, threads};
 }
 
-// Calls run(walk, n, full), as constants, for a batch whose tensors (those at `pointers`, some of
-// them null; the widest vectors are of T) lie alike. `noisy`: noise may be made; without, the
-// memory layout does not matter.
-template <class T, class Run>
-void dispatch_shares(const Batch& batch, bool noisy, std::initializer_list<const void*> pointers,
-                     const Run& run) {
-  const auto aligned_to = [&](int64_t bytes) {
-    return std::all_of(pointers.begin(), pointers.end(),
-                       [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
+// Calls run(walk, n, full), as constants, for a batch whose tensors (some of them null) lie alike.
+// A run is 16 bytes of T. `noisy`: noise may be made; without, the memory layout does not matter.
+template <class T, class Run, class... Elements>
+void dispatch_shares(const Batch& batch, bool noisy, const Run& run, const Elements*... tensors) {
+  // Each to what its own access wants: float32 data may lie beside a bfloat16 model output.
+  const auto aligned = [&](auto n) {
+    return (
+        (reinterpret_cast<uintptr_t>(tensors) % alignof(Vec<Elements, decltype(n)::value>) == 0) &&
+        ...);
   };
   constexpr std::integral_constant<Walk, Walk::run> contiguous;
   constexpr std::integral_constant<Walk, Walk::pixels> pixels;
@@ -198,26 +198,27 @@ void dispatch_shares(const Batch& batch, bool noisy, std::initializer_list<const
   const std::integral_constant<int, 4> four;
   const std::integral_constant<int, 1> one;
   if (noisy && batch.layout == Layout::channels_last) {
-    if (batch.channels % 4 == 0 && batch.spatial % 4 == 0 && aligned_to(4 * sizeof(T)))
+    if (batch.channels % 4 == 0 && batch.spatial % 4 == 0 && aligned(four))
       return run(pixels, four, std::true_type());
     return run(pixels, one, std::false_type());
   }
-  if (batch.per_sample() % kVector == 0 && aligned_to(16))
+  if (batch.per_sample() % kVector == 0 && aligned(vector))
     return run(contiguous, vector, std::true_type());
   run(contiguous, four, std::false_type());
 }
 
 // Runs an op over a batch. Arguments: as dispatch_shares.
-template <class T, class Op>
+template <class T, class Op, class... Elements>
 void launch_elementwise(const char* name, const OnDevice& device, const Batch& batch, const Op& op,
-                        bool noisy, std::initializer_list<const void*> pointers) {
+                        bool noisy, const Elements*... tensors) {
   if (batch.samples == 0 || batch.per_sample() == 0) return;
-  dispatch_shares<T>(batch, noisy, pointers, [&](auto walk, auto n, auto full) {
+  const auto run = [&](auto walk, auto n, auto full) {
     constexpr Walk w = decltype(walk)::value;
     constexpr int kPack = decltype(n)::value;
     launch(device, elementwise_launch<w, kPack>(name, device, batch),
            elementwise_kernel<w, kPack, decltype(full)::value, Op>, op, batch);
-  });
+  };
+  dispatch_shares<T>(batch, noisy, run, tensors...);
 }
 
 }  // namespace dx

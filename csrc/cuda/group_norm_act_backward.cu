@@ -50,7 +50,7 @@ struct Cuda {
   static void input(const Call<T>& c) {
     if (c.plan.on_chip) return launch_on_chip<kinds>(c);
     launch_sums<kinds>(c);
-    Launch how{"group_norm_act_backward: means", c.g.samples * c.g.groups, 1, 256};
+    Launch how{"group_norm_act_backward: means", c.g.samples * c.g.groups, 1, kMeansThreads};
     how.follows_ours = true;
     launch(c.device, how, gradient_means, c.g, c.b.sums, c.b.means);
     launch_apply(c);

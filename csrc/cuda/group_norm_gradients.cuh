@@ -7,9 +7,12 @@
 namespace dx::norm_backward {
 namespace {
 
+constexpr int kMeansThreads = 256, kParameterThreads = 128;
+
 // A block for each group: means [N, G] from the partial sums of its channels.
-DX_GLOBAL DX_BOUNDED(256, 1) void gradient_means(const GroupNorm g, const PartialSums sums,
-                                                 GroupMeans* means) {
+DX_GLOBAL DX_BOUNDED(kMeansThreads, 1) void gradient_means(const GroupNorm g,
+                                                           const PartialSums sums,
+                                                           GroupMeans* means) {
   let_next_launch();
   await_last_launch();
   const int64_t n = block() / g.groups, first = block() % g.groups * g.group_channels();
@@ -21,7 +24,7 @@ DX_GLOBAL DX_BOUNDED(256, 1) void gradient_means(const GroupNorm g, const Partia
     da_xhat += gain * sums.at(kDaXhat, n, c, piece);
   }
   struct Warps {
-    double da[8], da_xhat[8];
+    double da[kMeansThreads / kWarp], da_xhat[kMeansThreads / kWarp];
   };
   Warps& of = shared<Warps>();
   da = warp_sum(da);
@@ -33,8 +36,6 @@ DX_GLOBAL DX_BOUNDED(256, 1) void gradient_means(const GroupNorm g, const Partia
   const double count = double(g.group_channels() * g.spatial);
   means[block()] = {float(da / count), float(da_xhat / count)};
 }
-
-constexpr int kParameterThreads = 128;
 
 // A block for each channel: the gradients of its parameters in every sample, and their sums over
 // the samples. `lanes` threads, a power of two, add up the pieces of a sample.

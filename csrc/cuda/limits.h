@@ -11,8 +11,9 @@ constexpr int kLeastShared = 64 * 1024 - kStaticShared;
 
 struct DeviceLimits {
   int multiprocessors;
-  int shared_bytes;  // dynamic shared memory that one block may have
-  int max_cluster;   // blocks; 1 where there are no clusters
+  int shared_bytes;       // dynamic shared memory that one block may have
+  int max_cluster;        // blocks; 1 where there are no clusters
+  bool overlaps = false;  // whether a kernel can wait for the launch before it, and begin early
 };
 
 }  // namespace dx

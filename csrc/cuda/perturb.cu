@@ -62,7 +62,7 @@ struct Cuda {
   template <class T>
   void run(const Perturbation& p, const T* x0, const T* noise, T* x_t, T* target) const {
     launch_elementwise<T>("perturb", device, p.batch, Perturb<T>{p, x0, noise, x_t, target},
-                          p.seeds != nullptr, {x0, noise, x_t, target});
+                          p.seeds != nullptr, x0, noise, x_t, target);
   }
 };
 

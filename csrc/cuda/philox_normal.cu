@@ -40,7 +40,7 @@ struct Cuda {
   template <class T>
   void run(const Batch& batch, const int64_t* seeds, uint32_t step, uint32_t stream, T* out) const {
     const FillNormal<T> op{seeds, step, stream, out};
-    launch_elementwise<T>("philox_normal_", device, batch, op, true, {out});
+    launch_elementwise<T>("philox_normal_", device, batch, op, true, out);
   }
 };
 

@@ -129,10 +129,9 @@ struct Cuda {
   template <class T, class Op>
   void launch_step(const Step& step, const Samples<T>& s, const Op& op) const {
     static_assert(kMostSlots == 6 && kMostWrites == 2);
-    launch_elementwise<T>(
-        "sampler_step", device, step.batch, op, step.seeds != nullptr,
-        {s.x, s.m, s.m_cond, s.noise, s.out, s.x0, s.slots[0], s.slots[1], s.slots[2], s.slots[3],
-         s.slots[4], s.slots[5], s.written[0], s.written[1]});
+    launch_elementwise<T>("sampler_step", device, step.batch, op, step.seeds != nullptr, s.x, s.m,
+                          s.m_cond, s.noise, s.out, s.x0, s.slots[0], s.slots[1], s.slots[2],
+                          s.slots[3], s.slots[4], s.slots[5], s.written[0], s.written[1]);
   }
 };
 

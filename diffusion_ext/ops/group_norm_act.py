@@ -174,9 +174,7 @@ def _(x, num_groups, weight, bias, eps, act, scale, shift, post_scale, post_shif
 @register_fake("group_norm_act_backward")
 def _(dy, x, mean, rstd, num_groups, weight, bias, act, *modulation):
     def like(parameter):
-        if parameter is None:
-            return x.new_empty(0)
-        return x.new_empty(parameter.shape, dtype=parameter.dtype)
+        return None if parameter is None else x.new_empty(parameter.shape, dtype=parameter.dtype)
 
     return _normalised_like(x, False), *(like(p) for p in (weight, bias, *modulation))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -28,6 +29,8 @@ GRAPHS = 4  # of a model that are kept, the last ones used
 
 # model -> {kind of run: graph}. No graph refers to its model, so that each goes with it.
 _graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+_of_thread = threading.local()
 
 
 class GraphStepper:
@@ -96,7 +99,7 @@ class Uncapturable(Exception):
 
 def capture(body: Callable[[], None], row: Tensor) -> Callable[[], None]:
     """A function that replays what body() does on the GPU. row: where body counts its runs."""
-    stream = torch.cuda.Stream(row.device)
+    stream = capture_stream(row.device)
     with torch.cuda.device(row.device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -115,6 +118,16 @@ def capture(body: Callable[[], None], row: Tensor) -> Callable[[], None]:
             raise Uncapturable(f"{type(error).__name__}: {first_line}") from error
         torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where this thread's captures on the device are made, all of them: cuBLAS keeps a workspace
+    for each stream that it has worked on, of 32 MiB on an H100. Threads may capture at once, so
+    that each has its own."""
+    streams = vars(_of_thread).setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 @contextlib.contextmanager

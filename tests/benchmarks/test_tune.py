@@ -52,6 +52,23 @@ def test_a_variant_has_the_bits_of_the_cpu():
             assert all(map(same_bits, found, wanted))
 
 
+def test_more_threads_for_pixels_than_for_runs(monkeypatch):
+    """What tuning may choose: a block's sums have room for either walk, on the emulated GPU."""
+    monkeypatch.setitem(variants.SOURCES, "denoising_loss", ("denoising_loss",))
+    threads = (("kElementThreads", "128"), ("kPixelThreads", "256"))
+    variant = variants.Variant("denoising_loss", "uneven", threads)
+    assert variants.build("cpu", (variant,)) == 0
+    torch.ops.load_library(str(variants.folder_of("cpu") / f"{variant.library}.so"))
+    monkeypatch.setitem(backend.NAMESPACES, variant.library, variant.namespace)
+    schedule, t = dx.NoiseSchedule.linear(100), torch.tensor([3, 90])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = torch.randn(2, 4, 48, 48).bfloat16().to(memory_format=layout)
+        wanted = dx.denoising_loss(output, output, t, schedule, seeds=5)
+        with dx.use_backend(variant.library):
+            found = dx.denoising_loss(output, output, t, schedule, seeds=5)
+        torch.testing.assert_close(found, wanted)
+
+
 def norm_row(us, backward=False, layout="contiguous", plan="on chip"):
     return {
         "op": variants.NORM, "work": "group_norm_act", "variant": "forward", "shape": [2, 32, 8, 8],

@@ -7,6 +7,7 @@ import torch
 from harness import DEVICES, DTYPES, EMULATED, assert_close, lay, pretend, same_bits
 
 import diffusion_ext as dx
+from diffusion_ext.ops.denoising_loss import loss_and_gradient
 
 SCHEDULE = dx.NoiseSchedule.linear(100)
 
@@ -78,6 +79,28 @@ def test_gradients_of_the_loss_have_the_bits_of_the_cpu(dtype, shape, layouts):
     t, seeds = torch.tensor([100, 0, 57])[: shape[0]], torch.arange(shape[0])
     for prediction, delta in (("epsilon", None), ("v", 0.7), ("x0", None)):
         assert_same_bits_on_cpu(gradient, output, x0, t, seeds, prediction, delta)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bytes_past", [4, 8, 16])
+def test_the_alignment_of_float32_data_beside_a_half_precision_output(layout, bytes_past):
+    """Four of float32 want 16 bytes, where four of bfloat16 are content with 8."""
+    shape, t = (2, 8, 4, 4), torch.tensor([100, 57])
+    output, x0, noise = (lay(torch.randn(shape), layout) for _ in range(3))
+    past = bytes_past // 4
+
+    def shifted(data):
+        memory = data.new_empty(data.numel() + past)
+        return memory.as_strided(shape, data.stride(), past).copy_(data)
+
+    x0, noise, tables = shifted(x0), shifted(noise), [SCHEDULE.tensor("signal", x0.device)] * 2
+    for dtype in (torch.bfloat16, torch.float16):
+        for source in ((None, torch.arange(2)), (noise, None)):
+            args = (output.to(dtype), t, *tables, x0, *source, None, torch.ones(2))
+            (losses, ours), (_, theirs) = loss_and_gradient(*args), on_cpu(loss_and_gradient, *args)
+            assert losses.isfinite().all()
+            assert same_bits(ours.cpu(), theirs)
 
 
 @pytest.mark.backends("cuda")

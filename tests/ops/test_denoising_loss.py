@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import DTYPES, LAYOUTS, SHAPES, assert_close, lay, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_ext as dx
 from diffusion_ext.ops.denoising_loss import loss_and_gradient
@@ -109,6 +110,24 @@ def test_a_large_sample_keeps_its_gradient_in_float16():
     seeds = torch.tensor([1])
     noise = dx.philox_normal(seeds, output.shape, step=57, stream=2, dtype=torch.float64)
     assert_close(gradient, (output.double() - noise) / 2, torch.float16)
+
+
+@pytest.mark.backends("cuda")
+def test_a_gradient_in_half_precision_is_scaled_without_float32_copies():
+    class Made(TorchDispatchMode):
+        """The dtypes of what torch makes of a gradient's size."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == output.shape:
+                dtypes.add(out.dtype)
+            return out
+
+    dtypes, output = set(), torch.randn(4, 3, 8, 8).bfloat16().requires_grad_()
+    losses = dx.denoising_loss(output, output.detach(), 57, SCHEDULE, seeds=1)
+    with Made():
+        losses.sum().backward()
+    assert dtypes == {torch.bfloat16}
 
 
 def test_a_sample_has_its_loss_in_any_batch():

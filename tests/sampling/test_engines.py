@@ -5,6 +5,7 @@ tests/sampling/test_engines_cuda.py has what only a GPU can show.
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +217,20 @@ def test_models_that_nothing_can_refer_to(captures):
 def test_what_a_graph_cannot_do(captures, options, message):
     with pytest.raises(ValueError, match=message):
         draw(Network(), engine="graph", **options)
+
+
+def test_the_streams_of_captures(monkeypatch):
+    """One for a device in a thread, however often it captures."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as another:
+        captures = [(thread, device) for thread in (one, another) for device in devices]
+        first, second = (
+            [thread.submit(graphs.capture_stream, device).result() for thread, device in captures]
+            for _ in range(2)
+        )
+    assert first == second
+    assert len(set(first)) == len(captures)
 
 
 def test_a_graph_wants_a_gpu():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,24 @@ def test_a_second_run_captures_nothing(monkeypatch):
     for seeds in range(3):
         assert_same(model, seeds=seeds)
     assert len(captured) == 1
+
+
+def test_the_captures_of_a_thread_share_a_stream(monkeypatch):
+    used, graph = [], torch.cuda.graph
+
+    def watched(*args, stream, **options):
+        used.append(stream)
+        return graph(*args, stream=stream, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", watched)
+    for _ in range(2):
+        draw(unet())
+    with ThreadPoolExecutor(1) as another:
+        another.submit(draw, unet()).result()
+    first, second, of_another = used
+    assert first == second
+    assert first != of_another
+    assert first != torch.cuda.current_stream()
 
 
 def test_memory_is_freed_with_the_model():
