@@ -25,10 +25,13 @@ own dependencies; no network: what .wheels has (make gpu-wheels) is installed fo
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +50,10 @@ CALLS = {
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Of the seconds of the stage sanitize; in this order.
+TOOLS = {"memcheck": 0.6, "racecheck": 0.4, "initcheck": 0, "synccheck": 0}
+TOOL_LEAST = 20  # seconds in which a tool can start torch and watch anything
+WORKERS, MOST_RESTARTS, TEST_SECONDS = 4, 30, 40  # of pytest
 
 LOADED = """
 import pathlib, sys, torch, diffusion_ext as dx
@@ -128,11 +134,19 @@ class Plan:
         return self.module(stage, name, seconds, "--results", self.results, *more)
 
     def test(self, seconds: float) -> list[Step]:
-        """A warning is no error here: another torch may have others."""
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
-        command += ["--durations=5", "-p", "no:cacheprovider"]
-        command += ["--maxfail=25"]  # after one fault of a GPU every test fails
-        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **self.using()}
+        """In WORKERS processes where pytest-xdist is installed: one that hangs in a test for
+        TEST_SECONDS, crashes, or has a dead CUDA context (tests/ops/faults.py) is replaced.
+        A warning is no error here: another torch may have others."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rN", "-W", "default"]
+        command += ["--durations=5", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reported"]
+        workers = importlib.util.find_spec("xdist") is not None
+        if workers:
+            command += ["-n", WORKERS, "--max-worker-restart", MOST_RESTARTS]
+        if importlib.util.find_spec("pytest_timeout"):  # a thread ends the process: only a worker's
+            method = "thread" if workers else "signal"
+            command += ["--timeout", TEST_SECONDS, "--timeout-method", method]
+        threads = {"OMP_NUM_THREADS": "4"} if workers else {}
+        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **threads, **self.using()}
         # What torch.compile takes would leave little for the rest. A CPU skips the engines.
         ops = [OPS] if self.device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
         engines = [ROOT / "tests" / "sampling" / "test_engines_cuda.py"]
@@ -143,17 +157,18 @@ class Plan:
         ]  # fmt: skip
 
     def sanitize(self, seconds: float) -> list[Step]:
-        """Each tensor an allocation of its own, so that one byte too far is seen."""
-        script = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
-        script.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        """Each tensor an allocation of its own, so that one byte too far is seen. The first tools
+        share what is planned; the others have what is left of the call."""
+        alone = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
+        alone.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         if self.device == "cpu":
-            return [script]
-        tool, options = sanitizer()
+            return [alone]
+        tool, _ = sanitizer()
         why = "" if tool else "compute-sanitizer is not installed"
         return [
-            Step("sanitize", name, [tool, "--tool", name, *options, *script.command],
-                 seconds / len(TOOLS), script.environment, self.library, skipped=why)
-            for name in TOOLS
+            dataclasses.replace(alone, name=name, command=[*alone.command, "--tool", name],
+                                seconds=share * seconds, skipped=why, least=TOOL_LEAST)
+            for name, share in TOOLS.items()
         ]  # fmt: skip
 
     def steps(self, stages: list[str]) -> list[Step]:
@@ -176,9 +191,10 @@ def run_call(plan: Plan, seconds: float) -> bool:
         plan.library.mkdir(parents=True)
     elif stages and not (plan.library / "diffusion_ext").is_dir():
         sys.exit("nothing is built: the stage build comes first")
+    start = time.time()
     with Log(plan.results, plan.call) as log:
         outcomes = run_all(plan.steps(stages), seconds, log)
-    text = summary(plan.call, outcomes, plan.results)
+    text = summary(plan.call, outcomes, plan.results, start)
     (plan.results / f"{plan.call}.md").write_text(text, encoding="utf-8")
     print(f"\n{text}", flush=True)
     return all(outcome.good for outcome in outcomes)

@@ -1,8 +1,9 @@
 """The child's side of items.py: does one item after the other, as the parent asks for them.
 
-A work has items(), do(name) and facts(); what do returns goes to the parent as JSON. Each item ends
-with a synchronization, so that a fault of the GPU is blamed on the item that made it. After such a
-fault no call of CUDA works any more in this process: it then ends itself.
+A work has items(), facts() and do(name, given), where `given` is what the parent knows of the item
+already, as JSON, such as a row. What do makes of it goes back, also where do raises halfway. Each
+item ends with a synchronization, so that a fault of the GPU is blamed on the item that made it.
+After such a fault no call of CUDA works any more in this process: it then ends itself.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ def serve(folder: pathlib.Path, make: Callable) -> int:
     return 0
 
 
-def answered(work, name: str, seconds: float) -> dict:
-    """{result, error, dead} of an item."""
-    result, error = None, ""
+def answered(work, name: str, seconds: float, given: dict) -> dict:
+    """{result, error, dead} of an item; do changes `given` in place."""
+    error = ""
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.setitimer(signal.ITIMER_REAL, OWN_SHARE * seconds)
     try:
-        result = work.do(name)
+        work.do(name, given)
     except Exception as raised:
         error = one_line(raised)
     finally:
@@ -53,8 +54,8 @@ def answered(work, name: str, seconds: float) -> dict:
     try:
         synchronize()
     except Exception as raised:
-        return {"result": result, "error": error or one_line(raised), "dead": True}
-    return {"result": result, "error": error, "dead": False}
+        return {"result": given, "error": error or one_line(raised), "dead": True}
+    return {"result": given, "error": error, "dead": False}
 
 
 def synchronize() -> None:

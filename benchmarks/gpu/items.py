@@ -50,10 +50,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Done:
-    """error: why it failed. ended: the child did with it."""
+    """result: what the item made of what it was given. error: why it failed. ended: the child
+    did with it."""
 
     item: Item
-    result: object = None
+    result: dict | None = None
     error: str = ""
     ended: bool = False
 
@@ -87,10 +88,10 @@ class Child:
             self.close(0)
             raise
 
-    def ask(self, name: str, seconds: float) -> dict:
+    def ask(self, name: str, seconds: float, given: dict) -> dict:
         """Raises: Ended."""
         self.printed.clear()
-        line = json.dumps({"name": name, "seconds": seconds}) + "\n"
+        line = json.dumps({"name": name, "seconds": seconds, "given": given}) + "\n"
         os.write(self.asked, line.encode())
         return self._answer(seconds)
 
@@ -151,6 +152,8 @@ class Run:
         facts: of the device, as the first child says them.
         broken: why no child could be started any more.
         left_out: items of kinds that ended too many children.
+        total: how many items there are. statuses: with which the children ended.
+        given: what an item is given. heard: is told what a child prints, and during which item.
     """
 
     def __init__(
@@ -159,14 +162,15 @@ class Run:
         seconds: float,
         start: float = START,
         most_ends: int = MOST_ENDS,
-        heard: Callable[[str, Item | None], None] = lambda line, item: None,
     ):
-        self.command, self.start, self.most_ends, self.heard = command, start, most_ends, heard
+        self.command, self.start, self.most_ends = command, start, most_ends
         self.end = time.monotonic() + seconds
         self.queue: list[Item] = []
         self.left_out: list[Item] = []
         self.facts: dict = {}
         self.total, self.broken, self.statuses = 0, "", []
+        self.given: Callable[[Item], dict] = lambda item: {}
+        self.heard: Callable[[str, Item | None], None] = lambda line, item: None
         self._child: Child | None = None
         self._item: Item | None = None
         self._ends = collections.Counter()
@@ -206,7 +210,7 @@ class Run:
         child, self._item = self._started(), item
         seconds = min(item.seconds, self.left())
         try:
-            answer = child.ask(item.name, seconds)
+            answer = child.ask(item.name, seconds, self.given(item))
         except Ended as error:
             self._close(0)
             if self.left() <= 0:

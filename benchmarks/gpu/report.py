@@ -42,10 +42,11 @@ class Report:
     def __init__(self, folder: pathlib.Path, facts: dict[str, str]):
         self.folder = folder / slug(facts["device"])
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.facts, self.rows = facts, []
+        self.facts, self.rows, self.failures = facts, [], []  # failures: lines
 
     def write(self, complete: bool = False) -> None:
         data = {**self.facts, "complete": complete, "rows": self.rows, **self.findings()}
+        data |= {"failures": self.failures, "summary": self.lines()}
         self._replace(f"{self.name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
         parts = [f"# {self.title} on {self.facts['device']}\n\n{facts}\n\n{self.legend}"]
@@ -54,8 +55,8 @@ class Report:
         self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
 
     def findings(self) -> dict:
-        """What is made of the rows, for the JSON file; summary: lines for a reader in a hurry."""
-        return {"targets": self.summary(), "summary": self.lines()}
+        """What is made of the rows, for the JSON file."""
+        return {"targets": self.summary()}
 
     def lines(self) -> list[str]:
         """The targets that are missed, the furthest first, and how many are met."""

@@ -14,9 +14,11 @@ from benchmarks.gpu import items  # noqa: E402
 TINY = [sys.executable, str(pathlib.Path(__file__).with_name("tiny_items.py"))]
 
 
-def run(*names, seconds=30, prefix=(), **options):
+def run(*names, seconds=30, prefix=(), heard=None, **options):
     """(the run, {name: what became of it} in the order in which they were done)"""
     run = items.Run([*prefix, *TINY, *names], seconds, **options)
+    run.given = lambda item: {"given": item.kind}
+    run.heard = heard or run.heard
     return run, {done.item.name: done for done in run}
 
 
@@ -30,10 +32,11 @@ def test_items_that_end_well_share_a_child():
 
 
 def test_an_item_that_raises_leaves_its_child_alone():
+    """What it did until then comes back."""
     all_of_it, done = run("raises 0", "fine 0")
-    assert done["raises 0"] == items.Done(
-        done["raises 0"].item, error="ValueError: no such thing", ended=False
-    )
+    raised = done["raises 0"]
+    assert (raised.error, raised.ended) == ("ValueError: no such thing", False)
+    assert (raised.result["given"], raised.result["done"]) == ("raises", 1)
     assert done["fine 0"].result["done"] == 2
     assert all_of_it.statuses == [0]
 
@@ -102,8 +105,11 @@ def test_a_command_may_stand_before_python():
     """As compute-sanitizer does, whose exit status then says what it found."""
     around = ["bash", "-c", '"$@"; echo "=== ERROR"; exit 86', "around"]
     heard = []
-    all_of_it, done = run("fine 0", "exits 0", "fine 1", prefix=around,
-                          heard=lambda line, item: heard.append((line.strip(), item.name)))  # fmt: skip
+
+    def hear(line, item):
+        heard.append((line.strip(), item.name))
+
+    all_of_it, done = run("fine 0", "exits 0", "fine 1", prefix=around, heard=hear)
     assert (done["fine 0"].error, done["exits 0"].error) == ("", "ended, status 86: === ERROR")
     assert all_of_it.statuses == [86, 86]
     assert ("=== ERROR", "exits 0") in heard

@@ -1,5 +1,6 @@
 """The variants of the CUDA kernels, and what is made of their times."""
 
+import json
 import pathlib
 import sys
 
@@ -97,8 +98,18 @@ def test_where_another_plan_is_faster(report):
 
 
 def test_what_is_wrong_comes_first(report):
-    report.errors = ["512x1: off"]
+    report.failures = ["FAILED 512x1: off"]
     report.rows = [norm_row({"as_it_is": 10, "256x1": 5})]
-    assert report.lines()[0] == "FAILED 512x1: off"
     report.write()
     assert {path.name for path in report.folder.iterdir()} == {"tune.json", "tune.md"}
+    assert json.loads((report.folder / "tune.json").read_text())["failures"] == report.failures
+    found = (report.folder / "tune.md").read_text().partition("## Found\n\n")[2]
+    assert found.startswith(f"* FAILED 512x1: off\n* {report.lines()[0]}\n")
+
+
+def test_a_loss_is_no_forward_and_backward_of_a_norm(report):
+    """Nothing is taken out of its time."""
+    us = {"as_it_is": 10, "grid_4": 5}
+    row = norm_row(us, backward=True) | {"op": variants.ELEMENTWISE, "variant": "v, noise made"}
+    report.rows = [row]
+    assert report.winners()["kElementBlocks"]["ratio"] == pytest.approx(0.5)
