@@ -5,21 +5,43 @@
 
     build     both libraries, compiled for this GPU into build/gpu_check
     variants  libraries of the kernels with other constants, for tune
-    smoke     every op beside the float64 reference, and beside the bits of the CPU
+    smoke     every op beside the float64 reference, and beside what the CPU makes of it
     bench     ops.json, ops.md; first: in bfloat16; second: everything
     tune      times the variants; tune.json, tune.md: which constants of csrc/cuda/tuning.h win,
               and that file as this GPU would have it
     test      tests/ops on CUDA tensors; CUDA graphs and the engine "graph"
-    sanitize  compute-sanitizer's four tools over a small call of every op
+    sanitize  compute-sanitizer's tools over a small call of every op
     sample    sampling.json, sampling.md: ContextUnet's whole runs; networks.json, networks.md:
               a UNet and a decoder of Stable Diffusion's shape, eager, fused, compiled
 
 GPU_CHECK=build,bench chooses stages; without build, the others use the last one. A stage that fails
-or outlasts its limit does not stop the next ones, but the exit status says so. Results are written
-as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a summary, worst first
-(<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools beside the package's
-own dependencies; no network: what .wheels has (make gpu-wheels) is installed for these runs alone.
-`--device cpu` runs every stage in small on the CPU, to test this script.
+or outlasts its limit does not stop the next ones, but the exit status says so. Within a stage an
+item that crashes, hangs or breaks the CUDA context costs itself alone (benchmarks/gpu/items.py).
+Results are written as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a
+summary, worst first (<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools
+beside the package's own dependencies; pytest-xdist and pytest-timeout help; no network: what
+.wheels has (make gpu-wheels) is installed for these runs alone. `--device cpu` runs every stage in
+small on the CPU, to test this script.
+
+The seconds of CALLS are estimates for 16 cores and an H200: no GPU has run this yet.
+
+    build     A file of kernels takes nvcc 6 to 11 s for one architecture (measured on two shared
+              cores), and all sixteen compile beside each other; then the CPU's library.
+              The second call compiles only what a new header changes, where it finds the first's.
+    variants  Some 760 s of one core, by the same measurement: 50 s on sixteen.
+    smoke     Two imports of torch, 4 s each; 513 checks take 7 s on a CPU.
+    bench     82 rows (164 in the second call) of three calls, each timed 7 times 4 ms with and
+              without a graph: 30 s (60 s); then a compiled baseline every 2 to 5 s.
+    tune      640 timings of 7 times 4 ms and a check: 45 s; and the small works of 29 variants.
+    test      1,700 tests of some 20 ms in four processes, and twice the start of these.
+    sanitize  A tool slows an import of torch a few times and a launch 10 to 100 times, says its
+              documentation: 15 s to start, then some 5 calls a second, of 360.
+    sample    9 ways to run three networks at 3 s, 40 runs at 0.5 s; a decoder compiles in 20 s, a
+              UNet in 60 s.
+
+When they do not hold, this is lost first: in bench, then in sample, the compiled baselines; in
+bench the rows without a target; in sanitize synccheck and initcheck, then the calls that repeat a
+kernel in another dtype or layout; in tune the elementwise ops at the size of latents.
 """
 
 from __future__ import annotations
@@ -42,11 +64,11 @@ from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noq
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
 WHEELS = ROOT / ".wheels"
 
-# Stage -> its seconds on a machine of 16 cores, perhaps another one for each call. A call's own are
-# more: what is left goes to the stage that needs it, and bench, which fills any time, comes late.
+# Stage -> its seconds, perhaps others for each call. A call's own are as many: what a stage leaves
+# goes to the next that needs it, and bench and tune, which fill any time, come late.
 CALLS = {
-    "first": {"build": 60, "variants": 80, "smoke": 20, "bench": 60, "tune": 80},
-    "second": {"build": 60, "test": 50, "sanitize": 40, "sample": 75, "bench": 45},
+    "first": {"build": 60, "variants": 75, "smoke": 25, "bench": 60, "tune": 80},
+    "second": {"build": 60, "test": 55, "sanitize": 60, "sample": 55, "bench": 40},
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))

@@ -12,7 +12,7 @@ import torch
 
 from diffusion_ext import _C
 
-from ..device import limits
+from ..device import issue_rate, limits
 from ..norms import GROUPS
 from ..work import DTYPES, Check, Work
 from .passes import Passes, main
@@ -53,7 +53,7 @@ class Bench(Passes):
         row |= {name: getattr(work.case, name) for name in ("scale", "shape", "dtype", "layout")}
         if work.op == "group_norm_act":
             row |= {"groups": GROUPS, "plan": self.plans(work)}
-        row |= {"compile": "not tried", "note": ""}
+        row |= {"compile": "not tried", "note": "", "issue_rate": issue_rate(self.device)}
         return row
 
     def plans(self, work: Work) -> dict[str, dict]:

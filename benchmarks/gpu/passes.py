@@ -60,14 +60,12 @@ class Passes:
         items = []
         for name, work in self.ranked.items():
             row = self.row(work)
-            for part in (parts := self.parts(work)):
-                of = {"row": row, "last": part == parts[-1]}
-                items.append(self.item(name, part, self.seconds, 2, of))
+            for part in self.parts(work):
+                items.append(self.item(name, part, self.seconds, 2, {"row": row}))
         limit = len(self.ranked) if self.device == "cuda" else self.compiled_on_cpu
         for name, work in list(self.ranked.items())[:limit]:
             for part in self.compiled_parts(work):
-                of = {"compiles": True, "last": True}
-                items.append(self.item(name, part, COMPILE_SECONDS, 10, of))
+                items.append(self.item(name, part, COMPILE_SECONDS, 10, {"compiles": True}))
         return items
 
     def item(self, name: str, part: str, seconds: float, least: float, of: dict) -> Item:
@@ -131,11 +129,17 @@ class Measuring:
                 row[self.passes.failure] = f"{about['part']} {done.error}".strip()
                 if not self.passes.compiles_failed:
                     self.run.queue[:] = [i for i in self.run.queue if i.about["work"] != name]
-        if about["last"] or done.error:
-            said = done.error or self.passes.said_of(row)
-            print(f"{done.item.name if done.error else name}: {said}", flush=True)
+        if done.error:
+            print(f"Error: {done.item.name}: {done.error}", flush=True)
+        elif about["compiles"] or not self.more_of(name):
+            print(f"{name}: {self.passes.said_of(row)}", flush=True)
         if time.monotonic() > self.written + OFTEN:
             self.write()
+
+    def more_of(self, name: str) -> bool:
+        """Whether a row has parts to come in pass one."""
+        abouts = (item.about for item in self.run.queue)
+        return any(about.get("work") == name and not about["compiles"] for about in abouts)
 
     def compiled(self, done: Done, row: dict) -> None:
         """That torch.compile fails is no failure of ours, unless it ends the process."""

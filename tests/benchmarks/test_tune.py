@@ -37,6 +37,13 @@ def test_a_constant_that_is_not_there():
         variants.header_with({"kNothing": "1"})
 
 
+def gradient(x0, t, schedule):
+    """Of a loss."""
+    output = (0.5 * x0).detach().requires_grad_()
+    losses = dx.denoising_loss(output, x0, t, schedule, seeds=5)
+    return torch.autograd.grad(losses.sum(), output)[0]
+
+
 def test_a_variant_has_the_bits_of_the_cpu():
     """Two vectors a thread, on the emulated GPU."""
     (variant,) = (v for v in variants.VARIANTS if v.name == "vectors_2")
@@ -47,10 +54,11 @@ def test_a_variant_has_the_bits_of_the_cpu():
     for shape in ((3, 5, 7, 3), (3, 4, 40, 40)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x0 = torch.randn(shape).bfloat16().to(memory_format=layout)
-            wanted = dx.perturb(x0, t, schedule, seeds=5)
+            wanted = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
             with dx.use_backend(variant.library):
-                found = dx.perturb(x0, t, schedule, seeds=5)
-            assert all(map(same_bits, found, wanted))
+                found = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
+            assert all(map(same_bits, found[0], wanted[0]))
+            assert same_bits(found[1], wanted[1])
 
 
 def norm_row(us, backward=False, layout="contiguous", plan="on chip"):
