@@ -6,6 +6,7 @@ import collections
 import re
 
 from .items import Done, Run, said_of
+from .running import FAILED
 
 MOST = 40
 
@@ -21,10 +22,6 @@ class Failures:
             alike = re.sub(r"\d[\w.+-]*", "#", done.error)
             self.found.setdefault((done.item.kind, alike), []).append(done)
 
-    @property
-    def number(self) -> int:
-        return sum(map(len, self.found.values()))
-
     def lines(self) -> list[str]:
         """Those that ended a child first, then the most frequent."""
 
@@ -36,7 +33,7 @@ class Failures:
             worst = max(alike, key=lambda done: done.ended)
             which = "" if worst.item.name == kind else f" ({worst.item.name})"
             number = f"{len(alike)} of {self.totals[kind]}"
-            lines.append(f"FAILED {kind}: {number}: {worst.error}{which}")
+            lines.append(f"{FAILED}{kind}: {number}: {worst.error}{which}")
         if len(lines) > MOST:
             lines[MOST:] = [f"... {len(lines) - MOST} more"]
         return lines
@@ -45,8 +42,8 @@ class Failures:
 def not_run(run: Run) -> list[str]:
     """Why items of a run that is over were not run, and how many of which kinds."""
     kinds = run.not_run()
-    lines = [f"FAILED {run.broken}"] if run.broken else []
+    lines = [f"{FAILED}{run.broken}"] if run.broken else []
     if kinds:
-        lines.append(f"FAILED {sum(kinds.values())} of {run.total} items were not run")
-        lines += [f"not run: {line}" for line in said_of(kinds)]
+        lines.append(f"{FAILED}{sum(kinds.values())} of {run.total} items were not run")
+        lines += [f"{FAILED}not run: {line}" for line in said_of(kinds)]
     return lines

@@ -93,10 +93,8 @@ class Measuring:
         run.given, run.most_ends = self.given, passes.most_ends
 
     def given(self, item: Item) -> dict:
-        about = item.about
-        if "row" in about:
-            self.rows.setdefault(about["work"], about["row"])
-        return {**about, "row": self.rows.get(about["work"])}
+        """With the row as it is by now; a baseline of a work without one has none."""
+        return {**item.about, "row": self.rows.get(item.about["work"], item.about.get("row"))}
 
     def all(self) -> int:
         """The exit status."""
@@ -104,21 +102,23 @@ class Measuring:
             for done in self.run:
                 self.take(done)
         finally:
-            complete = not (self.run.left_out or self.run.queue or self.failures.number)
-            self.write(complete)
+            self.write(over=True)
         if self.report is None:
             print(self.run.broken)
             return 1
         name, folder = self.report.name, self.report.folder.name
         print(f"{folder}/{name}.json and {name}.md: {len(self.rows)} rows")
-        print(*self.report.failures, *self.report.lines(), sep="\n")
+        print(*self.report.failures, sep="\n")
+        print(*self.report.lines(), sep="\n")
         if count := sum(self.run.not_run(optional=True).values()):
             print(f"torch.compile not tried {count} times")
         return int(bool(self.report.failures))
 
     def take(self, done: Done) -> None:
         about, name = done.item.about, done.item.about["work"]
-        row = self.rows[name]
+        if about["compiles"] and name not in self.rows:
+            return
+        row = self.rows.setdefault(name, about.get("row"))
         if done.result:
             row.update(done.result["row"])
         if about["compiles"]:
@@ -150,15 +150,14 @@ class Measuring:
         if done.ended:
             self.failures.count(done)
 
-    def write(self, complete: bool = False) -> None:
+    def write(self, over: bool = False) -> None:
+        """over: nothing more is to come."""
         if self.report is None and self.run.facts:
             self.report = self.passes.report_of(self.results, self.run.facts)
         if self.report:
             self.report.rows = list(self.rows.values())
-            self.report.failures = self.failures.lines()
-            if self.run.left() <= 0 or not self.run.queue:
-                self.report.failures += not_run(self.run)
-            self.report.write(complete=complete)
+            self.report.failures = self.failures.lines() + (not_run(self.run) if over else [])
+            self.report.write(complete=over and not self.report.failures)
         self.written = time.monotonic()
 
 

@@ -45,14 +45,25 @@ class Report:
         self.facts, self.rows, self.failures = facts, [], []  # failures: lines
 
     def write(self, complete: bool = False) -> None:
-        data = {**self.facts, "complete": complete, "rows": self.rows, **self.findings()}
-        data |= {"failures": self.failures, "summary": self.lines()}
+        """Rows are not lost to an error in what is made of them."""
+        made, text = {}, ""
+        try:
+            made = {**self.findings(), "summary": self.lines()}
+            text = self.text(complete)
+        except Exception as error:
+            self.failures.append(f"FAILED the report: {type(error).__name__}: {error}")
+            complete = False
+        data = {**self.facts, "complete": complete, "rows": self.rows, **made}
+        data["failures"] = self.failures
         self._replace(f"{self.name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        self._replace(f"{self.name}.md", text)
+
+    def text(self, complete: bool) -> str:
         facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
         parts = [f"# {self.title} on {self.facts['device']}\n\n{facts}\n\n{self.legend}"]
         if not complete:
             parts.append("**Incomplete**: the run ended before every row was measured.\n")
-        self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
+        return "\n".join(parts + self.sections())
 
     def findings(self) -> dict:
         """What is made of the rows, for the JSON file."""
