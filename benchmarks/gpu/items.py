@@ -184,9 +184,7 @@ class Run:
             self.queue = [Item(**fields) for fields in ready["items"]]
             self.facts, self.total = ready["facts"], len(self.queue)
             while item := next((i for i in self.queue if i.least <= self.left()), None):
-                self.queue.remove(item)
                 if (done := self._one(item)) is None:
-                    self.queue.insert(0, item)
                     break
                 yield done
             self._close(20 if self.left() > 0 else 3)
@@ -206,7 +204,7 @@ class Run:
         return dict(collections.Counter(i.kind for i in items if i.optional == optional))
 
     def _one(self, item: Item) -> Done | None:
-        """None where the time was over before the item was."""
+        """None where the time was over before the item was, which then stays in the queue."""
         child, self._item = self._started(), item
         seconds = min(item.seconds, self.left())
         try:
@@ -215,8 +213,10 @@ class Run:
             self._close(0)
             if self.left() <= 0:
                 return None
+            self.queue.remove(item)
             self._count_end(item.kind)
             return Done(item, error=str(error), ended=True)
+        self.queue.remove(item)
         if answer["dead"]:
             self._close(20)
             self._count_end(item.kind)

@@ -21,7 +21,7 @@ from diffusion_ext import _C
 
 from ..device import limits
 from .failures import Failures, not_run
-from .items import Item, Run
+from .items import LEAST, Item, Run
 from .running import sanitizer
 from .stages import stage
 
@@ -105,7 +105,9 @@ def go_through(run: Run, arguments: argparse.Namespace) -> int:
         watched += done.item.name != KERNELS
         if done.error:
             print(f"Error: {done.item.name}: {done.error}", flush=True)
-    lines = failures.lines() + not_run(run)
+    lines = failures.lines()
+    if run.left() > LEAST:  # a tool that has no time to start has found nothing
+        lines += not_run(run)
     lines += [f"FAILED {line} (in or before {name})" for line, name in found.items()][:20]
     if EXIT in run.statuses and not found:
         lines.append(f"FAILED {tool} found something: see the log")

@@ -62,7 +62,8 @@ def compare(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
         assert same_bits(ours, theirs), "other bits than on the CPU"
         return
     off = (ours.double() - theirs.double()).abs().max().item()
-    limit = tolerance * theirs.abs().max().item()
+    # Inputs are of size 1; of a gradient that cancels, roundings of that size are left.
+    limit = tolerance * max(theirs.abs().max().item(), 1.0)
     assert off <= limit, f"{off:.2e} from the CPU's result, above {limit:.2e}"
 
 

@@ -34,7 +34,8 @@ NORMS = [
 
 # A loss is a sum, which a CPU adds up by 16 lanes of at most 32 elements and a GPU by threads of at
 # most 16. All terms are positive, so that each float32 addition rounds by half a unit in the last
-# place at most: 24 units together. These are fewer, since roundings mostly cancel.
+# place at most: 24 units together. These are fewer, since roundings mostly cancel: of 600 losses on
+# the emulated GPU 83 differed from the CPU's, by one unit.
 LOSS = 4 * 2.0**-23
 
 
