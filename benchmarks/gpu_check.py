@@ -163,7 +163,7 @@ class Plan:
         command += ["--durations=5", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reported"]
         workers = importlib.util.find_spec("xdist") is not None
         if workers:
-            command += ["-n", WORKERS, "--max-worker-restart", MOST_RESTARTS]
+            command += ["-n", WORKERS, "--max-worker-restart", MOST_RESTARTS, "--dist", "loadgroup"]
         if importlib.util.find_spec("pytest_timeout"):  # a thread ends the process: only a worker's
             method = "thread" if workers else "signal"
             command += ["--timeout", TEST_SECONDS, "--timeout-method", method]
