@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import subprocess
 import time
 from importlib import metadata
@@ -47,12 +48,19 @@ def cpu_name() -> str:
     return f"{processor()}, {torch.get_num_threads()} threads, {capability}"
 
 
-def driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+@functools.cache
+def of_nvidia_smi(field: str) -> str:
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
+
+
+def issue_rate(device: str) -> float | None:
+    """Instructions of warps that the GPU can issue in a second: four a multiprocessor and cycle."""
+    clock = of_nvidia_smi("clocks.max.sm") if device == "cuda" else ""
+    return 4 * limits(device)["multiprocessors"] * 1e6 * float(clock) if clock.isdigit() else None
 
 
 def version(library: str) -> str:
@@ -69,7 +77,7 @@ def facts(device: str) -> dict[str, str]:
         **({} if cuda else {"instructions": CAPABILITY}),  # of our kernels
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
-        "driver": driver() if cuda else "none",
+        "driver": of_nvidia_smi("driver_version") if cuda else "none",
         "diffusion_ext": dx.__version__,
         **{library: found for library in LIBRARIES if (found := version(library)) != "none"},
         "date": datetime.date.today().isoformat(),

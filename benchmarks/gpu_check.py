@@ -5,30 +5,55 @@
 
     build     both libraries, compiled for this GPU into build/gpu_check
     variants  libraries of the kernels with other constants, for tune
-    smoke     every op beside the float64 reference, and beside the bits of the CPU
+    smoke     every op beside the float64 reference, and beside what the CPU makes of it
     bench     ops.json, ops.md; first: in bfloat16; second: everything
     tune      times the variants; tune.json, tune.md: which constants of csrc/cuda/tuning.h win,
               and that file as this GPU would have it
     test      tests/ops on CUDA tensors; CUDA graphs and the engine "graph"
-    sanitize  compute-sanitizer's four tools over a small call of every op
+    sanitize  compute-sanitizer's tools over a small call of every op
     sample    sampling.json, sampling.md: ContextUnet's whole runs; networks.json, networks.md:
               a UNet and a decoder of Stable Diffusion's shape, eager, fused, compiled
 
 GPU_CHECK=build,bench chooses stages; without build, the others use the last one. A stage that fails
-or outlasts its limit does not stop the next ones, but the exit status says so. Results are written
-as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a summary, worst first
-(<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools beside the package's
-own dependencies; no network: what .wheels has (make gpu-wheels) is installed for these runs alone.
-`--device cpu` runs every stage in small on the CPU, to test this script.
+or outlasts its limit does not stop the next ones, but the exit status says so. Within a stage an
+item that crashes, hangs or breaks the CUDA context costs itself alone (benchmarks/gpu/items.py).
+Results are written as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a
+summary, worst first (<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools
+beside the package's own dependencies; pytest-xdist and pytest-timeout help; no network: what
+.wheels has (make gpu-wheels) is installed for these runs alone. `--device cpu` runs every stage in
+small on the CPU, to test this script.
+
+The seconds of CALLS are estimates for 16 cores and an H200: no GPU has run this yet.
+
+    build     A file of kernels takes nvcc 6 to 11 s for one architecture (measured on two shared
+              cores), and all sixteen compile beside each other; then the CPU's library.
+              The second call compiles only what a new header changes, where it finds the first's.
+    variants  Some 760 s of one core, by the same measurement: 50 s on sixteen.
+    smoke     Two imports of torch, 4 s each; 513 checks take 7 s on a CPU.
+    bench     82 rows (164 in the second call) of three calls, each timed 7 times 4 ms with and
+              without a graph: 30 s (60 s); then a compiled baseline every 2 to 5 s.
+    tune      640 timings of 7 times 4 ms and a check: 45 s; and the small works of 29 variants.
+    test      1,700 tests of some 20 ms in four processes, and twice the start of these.
+    sanitize  A tool slows an import of torch a few times and a launch 10 to 100 times, says its
+              documentation: 15 s to start, then some 5 calls a second, of 360.
+    sample    9 ways to run three networks at 3 s, 40 runs at 0.5 s; a decoder compiles in 20 s, a
+              UNet in 60 s.
+
+When they do not hold, this is lost first: in bench, then in sample, the compiled baselines; in
+bench the rows without a target; in sanitize synccheck and initcheck, then the calls that repeat a
+kernel in another dtype or layout; in tune the elementwise ops at the size of latents.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,15 +64,18 @@ from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noq
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
 WHEELS = ROOT / ".wheels"
 
-# Stage -> its seconds on a machine of 16 cores, perhaps another one for each call. A call's own are
-# more: what is left goes to the stage that needs it, and bench, which fills any time, comes late.
+# Stage -> its seconds, perhaps others for each call. A call's own are as many: what a stage leaves
+# goes to the next that needs it, and bench and tune, which fill any time, come late.
 CALLS = {
-    "first": {"build": 60, "variants": 80, "smoke": 20, "bench": 60, "tune": 80},
-    "second": {"build": 60, "test": 50, "sanitize": 40, "sample": 75, "bench": 45},
+    "first": {"build": 60, "variants": 75, "smoke": 25, "bench": 60, "tune": 80},
+    "second": {"build": 60, "test": 55, "sanitize": 60, "sample": 55, "bench": 40},
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Of the seconds of the stage sanitize; in this order.
+TOOLS = {"memcheck": 0.6, "racecheck": 0.4, "initcheck": 0, "synccheck": 0}
+TOOL_LEAST = 20  # seconds in which a tool can start torch and watch anything
+WORKERS, MOST_RESTARTS, TEST_SECONDS = 4, 30, 40  # of pytest
 
 LOADED = """
 import pathlib, sys, torch, diffusion_ext as dx
@@ -128,11 +156,19 @@ class Plan:
         return self.module(stage, name, seconds, "--results", self.results, *more)
 
     def test(self, seconds: float) -> list[Step]:
-        """A warning is no error here: another torch may have others."""
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
-        command += ["--durations=5", "-p", "no:cacheprovider"]
-        command += ["--maxfail=25"]  # after one fault of a GPU every test fails
-        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **self.using()}
+        """In WORKERS processes where pytest-xdist is installed: one that hangs in a test for
+        TEST_SECONDS, crashes, or has a dead CUDA context (tests/ops/faults.py) is replaced.
+        A warning is no error here: another torch may have others."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rN", "-W", "default"]
+        command += ["--durations=5", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reported"]
+        workers = importlib.util.find_spec("xdist") is not None
+        if workers:
+            command += ["-n", WORKERS, "--max-worker-restart", MOST_RESTARTS, "--dist", "loadgroup"]
+        if importlib.util.find_spec("pytest_timeout"):  # a thread ends the process: only a worker's
+            method = "thread" if workers else "signal"
+            command += ["--timeout", TEST_SECONDS, "--timeout-method", method]
+        threads = {"OMP_NUM_THREADS": "4"} if workers else {}
+        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **threads, **self.using()}
         # What torch.compile takes would leave little for the rest. A CPU skips the engines.
         ops = [OPS] if self.device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
         engines = [ROOT / "tests" / "sampling" / "test_engines_cuda.py"]
@@ -143,17 +179,18 @@ class Plan:
         ]  # fmt: skip
 
     def sanitize(self, seconds: float) -> list[Step]:
-        """Each tensor an allocation of its own, so that one byte too far is seen."""
-        script = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
-        script.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        """Each tensor an allocation of its own, so that one byte too far is seen. The first tools
+        share what is planned; the others have what is left of the call."""
+        alone = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
+        alone.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         if self.device == "cpu":
-            return [script]
-        tool, options = sanitizer()
+            return [alone]
+        tool, _ = sanitizer()
         why = "" if tool else "compute-sanitizer is not installed"
         return [
-            Step("sanitize", name, [tool, "--tool", name, *options, *script.command],
-                 seconds / len(TOOLS), script.environment, self.library, skipped=why)
-            for name in TOOLS
+            dataclasses.replace(alone, name=name, command=[*alone.command, "--tool", name],
+                                seconds=share * seconds, skipped=why, least=TOOL_LEAST)
+            for name, share in TOOLS.items()
         ]  # fmt: skip
 
     def steps(self, stages: list[str]) -> list[Step]:
@@ -176,9 +213,10 @@ def run_call(plan: Plan, seconds: float) -> bool:
         plan.library.mkdir(parents=True)
     elif stages and not (plan.library / "diffusion_ext").is_dir():
         sys.exit("nothing is built: the stage build comes first")
+    start = time.time()
     with Log(plan.results, plan.call) as log:
         outcomes = run_all(plan.steps(stages), seconds, log)
-    text = summary(plan.call, outcomes, plan.results)
+    text = summary(plan.call, outcomes, plan.results, start)
     (plan.results / f"{plan.call}.md").write_text(text, encoding="utf-8")
     print(f"\n{text}", flush=True)
     return all(outcome.good for outcome in outcomes)

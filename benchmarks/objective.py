@@ -1,4 +1,4 @@
-"""The work of a training step around its network: noising, and the loss with its gradient."""
+"""The works of the loss: with its gradient alone, and with the noising of a training step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,88 @@ from diffusion_ext.ops.denoising_loss import loss_and_gradient
 
 from . import eager
 from .eager import SCHEDULE
-from .work import DTYPES, Case, Implementation, Work, copy_of_x, formula, ours
+from .work import (
+    DTYPES,
+    EAGER_FACTOR,
+    Case,
+    Implementation,
+    Work,
+    compile_anew,
+    copy_of_x,
+    formula,
+    ours,
+)
 
 
-def by_autograd(x_t, m, noise) -> tuple:
+def by_autograd(x_t, m, noise, loss_of=F.mse_loss) -> tuple:
     """(x_t, the mean squared error, its scaled gradient by m), by torch's own loss."""
     output = m.detach().requires_grad_()
-    loss = F.mse_loss(output, noise)
+    loss = loss_of(output, noise)
     return x_t, loss, torch.autograd.grad(loss, output, loss.new_tensor(_scale(m.numel())))[0]
 
 
 def _scale(elements: int) -> int:
     """Of the gradient: that of the sum over the elements, as far as half precision can hold it."""
     return min(elements, 2**15)
+
+
+# --- the loss and its gradient --------------------------------------------------------------------
+
+
+def losses(case: Case) -> list[Work]:
+    """Of a network that learns the noise, and of one that learns v."""
+    return [loss_of(case, "epsilon"), loss_of(case, "v")]
+
+
+def loss_of(case: Case, prediction: str) -> Work:
+    """(loss, gradient) of the output m. Eager torch gets the target, which training has stored;
+    ours makes it of x0 and the seeds."""
+    device, (batch, *_) = torch.device(case.device), case.shape
+    t = 1 + case.seeds() % SCHEDULE.timesteps
+    names = {"epsilon": ("zero", "one"), "v": ("-sigma", "signal")}[prediction]
+    tables = [SCHEDULE.tensor(name, device) for name in names]
+    scale = _scale(torch.Size(case.shape).numel()) / batch
+    upstream = torch.full((batch,), scale, device=device)
+
+    def inputs():
+        x0, seeds = case.draw(), case.seeds()
+        target = {"epsilon": "noise"}.get(prediction, prediction)
+        return case.draw(), dx.perturb(x0, t, SCHEDULE, seeds=seeds, target=target)[1], x0, seeds
+
+    def eagerly(m, target, x0, seeds, of=F.mse_loss):
+        return by_autograd(None, m, target, of)[1:]
+
+    def compiled(*_):
+        of = compile_anew(F.mse_loss)
+        return lambda *inputs: eagerly(*inputs, of=of)
+
+    def fused(m, target, x0, seeds):
+        wide = m.dtype == torch.float64
+        of_x0, of_noise = (table.double() if wide else table for table in tables)
+        wanted = None if prediction == "epsilon" else x0
+        args = (m, t, of_x0, of_noise, wanted, None, seeds, None, upstream.to(of_x0.dtype))
+        losses, gradient = loss_and_gradient(*args)
+        return losses.mean(), gradient
+
+    return Work(
+        op="denoising_loss",
+        variant=f"{prediction}, noise made",
+        case=case,
+        inputs=inputs,
+        implementations={
+            "copy": copy_of_x(),
+            "eager": formula(eagerly),
+            "compiled": Implementation(compiled, factor=EAGER_FACTOR, compiles=True),
+            **ours(fused),
+        },
+        exact=fused,
+        passes=2 if prediction == "epsilon" else 3,
+        eager_passes=5,
+        backward=True,
+    )
+
+
+# --- with the noising -----------------------------------------------------------------------------
 
 
 def objectives(case: Case) -> list[Work]:

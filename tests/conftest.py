@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from faults import pytest_runtest_makereport  # noqa: F401  # a hook
 
 try:
     from hypothesis import settings

@@ -1,13 +1,13 @@
-"""Predicts what fusing can gain in whole networks: prints the table of docs/kernels.md.
+"""Predicts what fusing can gain in whole networks: prints the tables of docs/kernels.md.
 
     python -m benchmarks.gpu.amdahl
 
 Shapes are those of the networks themselves, on the meta device. Each convolution, product and
-attention takes the longer of its operations at RATE and its bytes at BANDWIDTH; a GroupNorm with
-its activation takes 5 passes over its input eagerly (two reads and a write, a read and a write) and
-2 fused; a BatchNorm and a GELU 2 each; a sampler's step takes LAUNCH a kernel, its tensors being
-small. What else a network does (residual sums, concatenations, embeddings) takes a pass over the
-output of each convolution and product.
+attention takes the longer of its operations at the GPU's rate and its bytes at its bandwidth; a
+GroupNorm with its activation takes 5 passes over its input eagerly (two reads and a write, a read
+and a write) and 2 fused; a BatchNorm and a GELU 2 each; a sampler's step takes LAUNCH a kernel, its
+tensors being small. What else a network does (residual sums, concatenations, embeddings) takes a
+pass over the output of each convolution and product.
 """
 
 from __future__ import annotations
@@ -23,8 +23,22 @@ from ..networks import CONTEXT, Networks
 from .diffusion_models import Decoding, Denoising
 from .report import table
 
-RATE, BANDWIDTH, LAUNCH = 500e12, 2.6e12, 3e-6  # bfloat16 on an H100, as reached by libraries
+LAUNCH = 3e-6
 STEP_KERNELS = 12  # of an eager DDIM step
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Operations and bytes a second in bfloat16, as libraries reach them in networks."""
+
+    name: str
+    rate: float
+    bandwidth: float
+
+
+# The rate is 63 % of the 790 TFLOP/s of one large product, which both GPUs, of the same
+# multiprocessors, are taken to reach; the bandwidth 87 % of a copy's 3.0 and 4.3 TB/s.
+GPUS = (Gpu("H100", 500e12, 2.6e12), Gpu("H200", 500e12, 3.7e12))
 
 
 @dataclass(frozen=True)
@@ -71,37 +85,37 @@ def bytes_of(*tensors) -> int:
     return sum(2 * t.numel() for t in tensors)
 
 
-def layers_cost(model: nn.Module, call) -> Cost:
+def layers_cost(model: nn.Module, call, gpu: Gpu) -> Cost:
     """Of a call on the meta device, eagerly."""
     cost, flops = Cost(), []  # of the layers; the rest of the operations are attention's
 
     def layer(module, inputs, output):
         if isinstance(module, nn.GroupNorm):
-            cost.norms += 5 * bytes_of(output) / BANDWIDTH
+            cost.norms += 5 * bytes_of(output) / gpu.bandwidth
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             moved = bytes_of(*inputs, output, *module.parameters())
             transposed = isinstance(module, nn.ConvTranspose2d)
             products = (inputs[0] if transposed else output).numel() * module.weight[0].numel()
             flops.append(2 * products)
-            cost.products += max(flops[-1] / RATE, moved / BANDWIDTH)
-            cost.others += bytes_of(output) / BANDWIDTH
+            cost.products += max(flops[-1] / gpu.rate, moved / gpu.bandwidth)
+            cost.others += bytes_of(output) / gpu.bandwidth
         elif isinstance(module, (nn.BatchNorm2d, nn.GELU)):
-            cost.others += 2 * bytes_of(output) / BANDWIDTH
+            cost.others += 2 * bytes_of(output) / gpu.bandwidth
 
     for module in model.modules():
         module.register_forward_hook(layer)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
-    cost.products += max(counter.get_total_flops() - sum(flops), 0) / RATE
+    cost.products += max(counter.get_total_flops() - sum(flops), 0) / gpu.rate
     return cost
 
 
-def cost_of(work) -> tuple[Cost, Cost]:
+def cost_of(work, gpu: Gpu) -> tuple[Cost, Cost]:
     """(eager, with norms and step fused) of one call of the network."""
     with torch.device("meta"):
         model = work.model(torch.bfloat16)
         inputs = [torch.empty(t.shape, dtype=torch.bfloat16) for t in work.inputs()]
-        eager = layers_cost(model, lambda: work.once(model, *inputs))
+        eager = layers_cost(model, lambda: work.once(model, *inputs), gpu)
     if not isinstance(work, Decoding):
         eager.step = STEP_KERNELS * LAUNCH
     fused = Cost(eager.products, eager.norms * 2 / 5, eager.others, min(eager.step, LAUNCH))
@@ -114,10 +128,10 @@ def works() -> list:
     return [*found, Denoising("meta", 64), Decoding("meta", 512), Decoding("meta", 1024)]
 
 
-def rows(works: list) -> list[list[str]]:
+def rows(works: list, gpu: Gpu) -> list[list[str]]:
     found = []
     for work in works:
-        eager, fused = cost_of(work)
+        eager, fused = cost_of(work, gpu)
         share = (eager.norms + eager.step) / eager.all
         cells = [f"{1e3 * t:.2f}" for t in (eager.products, eager.norms, eager.step, eager.others)]
         gains = (1 / (1 - share), eager.all / fused.all)
@@ -137,7 +151,9 @@ def main() -> int:
         "at most",
         "predicted",
     ]
-    print(table(heads, rows(works())), end="")
+    for gpu in GPUS:
+        heads[0] = f"network, on an {gpu.name}"
+        print(table(heads, rows(works(), gpu)))
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 
 from diffusion_ext import _C
 
-from ..device import limits
+from ..device import issue_rate, limits
 from ..norms import GROUPS
 from ..work import DTYPES, Check, Work
 from .passes import Passes, main
@@ -22,12 +22,18 @@ from .work import all_work, baseline
 
 
 class Bench(Passes):
-    report_of, default_seconds = OpsReport, 500
-    works = staticmethod(all_work)
+    report_of, compiles_failed = OpsReport, False
 
-    def __init__(self, device: str, results, seconds: float):
-        super().__init__(device, results, seconds)
-        self.clock = CudaClock() if device == "cuda" else HostClock()
+    def __init__(self, arguments):
+        super().__init__(arguments)
+        self.clock = CudaClock() if self.device == "cuda" else HostClock()
+
+    def works(self) -> list[Work]:
+        return all_work(self.device)
+
+    def kind(self, work: Work, part: str) -> str:
+        name = f"{work.op}, {work.variant}, {work.case.dtype}, {work.case.layout}"
+        return f"{name}, compiled" if part else name
 
     def rank(self, work: Work) -> int:
         """What a target is about first, as it is mostly run."""
@@ -47,7 +53,7 @@ class Bench(Passes):
         row |= {name: getattr(work.case, name) for name in ("scale", "shape", "dtype", "layout")}
         if work.op == "group_norm_act":
             row |= {"groups": GROUPS, "plan": self.plans(work)}
-        row |= {"compile": "not tried", "note": ""}
+        row |= {"compile": "not tried", "note": "", "issue_rate": issue_rate(self.device)}
         return row
 
     def plans(self, work: Work) -> dict[str, dict]:
@@ -66,7 +72,7 @@ class Bench(Passes):
         if times.note:
             row["note"] = ", ".join(filter(None, [row["note"], f"{name}: {times.note}"]))
 
-    def measure(self, work: Work, row: dict) -> None:
+    def measure(self, work: Work, row: dict, _) -> None:
         sets = self.sets(work)
         check = Check(work, sets[0])
         copies = [(torch.empty_like(s[0].detach()), s[0].detach()) for s in sets]
@@ -76,16 +82,16 @@ class Bench(Passes):
             check.error_of(one, call)
             self.take(row, name, call, sets)
 
-    def compile(self, work: Work, row: dict) -> None:
+    def compile(self, work: Work, row: dict, _) -> None:
         sets, quick = self.sets(work), work.implementations["compiled"]
         call = quick.make(*sets[0])
-        with self.compiling():
-            Check(work, sets[0]).error_of(quick, call)
+        Check(work, sets[0]).error_of(quick, call)
         self.take(row, "compiled", call, sets)
 
-    def said_of(self, row: dict) -> str:
+    @staticmethod
+    def said_of(row: dict) -> str:
         return ", ".join(f"{name} {us:.1f} µs" for name, us in row["device_us"].items())
 
 
 if __name__ == "__main__":
-    sys.exit(main(Bench, __doc__))
+    sys.exit(main(__spec__.name, Bench, __doc__))

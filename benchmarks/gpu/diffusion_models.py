@@ -25,7 +25,7 @@ from .sampling import seconds_of
 STEPS, GUIDANCE = 5, 7.5
 PLAIN, EAGER, FUSED = "eager, contiguous", "eager", "fused"
 COMPILED, BOTH = "compiled", "fused, compiled"
-WAYS = (PLAIN, EAGER, FUSED, COMPILED, BOTH)
+WAYS = (EAGER, PLAIN, FUSED, COMPILED, BOTH)
 SD = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
 SMALL = {
     "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
@@ -163,10 +163,14 @@ class NetworksReport(Report):
 
     def sections(self) -> list[str]:
         lines = [
-            [row["work"], *(f"{row['ms'][w]:.2f}" if w in row["ms"] else "" for w in WAYS)]
+            [
+                row["work"],
+                *(f"{row['ms'][w]:.2f}" if w in row["ms"] else "" for w in WAYS),
+                row.get("error", ""),
+            ]
             for row in self.rows
         ]
-        return ["## ms\n\n" + table(["network", *WAYS], lines)]
+        return ["## ms\n\n" + table(["network", *WAYS, "failed"], lines)]
 
 
 def gains(ms: dict[str, float]) -> list[tuple[str, str, float]]:
@@ -177,15 +181,23 @@ def gains(ms: dict[str, float]) -> list[tuple[str, str, float]]:
 
 
 class Bench(Passes):
-    report_of, default_seconds = NetworksReport, 100
-    compiled_on_cpu = 2
+    report_of, seconds, compiled_on_cpu = NetworksReport, 60, 2
 
-    def __init__(self, *options):
-        super().__init__(*options)
+    def __init__(self, arguments):
+        super().__init__(arguments)
         self.known = {}  # the last work's result in float32
 
-    @staticmethod
-    def works(device: str) -> list:
+    def kind(self, work, part: str) -> str:
+        return part
+
+    def parts(self, work) -> tuple[str, ...]:
+        return WAYS[:3]
+
+    def compiled_parts(self, work) -> tuple[str, ...]:
+        return WAYS[3:]
+
+    def works(self) -> list:
+        device = self.device
         if importlib.util.find_spec("diffusers") is None:
             print("diffusers is not installed: no row (make gpu-wheels)")
             return []
@@ -241,24 +253,22 @@ class Bench(Passes):
             self.known = {work: work.run(work.model(torch.float32), False)(*inputs)}
         return self.known[work]
 
-    def measure(self, work, row: dict) -> None:
-        for way in (EAGER, PLAIN, FUSED):
-            self.take(work, row, way, self.call(work, way))
+    def measure(self, work, row: dict, way: str) -> None:
+        self.take(work, row, way, self.call(work, way))
 
-    def compile(self, work, row: dict) -> None:
-        for way in (COMPILED, BOTH):
-            compiled = counters["stats"]
-            with self.compiling():
-                call = self.call(work, way)
-                compiled.clear()
-                call(*work.inputs())
-            if not compiled["unique_graphs"]:
-                raise AssertionError(f"{way}: torch.compile was not reached")
-            self.take(work, row, way, call)
+    def compile(self, work, row: dict, way: str) -> None:
+        compiled = counters["stats"]
+        call = self.call(work, way)
+        compiled.clear()
+        call(*work.inputs())
+        if not compiled["unique_graphs"]:
+            raise AssertionError(f"{way}: torch.compile was not reached")
+        self.take(work, row, way, call)
 
-    def said_of(self, row: dict) -> str:
+    @staticmethod
+    def said_of(row: dict) -> str:
         return ", ".join(f"{way} {ms:.2f} ms" for way, ms in row["ms"].items())
 
 
 if __name__ == "__main__":
-    sys.exit(main(Bench, __doc__))
+    sys.exit(main(__spec__.name, Bench, __doc__))

@@ -42,20 +42,32 @@ class Report:
     def __init__(self, folder: pathlib.Path, facts: dict[str, str]):
         self.folder = folder / slug(facts["device"])
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.facts, self.rows = facts, []
+        self.facts, self.rows, self.failures = facts, [], []  # failures: lines
 
     def write(self, complete: bool = False) -> None:
-        data = {**self.facts, "complete": complete, "rows": self.rows, **self.findings()}
+        """Rows are not lost to an error in what is made of them."""
+        made, text = {}, ""
+        try:
+            made = {**self.findings(), "summary": self.lines()}
+            text = self.text(complete)
+        except Exception as error:
+            self.failures.append(f"FAILED the report: {type(error).__name__}: {error}")
+            complete = False
+        data = {**self.facts, "complete": complete, "rows": self.rows, **made}
+        data["failures"] = self.failures
         self._replace(f"{self.name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        self._replace(f"{self.name}.md", text)
+
+    def text(self, complete: bool) -> str:
         facts = "\n".join(f"* {name}: {value}" for name, value in self.facts.items())
         parts = [f"# {self.title} on {self.facts['device']}\n\n{facts}\n\n{self.legend}"]
         if not complete:
             parts.append("**Incomplete**: the run ended before every row was measured.\n")
-        self._replace(f"{self.name}.md", "\n".join(parts + self.sections()))
+        return "\n".join(parts + self.sections())
 
     def findings(self) -> dict:
-        """What is made of the rows, for the JSON file; summary: lines for a reader in a hurry."""
-        return {"targets": self.summary(), "summary": self.lines()}
+        """What is made of the rows, for the JSON file."""
+        return {"targets": self.summary()}
 
     def lines(self) -> list[str]:
         """The targets that are missed, the furthest first, and how many are met."""

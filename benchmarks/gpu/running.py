@@ -20,9 +20,10 @@ SANITIZER_OPTIONS = {"--error-exitcode": "86", "--report-api-errors": "no", "--l
 # The line that says what went wrong, in the words of Python, pytest, nvcc, g++, compute-sanitizer.
 WRONG = re.compile(
     r"^\w*(?:Error|Exception)\b.*|^E  .*|^FAILED.*|.*\berror:? .*"
-    r"|=+ (?:Invalid|Race|Uninit|Barrier).*"
+    r"|=+ (?:Invalid|(?:Error: )?Race|Uninit|Barrier).*"
 )
 MOST_LINES = 95
+FAILED = "FAILED "  # so begins a line that a summary has
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     folder: pathlib.Path = ROOT
     needed: bool = False  # without it none of the later ones can run
+    least: float = 0  # seconds below which it is skipped
     skipped: str = ""  # why
 
 
@@ -46,6 +48,8 @@ class Outcome:
     seconds: float = 0
     limit: float = 0
     error: str = ""  # the first line that says what went wrong
+    failures: list[str] = field(default_factory=list)  # what it printed after FAILED, in its order
+    last: str = ""  # the last line that it printed
 
     @property
     def good(self) -> bool:
@@ -102,8 +106,11 @@ def run(step: Step, limit: float, log: Log) -> Outcome:
     reader.join(5)
     if not reader.is_alive():
         process.stdout.close()
-    error = "" if result == "passed" else first_error(lines)
-    return Outcome(step, result, time.monotonic() - start, limit, error)
+    outcome = Outcome(step, result, time.monotonic() - start, limit)
+    outcome.error = "" if result == "passed" else first_error(lines)
+    outcome.failures = [line[len(FAILED) :].strip() for line in lines if line.startswith(FAILED)]
+    outcome.last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return outcome
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -130,6 +137,8 @@ def run_all(steps: list[Step], seconds: float, log: Log) -> list[Outcome]:
             outcome = Outcome(step, f"not run ({missing})")
         elif step.skipped:
             outcome = Outcome(step, f"skipped ({step.skipped})")
+        elif limit < step.least:
+            outcome = Outcome(step, f"skipped ({limit:.0f} s left)", limit=limit)
         else:
             log.say(f"\n=== {step.stage}: {step.name}, at most {limit:.0f} s\n")
             try:
@@ -143,30 +152,40 @@ def run_all(steps: list[Step], seconds: float, log: Log) -> list[Outcome]:
     return outcomes
 
 
-def summary(call: str, outcomes: list[Outcome], results: pathlib.Path) -> str:
-    """Markdown of under 100 lines, worst first."""
+def summary(call: str, outcomes: list[Outcome], results: pathlib.Path, since: float = 0) -> str:
+    """Markdown of under 100 lines, worst first. since: the time of the oldest JSON file of it."""
     lines = [f"# The {call} call", ""]
-    for o in outcomes:
-        if not o.good:
-            lines.append(f"* **{o.step.stage}: {o.step.name} {o.result}** {o.error}")
+    bad = [o for o in outcomes if not o.good]
+    for o in bad:
+        lines.append(f"* **{o.step.stage}: {o.step.name} {o.result}** {o.error}")
+        most = max(60 // len(bad), 5)
+        lines += [f"    * {line[:200]}" for line in o.failures[:most]]
+        if len(o.failures) > most:
+            lines.append(f"    * ... {len(o.failures) - most} more in the log")
     for path in sorted(results.glob("*/*.json")):
+        if path.stat().st_mtime < since:
+            continue
         if said := json.loads(path.read_text(encoding="utf-8")).get("summary"):
             lines += ["", f"## {path.stem}", "", *(f"* {line}" for line in said)]
-    table = [
-        "",
-        "## Seconds",
-        "",
-        "| stage | step | seconds | planned | result |",
-        "|---|---|---|---|---|",
-    ]
-    table += [
-        f"| {o.step.stage} | {o.step.name} | {o.seconds:.0f} | {o.step.seconds:.0f} | {o.result} |"
-        for o in outcomes
-    ]
+    table = seconds_table(outcomes)
     room = MOST_LINES - len(table)
     if len(lines) > room:
         lines = [*lines[:room], "* ... more in the JSON files"]
     return "\n".join([*lines, *table]) + "\n"
+
+
+def seconds_table(outcomes: list[Outcome]) -> list[str]:
+    heads = ["stage", "step", "seconds", "planned", "result", "its last line"]
+    rows = [
+        [o.step.stage, o.step.name, f"{o.seconds:.0f}", f"{o.step.seconds:.0f}", o.result, said(o)]
+        for o in outcomes
+    ]
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["", "## Seconds", "", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
+def said(outcome: Outcome) -> str:
+    return outcome.last[:80].replace("|", "")
 
 
 def sanitizer() -> tuple[str | None, list[str]]:

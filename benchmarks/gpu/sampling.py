@@ -23,7 +23,7 @@ from ..eager import SCHEDULE
 from ..networks import Networks
 from ..work import DTYPES
 from .passes import Passes, main
-from .sampling_report import COMPILED, SOURCE, SamplingReport
+from .sampling_report import COMPILED, SOURCE, WAYS, SamplingReport
 
 # Of the largest value, after the first two steps. On a GPU convolutions round float32 to TF32.
 TOLERANCES = {"float32": 1e-2, "bfloat16": 1e-1}
@@ -89,31 +89,45 @@ class Run:
 
 
 class Bench(Passes):
-    report_of, default_seconds, failure = SamplingReport, 200, "failed"
+    report_of, failure, seconds = SamplingReport, "failed", 60
     _compiled = (None, None)
 
-    def __init__(self, *options):
-        super().__init__(*options)
+    def __init__(self, arguments):
+        super().__init__(arguments)
         self.known = {}  # what the last run is checked with
+        self.last_ways = {}  # of the last network
 
-    @staticmethod
-    def works(device: str) -> list[Run]:
-        return all_runs(device)
+    def works(self) -> list[Run]:
+        return all_runs(self.device)
+
+    def kind(self, run: Run, part: str) -> str:
+        """An engine that crashes does so for every network."""
+        return f"{run.dtype}, {part}"
+
+    def parts(self, run: Run) -> tuple[str, ...]:
+        return WAYS
+
+    def compiled_parts(self, run: Run) -> tuple[str, ...]:
+        return (COMPILED,)
 
     def row(self, run: Run) -> dict:
         return run.row
 
     def ways(self, run: Run) -> dict[str, Callable[[Run], Callable]]:
         """name -> what makes its call of a run."""
+        key = (dataclasses.replace(run.networks, steps=0), run.dtype)
+        if key not in self.last_ways:
+            self.last_ways = {key: self.ways_of(run)}
+        return self.last_ways[key]
+
+    def ways_of(self, run: Run) -> dict[str, Callable[[Run], Callable]]:
         dtype, networks = DTYPES[run.dtype], run.networks
         theirs, plain = networks.source_model(dtype), networks.our_model().to(dtype)
         fast = dx.optimize_for_sampling(networks.our_model(), networks.batch, dtype)
-        ways = {SOURCE: lambda run: run.by_source(theirs, dtype)}
-        for name, network in (("ours", plain), ("ours, optimized", fast)):
-            for engine in ("eager", "graph"):
-                way = partial(Run.by_us, network=network, engine=engine)
-                ways[name if engine == "eager" else f"{name}, {engine}"] = way
-        return ways
+        made = [lambda run: run.by_source(theirs, dtype)]
+        for network in (plain, fast):
+            made += [partial(Run.by_us, network=network, engine=e) for e in ("eager", "graph")]
+        return dict(zip(WAYS, made, strict=True))
 
     def check(self, run: Run, row: dict, name: str, call: Callable) -> None:
         """call, of run.short(), gives what the source's loop does in float32."""
@@ -131,20 +145,18 @@ class Bench(Passes):
             self.known = {run: (inputs, result)}
         return self.known[run]
 
-    def measure(self, run: Run, row: dict) -> None:
-        inputs = run.inputs()
-        for name, way in self.ways(run).items():
-            if name.endswith("graph") and self.device == "cpu":
-                row["missing"][name] = "wants a GPU"
-                continue
-            if name != SOURCE:  # whose noise is its own
-                self.check(run.short(), row, name, way(run.short()))
-            row["seconds"][name] = seconds_of(way(run), inputs)
+    def measure(self, run: Run, row: dict, name: str) -> None:
+        if name.endswith("graph") and self.device == "cpu":
+            row["missing"][name] = "wants a GPU"
+            return
+        way = self.ways(run)[name]
+        if name != SOURCE:  # whose noise is its own
+            self.check(run.short(), row, name, way(run.short()))
+        row["seconds"][name] = seconds_of(way(run), run.inputs())
 
-    def compile(self, run: Run, row: dict) -> None:
+    def compile(self, run: Run, row: dict, _) -> None:
         dtype, short, network = DTYPES[run.dtype], run.short(), self.compiled(run)
-        with self.compiling():
-            self.check(short, row, COMPILED, short.by_source(network, dtype, seeded=True))
+        self.check(short, row, COMPILED, short.by_source(network, dtype, seeded=True))
         row["seconds"][COMPILED] = seconds_of(run.by_source(network, dtype), run.inputs())
 
     def compiled(self, run: Run) -> Callable:
@@ -157,7 +169,8 @@ class Bench(Passes):
             self._compiled = key, torch.compile(network, **options)
         return self._compiled[1]
 
-    def said_of(self, row: dict) -> str:
+    @staticmethod
+    def said_of(row: dict) -> str:
         return ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in row["seconds"].items())
 
 
@@ -192,4 +205,4 @@ def all_runs(device: str) -> list[Run]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Bench, __doc__))
+    sys.exit(main(__spec__.name, Bench, __doc__))

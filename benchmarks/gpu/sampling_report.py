@@ -6,6 +6,7 @@ from .report import Report, table, target_table
 
 SOURCE, COMPILED = "source", "source, reduce-overhead"
 BEST = "ours, optimized, graph"  # which the targets are about
+WAYS = (SOURCE, "ours", "ours, graph", "ours, optimized", BEST)
 TARGETS = {SOURCE: 3.0, COMPILED: 1.3}
 
 LEGEND = f"""\
@@ -26,7 +27,7 @@ class SamplingReport(Report):
     def sections(self) -> list[str]:
         names = list(dict.fromkeys(name for row in self.rows for name in row["seconds"]))
         heads = ["sampler", "n_feat", "size", "batch", "dtype", *(f"{name}, ms" for name in names)]
-        heads += [f"× {name}" for name in TARGETS]
+        heads += [*(f"× {name}" for name in TARGETS), "failed"]
         rows = [line(row, names) for row in self.rows]
         return ["## Targets\n\n" + target_table(self.summary()), "## Runs\n\n" + table(heads, rows)]
 
@@ -52,12 +53,11 @@ def targets(rows: list[dict]) -> list[dict]:
 def line(row: dict, names: list[str]) -> list[str]:
     size = f"{row['height']}×{row['height']}"
     start = [row["sampler"], str(row["n_feat"]), size, str(row["batch"]), row["dtype"]]
-    if "failed" in row:
-        return [*start, row["failed"], *[""] * (len(names) + len(TARGETS) - 1)]
     seconds = [row["seconds"].get(name) for name in names]
     ratios = [ratio(row, other) for other in TARGETS]
     return [
         *start,
         *("" if s is None else f"{1e3 * s:.1f}" for s in seconds),
         *("" if r is None else f"{r:.2f}" for r in ratios),
+        row.get("failed", ""),
     ]

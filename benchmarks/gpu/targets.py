@@ -1,4 +1,4 @@
-"""What the ops are meant to reach on an H100-class GPU: ratios between times of one run."""
+"""What the ops are meant to reach on an H100 or H200: ratios between times of one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,26 @@ FASTER = {
     "sampler_step: DDPM, noise made": 6.0,
     "sampler_step: DDPM + guidance, noise made": 6.5,
     "perturb: noise given": 2.3,
+    "denoising_loss: epsilon, noise made": 2.3,
 }
+
+# Of a thread that makes noise and has 16 bytes of each tensor: machine instructions for sm_90
+# (docs/kernels.md).
+INSTRUCTIONS = {
+    "sampler_step": {"float32": 425, "bfloat16": 744},
+    "denoising_loss": {"float32": 680, "bfloat16": 864},
+}
+
+
+def reachable(row: dict) -> float:
+    """The share of the copy's bandwidth at which there is time for the instructions of an op that
+    makes noise, at most 1; in steps of 0.05, so that it is the same for the rows of a device."""
+    instructions = INSTRUCTIONS.get(row["op"], {}).get(row["dtype"])
+    if not instructions or "noise made" not in row["variant"] or not row.get("issue_rate"):
+        return 1.0
+    bandwidth = 2 * row["bytes"] / row["passes"] / (1e-6 * row["device_us"]["copy"])
+    time_of_a_warp = 32 * 16 * row["passes"] / bandwidth
+    return min(math.floor(20 * row["issue_rate"] * time_of_a_warp / instructions) / 20, 1.0)
 
 
 def ratio(row: dict, other: str, times: str = "device_us") -> float | None:
@@ -50,14 +69,18 @@ def of_row(row: dict) -> list[dict]:
         ]
     if row["scale"] != "large":
         return []
-    work, found = f"{row['op']}: {row['variant']}", []
-    if row["op"] == "sampler_step":
-        made, half = "noise made" in row["variant"], row["dtype"] != "float32"
-        limit = (80 if half else 90) if made else 95
+    work, found, best = f"{row['op']}: {row['variant']}", [], reachable(row)
+    if row["op"] in INSTRUCTIONS:
+        made = "noise made" in row["variant"]
         source = f"noise made, {row['dtype']}" if made else "noise given or none"
-        found += judged(f"sampler_step, {source}: % of copy", copy_percent(row), limit)
+        name = (
+            f"{work}, {row['dtype']}" if row["op"] == "denoising_loss" else f"{row['op']}, {source}"
+        )
+        limit = min(100 * best, 90) if made else 95
+        found += judged(f"{name}: % of copy", copy_percent(row), limit)
     if work in FASTER:
-        found += judged(f"{work}: × eager", ratio(row, "eager"), FASTER[work])
+        dtype = f", {row['dtype']}" if best < 1 else ""
+        found += judged(f"{work}{dtype}: × eager", ratio(row, "eager"), best * FASTER[work])
     return found
 
 

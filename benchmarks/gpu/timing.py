@@ -67,9 +67,9 @@ class HostClock:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call; note says why there is no device time."""
+    """Seconds a call; note says why there is no device time. call: None where it was not wanted."""
 
-    call: float
+    call: float | None
     device: float | None
     note: str = ""
 
@@ -83,8 +83,11 @@ def sets_for(clock, bytes_of_a_set: int) -> int:
     return max(2, min(-(-clock.rotation // bytes_of_a_set), MOST_SETS))
 
 
-def measure(call: Callable, sets: list[tuple], clock) -> Times:
-    """Medians of several bursts. Each set has a result of its own, kept until its next turn."""
+def measure(call: Callable, sets: list[tuple], clock, launches: bool = True) -> Times:
+    """Medians of several bursts. Each set has a result of its own, kept until its next turn.
+
+    Args: launches: whether the time of a call is wanted too, which takes as long again.
+    """
     results, turns = [None] * len(sets), itertools.cycle(range(len(sets)))
 
     def calls(count):
@@ -96,13 +99,16 @@ def measure(call: Callable, sets: list[tuple], clock) -> Times:
         bursts = [clock.seconds(lambda: run(count)) for _ in range(clock.repetitions)]
         return statistics.median(bursts) / count
 
+    def of_calls():
+        return median(calls, clock.seconds(lambda: calls(3)) / 3)
+
     calls(len(sets))
-    per_call = median(calls, clock.seconds(lambda: calls(3)) / 3)
+    per_call = of_calls() if launches else None
     results[:] = [None] * len(sets)
     try:
         replay = clock.graph(lambda: calls(len(sets)), lambda: calls(1))
     except Exception as error:
-        return Times(per_call, None, f"no graph: {type(error).__name__}")
+        return Times(per_call or of_calls(), None, f"no graph: {type(error).__name__}")
 
     def replays(count):
         for _ in range(count):

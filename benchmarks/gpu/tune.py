@@ -22,10 +22,13 @@ from diffusion_ext.ops import backend
 
 from ..device import limits
 from ..norms import GROUPS, norms
+from ..objective import losses
 from ..steps import normals, perturbs, sampler_steps
 from ..work import Case, Check, Work
 from . import winners
-from .passes import Passes, main, one_line
+from .child import one_line
+from .items import Done, Item
+from .passes import Measuring, Passes, main
 from .timing import CudaClock, HostClock, measure, sets_for
 from .variants import ELEMENTWISE, NORM, VARIANTS, Variant, folder_of
 
@@ -73,6 +76,7 @@ def contests(device: str) -> list[Contest]:
             case = Case(shape, "bfloat16", layout, device, "large")
             works = [work for work in sampler_steps(case) if work.variant in STEPS]
             works += [work for work in perturbs(case) if work.random]
+            works += losses(case)[:1]
             works += [normals(case)] if layout == "contiguous" else []
             steps += [Contest(ELEMENTWISE, work) for work in works]
     return found + steps
@@ -86,58 +90,76 @@ def checks(device: str) -> Iterator[Contest]:
             yield from (Contest(NORM, work, groups) for work in norms(case, groups))
         for shape in ((3, 5, 7, 3), (2, 8, 9, 4), (2, 4, 40, 40)):
             case = Case(shape, "bfloat16", layout, device)
-            works = [*sampler_steps(case), *perturbs(case)]
+            works = [*sampler_steps(case), *perturbs(case), *losses(case)]
             yield from (Contest(ELEMENTWISE, work) for work in works)
 
 
-def loaded(device: str) -> tuple[list[Variant], list[str]]:
-    """The variants whose libraries load, each a backend by its library's name; and why not."""
-    good, errors = [], []
-    for variant in VARIANTS:
-        try:
-            torch.ops.load_library(str(folder_of(device) / f"{variant.library}.so"))
-        except OSError as error:
-            errors.append(f"{variant.library}: {one_line(error)}")
-            continue
-        backend.NAMESPACES[variant.library] = variant.namespace
-        good.append(variant)
-    return good, errors
-
-
 class Tune(Passes):
-    report_of, default_seconds = winners.TuneReport, 90
+    """Each variant of a contest is a part of its row."""
 
-    @staticmethod
-    def works(device: str) -> list[Contest]:
-        return contests(device)
+    report_of, seconds = winners.TuneReport, 15
 
-    def __init__(self, device: str, results, seconds: float):
-        super().__init__(device, results, seconds)
-        self.clock = CudaClock() if device == "cuda" else HostClock()
-        self.variants, self.report.errors = loaded(device)
-        self.failed = bool(self.report.errors)
-        self.reject_wrong_ones()
+    def __init__(self, arguments):
+        super().__init__(arguments)
+        self.clock = CudaClock() if self.device == "cuda" else HostClock()
+        self.variants = {variant.library: variant for variant in VARIANTS}
+        self.checks = None  # [(contest, its check)], made by the first variant that wants them
+        self.last = ("", None)  # the contest that is being timed, with (check, sets)
 
-    def of(self, op: str) -> list[Variant]:
-        return [variant for variant in self.variants if variant.op == op]
+    def works(self) -> list[Contest]:
+        return contests(self.device)
 
-    def reject_wrong_ones(self) -> None:
-        """Drops the variants whose results are off, and says so."""
-        for contest in checks(self.device):
-            inputs = contest.work.inputs()
-            check = Check(contest.work, inputs)
-            for variant in self.of(contest.op):
+    def kind(self, contest: Contest, part: str) -> str:
+        return Variant(contest.op, part).library
+
+    def parts(self, contest: Contest) -> tuple[str, ...]:
+        return tuple(v.name for v in VARIANTS if v.op == contest.op)
+
+    def compiled_parts(self, contest: Contest) -> tuple[str, ...]:
+        return ()
+
+    def items(self) -> list[Item]:
+        """Every variant's small works first, which load it."""
+        first = [
+            Item(f"{library}: the small works", library, 60, about={"small": library})
+            for library in self.variants
+        ]
+        return first + super().items()
+
+    def do(self, name: str, given: dict) -> None:
+        if library := given.get("small"):
+            self.check_small_works(self.variants[library])
+        else:
+            super().do(name, given)
+
+    def check_small_works(self, variant: Variant) -> None:
+        self.load(variant)
+        if self.checks is None:
+            found = list(checks(self.device))
+            self.checks = [
+                (contest, Check(contest.work, contest.work.inputs())) for contest in found
+            ]
+        for contest, check in self.checks:
+            if contest.op == variant.op:
                 try:
-                    with dx.use_backend(variant.library):
-                        ours = contest.work.implementations["ours"]
-                        check.error_of(ours, ours.make(*inputs))
+                    self.checked(variant, contest.work, check)
                 except Exception as error:
-                    self.reject(variant, contest, error)
+                    error.args = (f"{contest.name}: {one_line(error)}",)
+                    raise
 
-    def reject(self, variant: Variant, contest: Contest, error: Exception) -> None:
-        self.report.errors.append(f"{variant.library}: {contest.name}: {one_line(error)}")
-        self.variants.remove(variant)
-        self.failed = True
+    def load(self, variant: Variant) -> None:
+        """Its library is a backend of the same name."""
+        if variant.library not in backend.NAMESPACES:
+            torch.ops.load_library(str(folder_of(self.device) / f"{variant.library}.so"))
+            backend.NAMESPACES[variant.library] = variant.namespace
+
+    def checked(self, variant: Variant, work: Work, check: Check):
+        """The work's call, by a variant. Raises: AssertionError where its result is off."""
+        ours = work.implementations["ours"]
+        with dx.use_backend(variant.library):
+            call = ours.make(*check.inputs)
+            check.error_of(ours, call)
+        return call
 
     def row(self, contest: Contest) -> dict:
         case = contest.work.case
@@ -150,30 +172,39 @@ class Tune(Passes):
             row["plan"] = plan["kind"]
         return {**row, "us": {}}
 
-    def measure(self, contest: Contest, row: dict) -> None:
-        work = contest.work
-        sets = [work.inputs() for _ in range(sets_for(self.clock, work.bytes))]
-        check = Check(work, sets[0])
-        ours = work.implementations["ours"]
-        for variant in self.of(contest.op):
-            with dx.use_backend(variant.library):
-                call = ours.make(*sets[0])
-                try:
-                    check.error_of(ours, call)
-                except Exception as error:
-                    self.reject(variant, contest, error)
-                    continue
-                row["us"][variant.name] = 1e6 * measure(call, sets, self.clock).best
+    def measure(self, contest: Contest, row: dict, part: str) -> None:
+        work, variant = contest.work, self.variants[self.kind(contest, part)]
+        self.load(variant)
+        if self.last[0] != contest.name:
+            sets = [work.inputs() for _ in range(sets_for(self.clock, work.bytes))]
+            self.last = contest.name, (Check(work, sets[0]), sets)
+        check, sets = self.last[1]
+        call = self.checked(variant, work, check)
+        with dx.use_backend(variant.library):
+            row["us"][part] = 1e6 * measure(call, sets, self.clock, launches=False).best
 
-    def every_compiled(self, done, most) -> None:
-        """There is no torch.compile here."""
-
-    def said_of(self, row: dict) -> str:
+    @staticmethod
+    def said_of(row: dict) -> str:
         if not row["us"]:
             return "no variant is right"
         best = min(row["us"], key=row["us"].get)
         return f"as it is {row['us'].get('as_it_is', 0):.2f} µs, {best} {row['us'][best]:.2f} µs"
 
 
+class Tuning(Measuring):
+    """In the parent: a variant that failed once is not asked of the child any more."""
+
+    def given(self, item: Item) -> dict:
+        return item.about if "small" in item.about else super().given(item)
+
+    def take(self, done: Done) -> None:
+        if not done.error and "small" not in done.item.about:
+            return super().take(done)
+        self.failures.count(done)
+        if done.error:
+            print(f"Error: {done.item.name}: {done.error}", flush=True)
+            self.run.queue[:] = [i for i in self.run.queue if i.kind != done.item.kind]
+
+
 if __name__ == "__main__":
-    sys.exit(main(Tune, __doc__))
+    sys.exit(main(__spec__.name, Tune, __doc__, Tuning))

@@ -25,7 +25,7 @@ HEADER = CSRC / "cuda" / "tuning.h"
 NORM, ELEMENTWISE = "group_norm_act", "elementwise"
 SOURCES = {
     NORM: ("group_norm_act", "group_norm_act_backward"),
-    ELEMENTWISE: ("sampler_step", "perturb", "philox_normal"),
+    ELEMENTWISE: ("sampler_step", "perturb", "philox_normal", "denoising_loss"),
 }
 # The kernels themselves are compiled with these; with the others, only what launches them.
 IN_KERNELS = ("kForward", "kBackward", "kOverlapLaunches")

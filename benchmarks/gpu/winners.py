@@ -23,12 +23,8 @@ the works that it is about; under 0.98 it wins.
 class TuneReport(Report):
     name, title, legend = "tune", "Variants of the kernels", LEGEND
 
-    def __init__(self, folder, facts):
-        super().__init__(folder, facts)
-        self.errors: list[str] = []
-
     def findings(self) -> dict:
-        return {"errors": self.errors, "winners": self.winners(), "summary": self.lines()}
+        return {"winners": self.winners()}
 
     def winners(self) -> dict[str, dict]:
         """constant -> the best of its variants: value and the ratio of its time to today's."""
@@ -52,9 +48,8 @@ class TuneReport(Report):
         return re.sub(r"// Measured on: .*\n(?:// .*\n)*", f"// Measured on: {measured}\n", text)
 
     def lines(self) -> list[str]:
-        lines = [f"FAILED {error}" for error in self.errors[:20]]
         won = sorted(self.winners().items(), key=lambda item: item[1]["ratio"])
-        lines += [
+        lines = [
             f"{constant} = {w['value']} takes {w['ratio']:.2f} of today's time ({w['variant']})"
             for constant, w in won
         ]
@@ -80,7 +75,7 @@ class TuneReport(Report):
             [title(r), *(f"{r['us'][n]:.2f}" if n in r["us"] else "" for n in names)]
             for r in self.rows
         ]
-        lines = "".join(f"* {line}\n" for line in self.lines())
+        lines = "".join(f"* {line}\n" for line in self.failures + self.lines())
         return [
             f"## Found\n\n{lines}",
             "## csrc/cuda/tuning.h\n\n```cpp\n" + self.header() + "```\n",
@@ -104,7 +99,7 @@ def apart(rows: list[dict]) -> list[dict]:
     }
     found = []
     for row in rows:
-        if row["backward"]:
+        if row["backward"] and row["op"] == NORM:
             taken = forward.get((tuple(row["shape"]), row["layout"]), {})
             us = {name: t - taken[name] for name, t in row["us"].items() if name in taken}
             row = {**row, "us": {name: t for name, t in us.items() if t > 0}}

@@ -9,6 +9,7 @@ import itertools
 
 from ..networks import Networks, trainings
 from ..norms import NORM_SHAPES, norms
+from ..objective import losses
 from ..steps import BY_X0, normals, perturbs, sampler_steps
 from ..work import Case, Implementation, Work
 
@@ -37,7 +38,7 @@ def all_work(device: str) -> list[Work]:
         for scale, shape in (("large", LARGE), ("latent", LATENT)):
             case = Case(size(shape), dtype, layout, device, scale)
             works += [w for w in sampler_steps(case) if w.variant != "DDIM, no noise"]
-            works += perturbs(case)
+            works += perturbs(case) + losses(case)
             if layout == "contiguous":  # the only one that philox_normal gives
                 works.append(normals(case))
     for shape, dtype, layout in itertools.product(norm_shapes, DTYPES, LAYOUTS):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from test_build import OBJECTS
@@ -37,7 +38,7 @@ def gpu_check(*arguments, **environment):
 def results_of(printed):
     """{"stage: step": result} as the summary of the last call has them."""
     _, _, table = printed.rpartition("| stage |")
-    lines = re.findall(r"^\| (\w+) \| (.*?) \| \d+ \| \d+ \| (.*) \|$", table, re.M)
+    lines = re.findall(r"^\| (\w+) \| (.*?) \| \d+ \| \d+ \| (.*?) \| .*\|$", table, re.M)
     return {f"{stage}: {step}": result for stage, step, result in lines}
 
 
@@ -75,7 +76,7 @@ def test_every_stage_runs(whole):
         results.pop("build: wheels", None)  # where there are any
         assert results == dict.fromkeys(steps, "passed")
     assert re.search(r"(\d+) of \1 checks passed", printed["first"])
-    assert re.search(r"\d+ calls on cpu", printed["second"])
+    assert re.search(r"(\d+) of \1 calls on cpu watched", printed["second"])
 
 
 def test_what_a_call_leaves(whole):
@@ -97,8 +98,10 @@ def test_the_results_are_complete(whole):
     assert data["complete"]
     assert {"device", "torch", "CUDA", "driver", "date"} <= set(data)
     works = {(row["op"], row["variant"]) for row in data["rows"]}
-    assert {op for op, _ in works} == {"sampler_step", "perturb", "philox_normal", "group_norm_act"}
-    assert len(works) == 9
+    assert {op for op, _ in works} == {
+        "sampler_step", "perturb", "denoising_loss", "philox_normal", "group_norm_act",
+    }  # fmt: skip
+    assert len(works) == 11
     for row in data["rows"]:
         assert "error" not in row, row
         for times in (row["device_us"], row["call_us"]):
@@ -266,3 +269,24 @@ def test_a_long_summary_keeps_what_is_worst(tmp_path):
     assert text.split("\n")[2] == "* **stage: bad failed (status 1)** why"
     assert "* line 0\n" in text
     assert "| stage | bad | 0 | 1 | failed (status 1) |" in text
+
+
+def test_a_summary_names_what_failed(tmp_path, log):
+    """Below its step, and not what another call has left."""
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "tune.json").write_text(json.dumps({"summary": ["of another call"]}))
+    code = "print('Error: one'); print('FAILED a kind: 3 of 4'); print('1 of 4'); exit(1)"
+    outcomes = running.run_all([step("fails", code)], 60, log)
+    text = running.summary("first", outcomes, tmp_path, since=time.time() + 10)
+    assert text.split("\n")[2:4] == [
+        "* **stage: fails failed (status 1)** Error: one", "    * a kind: 3 of 4",
+    ]  # fmt: skip
+    assert "failed (status 1) | 1 of 4 |" in text
+    assert "of another call" not in text
+
+
+def test_a_step_without_the_seconds_that_it_needs_is_skipped(log):
+    steps = [step("long", "", seconds=0, least=90), step("short", "")]
+    first, second = running.run_all(steps, 60, log)
+    assert (first.result, first.good) == ("skipped (59 s left)", True)
+    assert second.result == "passed"

@@ -1,5 +1,6 @@
 """The variants of the CUDA kernels, and what is made of their times."""
 
+import json
 import pathlib
 import sys
 
@@ -36,6 +37,13 @@ def test_a_constant_that_is_not_there():
         variants.header_with({"kNothing": "1"})
 
 
+def gradient(x0, t, schedule):
+    """Of a loss."""
+    output = (0.5 * x0).detach().requires_grad_()
+    losses = dx.denoising_loss(output, x0, t, schedule, seeds=5)
+    return torch.autograd.grad(losses.sum(), output)[0]
+
+
 def test_a_variant_has_the_bits_of_the_cpu():
     """Two vectors a thread, on the emulated GPU."""
     (variant,) = (v for v in variants.VARIANTS if v.name == "vectors_2")
@@ -46,10 +54,11 @@ def test_a_variant_has_the_bits_of_the_cpu():
     for shape in ((3, 5, 7, 3), (3, 4, 40, 40)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x0 = torch.randn(shape).bfloat16().to(memory_format=layout)
-            wanted = dx.perturb(x0, t, schedule, seeds=5)
+            wanted = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
             with dx.use_backend(variant.library):
-                found = dx.perturb(x0, t, schedule, seeds=5)
-            assert all(map(same_bits, found, wanted))
+                found = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
+            assert all(map(same_bits, found[0], wanted[0]))
+            assert same_bits(found[1], wanted[1])
 
 
 def test_more_threads_for_pixels_than_for_runs(monkeypatch):
@@ -114,8 +123,18 @@ def test_where_another_plan_is_faster(report):
 
 
 def test_what_is_wrong_comes_first(report):
-    report.errors = ["512x1: off"]
+    report.failures = ["FAILED 512x1: off"]
     report.rows = [norm_row({"as_it_is": 10, "256x1": 5})]
-    assert report.lines()[0] == "FAILED 512x1: off"
     report.write()
     assert {path.name for path in report.folder.iterdir()} == {"tune.json", "tune.md"}
+    assert json.loads((report.folder / "tune.json").read_text())["failures"] == report.failures
+    found = (report.folder / "tune.md").read_text().partition("## Found\n\n")[2]
+    assert found.startswith(f"* FAILED 512x1: off\n* {report.lines()[0]}\n")
+
+
+def test_a_loss_is_no_forward_and_backward_of_a_norm(report):
+    """Nothing is taken out of its time."""
+    us = {"as_it_is": 10, "grid_4": 5}
+    row = norm_row(us, backward=True) | {"op": variants.ELEMENTWISE, "variant": "v, noise made"}
+    report.rows = [row]
+    assert report.winners()["kElementBlocks"]["ratio"] == pytest.approx(0.5)
