@@ -140,7 +140,7 @@ class Rules:
         self.emulated = device == "cpu"
         if self.emulated:
             quiet = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-            self.cuda = [*self.host, *quiet, "-x", "c++"]
+            self.cuda = [*self.host, *quiet, "-DDX_DISPATCH_KEY=CPU", "-x", "c++"]
             self.also = [CSRC / "emulation" / "configure.cpp"]
             self.shared = [CSRC / "emulation" / name for name in ("fiber.cpp", "machine.cpp")]
             return
