@@ -57,10 +57,10 @@ def of_nvidia_smi(field: str) -> str:
         return "unknown"
 
 
-def issue_rate(device: str) -> float | None:
+def issue_rate() -> float | None:
     """Instructions of warps that the GPU can issue in a second: four a multiprocessor and cycle."""
-    clock = of_nvidia_smi("clocks.max.sm") if device == "cuda" else ""
-    return 4 * limits(device)["multiprocessors"] * 1e6 * float(clock) if clock.isdigit() else None
+    clock = of_nvidia_smi("clocks.max.sm")
+    return 4 * limits()["multiprocessors"] * 1e6 * float(clock) if clock.isdigit() else None
 
 
 def version(library: str) -> str:
@@ -84,10 +84,8 @@ def facts(device: str) -> dict[str, str]:
     }
 
 
-def limits(device: str) -> dict[str, int]:
+def limits() -> dict[str, int]:
     """What csrc/cuda/device_cuda.cuh lets a plan ask of this GPU."""
-    if device == "cpu":
-        return {}
     properties = torch.cuda.get_device_properties(0)
     return {
         "multiprocessors": properties.multi_processor_count,

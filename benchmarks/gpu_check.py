@@ -20,8 +20,8 @@ item that crashes, hangs or breaks the CUDA context costs itself alone (benchmar
 Results are written as they come, to RESULTS/<device>, with all that was printed (<call>.log) and a
 summary, worst first (<call>.md). Needs torch >= 2.10, nvcc, pytest, ninja, pybind11 and setuptools
 beside the package's own dependencies; pytest-xdist and pytest-timeout help; no network: what
-.wheels has (make gpu-wheels) is installed for these runs alone. `--device cpu` runs every stage in
-small on the CPU, to test this script.
+.wheels has (make gpu-wheels) is installed for these runs alone. `--stand-in` runs every stage in
+small on the stand-in for a GPU (tests/stand_in, make emulated), to test this script.
 
 The seconds of CALLS are estimates for 16 cores and an H200: no GPU has run this yet.
 
@@ -62,7 +62,8 @@ sys.path.insert(0, str(ROOT))  # this file is a script
 from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noqa: E402
 
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
-WHEELS = ROOT / ".wheels"
+WHEELS, STAND_IN = ROOT / ".wheels", ROOT / "tests" / "stand_in"
+EMULATED = ROOT / "build" / "emulated" / "python" / "diffusion_ext" / "_cuda.so"
 
 # Stage -> its seconds, perhaps others for each call. A call's own are as many: what a stage leaves
 # goes to the next that needs it, and bench and tune, which fill any time, come late.
@@ -80,26 +81,25 @@ WORKERS, MOST_RESTARTS, TEST_SECONDS = 4, 30, 40  # of pytest
 LOADED = """
 import pathlib, sys, torch, diffusion_ext as dx
 from diffusion_ext.ops.backend import missing
-library, device = sys.argv[1:]
+library = sys.argv[1]
 print(dx.info())
 assert pathlib.Path(dx.__file__).is_relative_to(library), f"another build: {dx.__file__}"
-assert device not in missing, missing[device]
-if device == "cuda":
-    print("device:", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+assert "cuda" not in missing, missing["cuda"]
+print("device:", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A call on a device: what its stages' steps are made of."""
+    """A call on a GPU, or on the stand-in for one: what its stages' steps are made of."""
 
     call: str
-    device: str
+    stand_in: bool
     results: pathlib.Path
 
     @property
     def folder(self) -> pathlib.Path:
-        return ROOT / "build" / "gpu_check" / self.device
+        return ROOT / "build" / "gpu_check" / ("stand_in" if self.stand_in else "cuda")
 
     @property
     def library(self) -> pathlib.Path:
@@ -109,26 +109,32 @@ class Plan:
         """The environment of what uses the build. PYTHONPATH comes before any installed package,
         but after the working folder, where there is one: python -c and -m have to run in lib."""
         paths = [self.library, OPS, ROOT, self.folder / "wheels", os.environ.get("PYTHONPATH", "")]
-        return {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
+        knobs = {}
+        if self.stand_in:
+            paths.insert(0, STAND_IN)
+            knobs["GPU_CHECK_STAND_IN"] = "1"
+        return {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)), **knobs}
 
     def module(self, stage: str, name: str, seconds: float, *arguments: object) -> Step:
         """A step that runs python -m NAME on the build."""
-        command = [sys.executable, "-m", name, "--device", self.device, *arguments]
+        command = [sys.executable, "-m", name, *arguments]
         return Step(stage, name.rpartition(".")[2], command, seconds, self.using(), self.library)
 
     def build(self, seconds: float) -> list[Step]:
         """Ninja compiles again only what changed; lib is made anew, lest it keep old modules."""
         command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", self.folder]
         command += ["build", "--build-lib", self.library]
-        cuda = self.device == "cuda"
-        if cuda:  # the CPU library for itself takes the objects of the tree's own build
+        if not self.stand_in:  # which takes the objects of the tree's own build
             command += ["--build-temp", self.folder / "temp"]
-        knobs = {"DIFFUSION_EXT_NATIVE": "1", "DIFFUSION_EXT_CUDA": "1" if cuda else "0"}
-        loaded = [sys.executable, "-c", LOADED, self.library, self.device]
+        knobs = {"DIFFUSION_EXT_NATIVE": "1", "DIFFUSION_EXT_CUDA": "0" if self.stand_in else "1"}
+        loaded = [sys.executable, "-c", LOADED, self.library]
         steps = [
             Step("build", "compile", command, seconds - 20, knobs, needed=True),
             Step("build", "load", loaded, 10, self.using(), self.library, needed=True),
         ]
+        if self.stand_in:
+            copy = ["cp", EMULATED, self.library / "diffusion_ext"]
+            steps.insert(1, Step("build", "emulated kernels", copy, 1, needed=True))
         if wheels := sorted(WHEELS.glob("*.whl")):
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
             into = ["--no-compile", "--upgrade", "--target", self.folder / "wheels"]
@@ -168,9 +174,9 @@ class Plan:
             method = "thread" if workers else "signal"
             command += ["--timeout", TEST_SECONDS, "--timeout-method", method]
         threads = {"OMP_NUM_THREADS": "4"} if workers else {}
-        environment = {"DIFFUSION_EXT_TEST_BACKENDS": self.device, **threads, **self.using()}
-        # What torch.compile takes would leave little for the rest. A CPU skips the engines.
-        ops = [OPS] if self.device == "cuda" else [OPS / "test_backends.py", OPS / "test_large.py"]
+        environment = {"DIFFUSION_EXT_TEST_BACKENDS": "cuda", **threads, **self.using()}
+        # What torch.compile takes would leave little for the rest. `make gpu-tests` runs them all.
+        ops = [OPS / "test_backends.py", OPS / "test_large.py"] if self.stand_in else [OPS]
         engines = [ROOT / "tests" / "sampling" / "test_engines_cuda.py"]
         return [
             Step("test", name, [*command, *files, "-m", "not compiles"], share * seconds,
@@ -183,8 +189,6 @@ class Plan:
         share what is planned; the others have what is left of the call."""
         alone = self.module("sanitize", "benchmarks.gpu.sanitized", seconds)
         alone.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        if self.device == "cpu":
-            return [alone]
         tool, _ = sanitizer()
         why = "" if tool else "compute-sanitizer is not installed"
         return [
@@ -226,17 +230,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    device = os.environ.get("GPU_CHECK_DEVICE", "cuda")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
+    parser.add_argument("--stand-in", action="store_true", help="in small, without a GPU")
     parser.add_argument("--call", choices=tuple(CALLS), help="default: one after the other")
     parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results")
     parser.add_argument("--seconds", type=float, help="of a call")
     arguments = parser.parse_args()
-    results = RESULTS if arguments.device == "cuda" else ROOT / "build" / "gpu_check" / "results"
+    if arguments.stand_in:
+        os.environ["PATH"] = f"{STAND_IN / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    results = ROOT / "build" / "gpu_check" / "results" if arguments.stand_in else RESULTS
     results = (arguments.results or results).resolve()
     results.mkdir(parents=True, exist_ok=True)
     good = [
-        run_call(Plan(call, arguments.device, results), arguments.seconds or SECONDS[call])
+        run_call(Plan(call, arguments.stand_in, results), arguments.seconds or SECONDS[call])
         for call in ([arguments.call] if arguments.call else CALLS)
     ]
     return int(not all(good))

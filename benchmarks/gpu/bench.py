@@ -17,7 +17,7 @@ from ..norms import GROUPS
 from ..work import DTYPES, Check, Work
 from .passes import Passes, main
 from .report import OpsReport
-from .timing import CudaClock, HostClock, measure, sets_for
+from .timing import Clock, measure, sets_for
 from .work import all_work, baseline
 
 
@@ -26,10 +26,10 @@ class Bench(Passes):
 
     def __init__(self, arguments):
         super().__init__(arguments)
-        self.clock = CudaClock() if self.device == "cuda" else HostClock()
+        self.clock = Clock()
 
     def works(self) -> list[Work]:
-        return all_work(self.device)
+        return all_work()
 
     def kind(self, work: Work, part: str) -> str:
         name = f"{work.op}, {work.variant}, {work.case.dtype}, {work.case.layout}"
@@ -53,11 +53,11 @@ class Bench(Passes):
         row |= {name: getattr(work.case, name) for name in ("scale", "shape", "dtype", "layout")}
         if work.op == "group_norm_act":
             row |= {"groups": GROUPS, "plan": self.plans(work)}
-        row |= {"compile": "not tried", "note": "", "issue_rate": issue_rate(self.device)}
+        row |= {"compile": "not tried", "note": "", "issue_rate": issue_rate()}
         return row
 
     def plans(self, work: Work) -> dict[str, dict]:
-        case, of = work.case, limits(self.device)
+        case, of = work.case, limits()
         size, last = DTYPES[case.dtype].itemsize, case.layout == "channels_last"
         plans = {}
         for name, backward in (("forward", False), ("backward", True))[: 1 + work.backward]:

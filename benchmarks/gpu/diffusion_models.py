@@ -21,6 +21,7 @@ import diffusion_ext as dx
 from .passes import Passes, main
 from .report import Report, table
 from .sampling import seconds_of
+from .stand_in import STAND_IN
 
 STEPS, GUIDANCE = 5, 7.5
 PLAIN, EAGER, FUSED = "eager, contiguous", "eager", "fused"
@@ -181,7 +182,7 @@ def gains(ms: dict[str, float]) -> list[tuple[str, str, float]]:
 
 
 class Bench(Passes):
-    report_of, seconds, compiled_on_cpu = NetworksReport, 60, 2
+    report_of, seconds, compiled_in_small = NetworksReport, 60, 2
 
     def __init__(self, arguments):
         super().__init__(arguments)
@@ -197,16 +198,15 @@ class Bench(Passes):
         return WAYS[3:]
 
     def works(self) -> list:
-        device = self.device
         if importlib.util.find_spec("diffusers") is None:
             print("diffusers is not installed: no row (make gpu-wheels)")
             return []
-        if device == "cpu":
+        if STAND_IN:
             return [
-                Denoising(device, 8, tuple(SMALL.items())),
-                Decoding(device, 8, tuple(SMALL_VAE.items())),
+                Denoising("cuda", 8, tuple(SMALL.items())),
+                Decoding("cuda", 8, tuple(SMALL_VAE.items())),
             ]
-        return [Denoising(device, 64), Decoding(device, 512), Decoding(device, 1024)]
+        return [Denoising("cuda", 64), Decoding("cuda", 512), Decoding("cuda", 1024)]
 
     def rank(self, work) -> int:
         """A UNet takes a minute to compile, in which decoders do it twice."""
@@ -230,9 +230,7 @@ class Bench(Passes):
             dx.fuse(model)
         if way in (COMPILED, BOTH):
             torch._dynamo.reset()  # what it knows of other sizes would make this one dynamic
-            # Inductor would take a CPU, which only stands in, a minute.
-            backend = "inductor" if self.device == "cuda" else "eager"
-            work.compiled(model).compile(backend=backend, dynamic=False)
+            work.compiled(model).compile(dynamic=False)
         run = work.run(model, ours)
         return lambda *inputs: run(*(t.bfloat16() for t in inputs))
 

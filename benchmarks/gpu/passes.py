@@ -15,6 +15,7 @@ from .failures import Failures, not_run
 from .items import Done, Item, Run
 from .report import Report
 from .stages import stage
+from .stand_in import STAND_IN
 
 COMPILE_SECONDS = 60  # for one baseline
 OFTEN = 1.0  # seconds after which the report is written again
@@ -32,16 +33,16 @@ class Passes:
     seconds = 30  # that a part may take
     most_ends = 4  # see items.py
     compiles_failed = True  # whether torch.compile is tried for a row that failed
-    compiled_on_cpu = 1  # works for which torch.compile is tried where a CPU stands in
+    compiled_in_small = 1  # works for which torch.compile is tried on the stand-in
     failure = "error"  # in a row: why it was not measured
 
     def __init__(self, arguments: argparse.Namespace):
-        self.device, dtype = arguments.device, arguments.dtype
+        dtype = arguments.dtype
         found = [work for work in self.works() if dtype in (None, work.dtype)]
         self.ranked = {work.name: work for work in sorted(found, key=self.rank)}
 
     def facts(self) -> dict[str, str]:
-        return facts(self.device)
+        return facts("cuda")
 
     def rank(self, work) -> int:
         """When it is measured, and torch.compile tried for it: the lowest first."""
@@ -62,7 +63,7 @@ class Passes:
             row = self.row(work)
             for part in self.parts(work):
                 items.append(self.item(name, part, self.seconds, 2, {"row": row}))
-        limit = len(self.ranked) if self.device == "cuda" else self.compiled_on_cpu
+        limit = self.compiled_in_small if STAND_IN else len(self.ranked)
         for name, work in list(self.ranked.items())[:limit]:
             for part in self.compiled_parts(work):
                 items.append(self.item(name, part, COMPILE_SECONDS, 10, {"compiles": True}))

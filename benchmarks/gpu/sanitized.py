@@ -38,20 +38,20 @@ FOUND = re.compile(r"=+ (?:Invalid|(?:Error: )?Race|Uninit|Barrier).*")
 KERNELS = "the kernels of group_norm_act that are reached"
 
 
-def kernels_reached(device: str) -> set[tuple]:
-    """(kind, several parts, vectors, channels_last, backward) of NORMS on this device."""
+def kernels_reached() -> set[tuple]:
+    """(kind, several parts, vectors, channels_last, backward) of NORMS on this GPU."""
     reached, flags = set(), (False, True)
     for (shape, groups), size, last, backward in itertools.product(NORMS, (2, 4), flags, flags):
-        options = {"channels_last": last, "backward": backward, **limits(device)}
+        options = {"channels_last": last, "backward": backward, **limits()}
         plan = _C.group_norm_plan(shape, groups, size, **options)
         reached.add((plan["kind"], plan["parts"] > 1, plan["vector"] > 1, last, backward))
     return reached
 
 
-def wanted(device: str) -> set[tuple]:
+def wanted() -> set[tuple]:
     """On chip in a block, in a cluster where there are any, split; each in every way."""
     kinds = [("on chip", False), ("split", True)]
-    if limits(device).get("max_cluster", 8) > 1:
+    if limits()["max_cluster"] > 1:
         kinds.append(("on chip", True))
     return {(*kind, *rest) for kind in kinds for rest in itertools.product((False, True), repeat=3)}
 
@@ -60,9 +60,8 @@ class Watched:
     """In a child: see child.py."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.device, self.calls = arguments.device, {}
+        self.calls, ranked = {}, []
         shared_first = arguments.tool in OF_SHARED
-        ranked = []
         for dtype, layout, shape in itertools.product(DTYPES, LAYOUTS, SHAPES):
             # One dtype, then the other; what lies as it should, then what does not.
             rank = (DTYPES.index(dtype), layout.startswith("misaligned"), SHAPES.index(shape))
@@ -82,11 +81,11 @@ class Watched:
 
     def do(self, name: str, given: dict) -> None:
         if name == KERNELS:
-            missing = wanted(self.device) - kernels_reached(self.device)
+            missing = wanted() - kernels_reached()
             assert not missing, f"no shape reaches {sorted(missing)}"
             return
         call = self.calls[name]
-        with torch.device(self.device):
+        with torch.device("cuda"):
             for result in call.run(**call.draw()):
                 result + 0
 
@@ -111,9 +110,7 @@ def go_through(run: Run, arguments: argparse.Namespace) -> int:
     lines += [f"FAILED {line} (in or before {name})" for line, name in found.items()][:20]
     if EXIT in run.statuses and not found:
         lines.append(f"FAILED {tool} found something: see the log")
-    lines.append(
-        f"{tool}: {watched} of {max(run.total - 1, 0)} calls on {arguments.device} watched"
-    )
+    lines.append(f"{tool}: {watched} of {max(run.total - 1, 0)} calls watched")
     print(*lines, sep="\n")
     return int(len(lines) > 1)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .child import serve
 from .items import Run
+from .stand_in import STAND_IN
 
 
 def stage(
@@ -33,7 +34,6 @@ def stage(
         prefix: what stands before Python in a child's command.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--child", type=pathlib.Path, help=argparse.SUPPRESS)
     for name in options:
         parser.add_argument(name)
@@ -52,6 +52,6 @@ def made(make: Callable, arguments: argparse.Namespace):
 
     warnings.simplefilter("ignore")  # torch.compile's advice
     torch.manual_seed(0)
-    if arguments.device == "cpu":
+    if STAND_IN:
         torch.set_num_threads(1)  # as much as such small tensors need
     return make(arguments)

@@ -4,7 +4,7 @@
 
 Writes <device>/tune.json and tune.md: each work's times by variant, which constant won by how much,
 and csrc/cuda/tuning.h as this device would have it. Every result is compared with the float64
-reference before it is timed. With --device cpu the emulated GPU stands in, whose times say nothing.
+reference before it is timed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from . import winners
 from .child import one_line
 from .items import Done, Item
 from .passes import Measuring, Passes, main
-from .timing import CudaClock, HostClock, measure, sets_for
-from .variants import ELEMENTWISE, NORM, VARIANTS, Variant, folder_of
+from .stand_in import STAND_IN
+from .timing import Clock, measure, sets_for
+from .variants import CHOSEN, ELEMENTWISE, NORM, Variant, folder_of
 
 NORM_SHAPES = [
     (2, 320, 64, 64),
@@ -62,18 +63,17 @@ class Contest:
         return self.work.dtype
 
 
-def contests(device: str) -> list[Contest]:
+def contests() -> list[Contest]:
     """What a user runs most comes first."""
-    small = device == "cpu"
     found = []
-    for shape in [(2, 64, 4, 4)] if small else NORM_SHAPES:
+    for shape in [(2, 64, 4, 4)] if STAND_IN else NORM_SHAPES:
         for layout in LAYOUTS:
-            case = Case(shape, "bfloat16", layout, device, "norm")
+            case = Case(shape, "bfloat16", layout, "cuda", "norm")
             found += [Contest(NORM, work, GROUPS) for work in norms(case)]
     steps = []
-    for shape in [(2, 4, 8, 8)] if small else (LARGE, LATENT):
+    for shape in [(2, 4, 8, 8)] if STAND_IN else (LARGE, LATENT):
         for layout in LAYOUTS:
-            case = Case(shape, "bfloat16", layout, device, "large")
+            case = Case(shape, "bfloat16", layout, "cuda", "large")
             works = [work for work in sampler_steps(case) if work.variant in STEPS]
             works += [work for work in perturbs(case) if work.random]
             works += losses(case)[:1]
@@ -82,14 +82,14 @@ def contests(device: str) -> list[Contest]:
     return found + steps
 
 
-def checks(device: str) -> Iterator[Contest]:
+def checks() -> Iterator[Contest]:
     """Small works that reach every kernel: by vectors and by elements, each plan, each layout."""
     for layout in LAYOUTS:
         for shape, groups in NORMS:
-            case = Case(shape, "bfloat16", layout, device)
+            case = Case(shape, "bfloat16", layout, "cuda")
             yield from (Contest(NORM, work, groups) for work in norms(case, groups))
         for shape in ((3, 5, 7, 3), (2, 8, 9, 4), (2, 4, 40, 40)):
-            case = Case(shape, "bfloat16", layout, device)
+            case = Case(shape, "bfloat16", layout, "cuda")
             works = [*sampler_steps(case), *perturbs(case), *losses(case)]
             yield from (Contest(ELEMENTWISE, work) for work in works)
 
@@ -101,19 +101,19 @@ class Tune(Passes):
 
     def __init__(self, arguments):
         super().__init__(arguments)
-        self.clock = CudaClock() if self.device == "cuda" else HostClock()
-        self.variants = {variant.library: variant for variant in VARIANTS}
+        self.clock = Clock()
+        self.variants = {variant.library: variant for variant in CHOSEN}
         self.checks = None  # [(contest, its check)], made by the first variant that wants them
         self.last = ("", None)  # the contest that is being timed, with (check, sets)
 
     def works(self) -> list[Contest]:
-        return contests(self.device)
+        return contests()
 
     def kind(self, contest: Contest, part: str) -> str:
         return Variant(contest.op, part).library
 
     def parts(self, contest: Contest) -> tuple[str, ...]:
-        return tuple(v.name for v in VARIANTS if v.op == contest.op)
+        return tuple(v.name for v in CHOSEN if v.op == contest.op)
 
     def compiled_parts(self, contest: Contest) -> tuple[str, ...]:
         return ()
@@ -135,7 +135,7 @@ class Tune(Passes):
     def check_small_works(self, variant: Variant) -> None:
         self.load(variant)
         if self.checks is None:
-            found = list(checks(self.device))
+            found = list(checks())
             self.checks = [
                 (contest, Check(contest.work, contest.work.inputs())) for contest in found
             ]
@@ -150,7 +150,7 @@ class Tune(Passes):
     def load(self, variant: Variant) -> None:
         """Its library is a backend of the same name."""
         if variant.library not in backend.NAMESPACES:
-            torch.ops.load_library(str(folder_of(self.device) / f"{variant.library}.so"))
+            torch.ops.load_library(str(folder_of(STAND_IN) / f"{variant.library}.so"))
             backend.NAMESPACES[variant.library] = variant.namespace
 
     def checked(self, variant: Variant, work: Work, check: Check):
@@ -166,7 +166,7 @@ class Tune(Passes):
         row = {"op": contest.op, "work": contest.work.op, "variant": contest.work.variant}
         row |= {"shape": case.shape, "layout": case.layout, "backward": contest.work.backward}
         if contest.op == NORM:
-            options = {"channels_last": case.layout == "channels_last", **limits(self.device)}
+            options = {"channels_last": case.layout == "channels_last", **limits()}
             back = contest.work.backward
             plan = _C.group_norm_plan(list(case.shape), contest.groups, 2, backward=back, **options)
             row["plan"] = plan["kind"]

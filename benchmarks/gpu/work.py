@@ -12,6 +12,7 @@ from ..norms import NORM_SHAPES, norms
 from ..objective import losses
 from ..steps import BY_X0, normals, perturbs, sampler_steps
 from ..work import Case, Implementation, Work
+from .stand_in import STAND_IN
 
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
@@ -26,22 +27,22 @@ def baseline(work: Work) -> Implementation:
 
 
 def small(shape):
-    """For the CPU that stands in for a GPU."""
+    """For the stand-in for a GPU."""
     return (min(shape[0], 2), min(shape[1], 64), *(min(n, 4) for n in shape[2:]))
 
 
-def all_work(device: str) -> list[Work]:
-    size = small if device == "cpu" else tuple
+def all_work() -> list[Work]:
+    size = small if STAND_IN else tuple
     norm_shapes = dict.fromkeys(size(shape) for shape in NORM_SHAPES)
     works = []
     for dtype, layout in itertools.product(DTYPES, LAYOUTS):
         for scale, shape in (("large", LARGE), ("latent", LATENT)):
-            case = Case(size(shape), dtype, layout, device, scale)
+            case = Case(size(shape), dtype, layout, "cuda", scale)
             works += [w for w in sampler_steps(case) if w.variant != "DDIM, no noise"]
             works += perturbs(case) + losses(case)
             if layout == "contiguous":  # the only one that philox_normal gives
                 works.append(normals(case))
     for shape, dtype, layout in itertools.product(norm_shapes, DTYPES, LAYOUTS):
-        case = Case(shape, dtype, layout, device, "norm")
+        case = Case(shape, dtype, layout, "cuda", "norm")
         works += norms(case)
-    return works + trainings(Networks(device, 8, 8, 2) if device == "cpu" else Networks(device))
+    return works + trainings(Networks("cuda", 8, 8, 2) if STAND_IN else Networks("cuda"))

@@ -204,9 +204,8 @@ TORCH_LIBRARY_FRAGMENT(stand_in_gpu, m) {
   m.def("let_waits_be_errors", [](bool errors) { waits_are_errors = errors; });
   m.def("set_device", [](int64_t device) { Guard().setDevice({at::kCUDA, DeviceIndex(device)}); });
   m.def("device", [] { return int64_t(current_device()); });
-  m.def("default_generator_seed", [](int64_t device, int64_t seed) {
-    at::Generator generator = at::detail::getCUDAHooks().getDefaultGenerator(DeviceIndex(device));
-    generator.set_current_seed(seed);
+  m.def("default_generator", [](int64_t device) {
+    return at::detail::getCUDAHooks().getDefaultGenerator(DeviceIndex(device));
   });
   m.def("is_capturing",
         [] { return capturing(current_device(), current_stream(current_device())); });

@@ -26,6 +26,7 @@ MEMORY = 2 << 30  # bytes that tests may take
 PROPERTIES = {"name": NAME, "major": 9, "minor": 0, "multi_processor_count": 132,
               "shared_memory_per_block_optin": 232448, "L2_cache_size": 1 << 12,
               "total_memory": MEMORY, "clock_rate": 1_980_000}  # fmt: skip
+_compile = torch.compile
 SYNC_DEBUG_MODES = {"default": 0, "warn": 1, "error": 2}
 
 
@@ -39,22 +40,35 @@ class Stream(torch.Stream):
     def __new__(cls, device=None, priority=0):
         return super().__new__(cls, device=torch.device("cuda", index_of(device)))
 
-    @property
-    def cuda_stream(self) -> int:
-        return self.stream_id
+    def wait_event(self, event):
+        event.wait(self)
+
+    def record_event(self, event=None):
+        event = event or Event()
+        event.record(self)
+        return event
 
 
-class Event(torch.Event):
-    """torch.cuda.Event"""
+class Event:
+    """torch.cuda.Event, of a torch.Event, which measures no time to an object of a subclass."""
 
-    def __new__(cls, enable_timing=False, blocking=False, interprocess=False):
-        return super().__new__(cls, device="cuda", enable_timing=enable_timing)
+    def __init__(self, enable_timing=False, blocking=False, interprocess=False):
+        self.inner = torch.Event("cuda", enable_timing=enable_timing)
 
     def record(self, stream=None):
-        super().record(stream or current_stream())
+        self.inner.record(stream or current_stream())
 
     def wait(self, stream=None):
-        super().wait(stream or current_stream())
+        self.inner.wait(stream or current_stream())
+
+    def query(self):
+        return self.inner.query()
+
+    def synchronize(self):
+        self.inner.synchronize()
+
+    def elapsed_time(self, other):
+        return self.inner.elapsed_time(other.inner)
 
 
 class CUDAGraph:
@@ -126,17 +140,18 @@ def set_sync_debug_mode(mode) -> None:
     _ops().let_waits_be_errors(SYNC_DEBUG_MODES.get(mode, mode) == 2)
 
 
-def seed_all(seed: int) -> None:
-    for device in range(DEVICES):
-        _ops().default_generator_seed(device, seed)
-
-
 def in_use(device=None) -> int:
     return _ops().bytes_in_use()
 
 
 def properties(device=None):
     return types.SimpleNamespace(**PROPERTIES)
+
+
+def compile_eagerly(model=None, *, mode=None, options=None, backend="inductor", **more):
+    """torch.compile, which traces as ever; Inductor would compile for a GPU, and runs nothing."""
+    given = more if backend == "inductor" else {"mode": mode, "options": options, **more}
+    return _compile(model, backend="eager" if backend == "inductor" else backend, **given)
 
 
 def install() -> None:
@@ -171,13 +186,13 @@ def install() -> None:
         "max_memory_allocated": in_use,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
-        "manual_seed": lambda seed: _ops().default_generator_seed(current_device(), seed),
-        "manual_seed_all": seed_all,
+        "default_generators": tuple(_ops().default_generator(i) for i in range(DEVICES)),
         "is_current_stream_capturing": lambda: _ops().is_capturing(),
         "_sleep": lambda cycles: time.sleep(cycles / 2e9),
         "CUDAGraph": CUDAGraph,
     }
     for name, stand_in in replaced.items():
         setattr(cuda, name, stand_in)
+    torch.compile = compile_eagerly
     torch._C._host_emptyCache = lambda: None  # which torch.cuda.graph calls
     cuda.graphs.is_current_stream_capturing = replaced["is_current_stream_capturing"]
