@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from .running import end_group, first_error
 
 PUT_OFF, MOST_ENDS = 2, 4  # ends of a child by items of one kind
+SPARES = 2  # children that start beforehand, once one has ended
 START = 60.0  # seconds in which a child has to be ready: it imports torch, lists its items
 LEAST = 1.0  # seconds below which nothing more is begun
 
@@ -67,7 +68,7 @@ class Child:
     """The process, two pipes by name, which any command before Python's leaves as they are, and
     what it prints, which is passed on; `printed` is what it printed since it was last asked."""
 
-    def __init__(self, command: list[str], seconds: float, heard: Callable[[str], None]):
+    def __init__(self, command: list[str], heard: Callable[[str], None]):
         self.heard, self.printed, self._rest = heard, [], b""
         self.folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self.folder.name)
@@ -82,8 +83,11 @@ class Child:
         )  # fmt: skip
         self.reader = threading.Thread(target=self._follow, daemon=True)
         self.reader.start()
+
+    def wait(self, seconds: float) -> dict:
+        """What it says when it is ready. Raises: Ended."""
         try:
-            self.ready = self._answer(seconds)
+            return self._answer(seconds)
         except BaseException:
             self.close(0)
             raise
@@ -172,6 +176,8 @@ class Run:
         self.given: Callable[[Item], dict] = lambda item: {}
         self.heard: Callable[[str, Item | None], None] = lambda line, item: None
         self._child: Child | None = None
+        self._spares: list[Child] = []
+        self._ready: dict = {}
         self._item: Item | None = None
         self._ends = collections.Counter()
 
@@ -180,9 +186,9 @@ class Run:
 
     def __iter__(self) -> Iterator[Done]:
         try:
-            ready = self._started().ready
-            self.queue = [Item(**fields) for fields in ready["items"]]
-            self.facts, self.total = ready["facts"], len(self.queue)
+            self._started()
+            self.queue = [Item(**fields) for fields in self._ready["items"]]
+            self.facts, self.total = self._ready["facts"], len(self.queue)
             while item := next((i for i in self.queue if i.least <= self.left()), None):
                 if (done := self._one(item)) is None:
                     break
@@ -192,6 +198,8 @@ class Run:
             self.broken = f"no child starts: {error}"
         finally:
             self._close(0)
+            while self._spares:
+                self._spares.pop().close(0)
 
     def drop(self, kind: str) -> None:
         """Nothing more of this kind is run."""
@@ -226,12 +234,15 @@ class Run:
         """The child, or a fresh one; a second try where it does not start."""
         for last in (False, True):
             if self._child is None:
-                seconds = min(self.start, max(self.left(), LEAST))
+                fresh = self._spares.pop(0) if self._spares else Child(self.command, self._hear)
                 try:
-                    self._child = Child(self.command, seconds, self._hear)
+                    self._ready = fresh.wait(min(self.start, max(self.left(), LEAST)))
+                    self._child = fresh
                 except Ended:
                     if last or self.left() < LEAST:
                         raise
+        while self._ends and len(self._spares) < SPARES and len(self._spares) < len(self.queue) - 1:
+            self._spares.append(Child(self.command, self._hear))
         return self._child
 
     def _close(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """benchmarks/gpu/items.py: an item that crashes, hangs or breaks the GPU costs only itself."""
 
+import os
 import pathlib
 import sys
 import time
@@ -51,10 +52,11 @@ def test_an_item_that_raises_leaves_its_child_alone():
     ],
 )
 def test_an_item_that_ends_its_child_is_named_and_the_next_has_a_fresh_one(name, error):
-    _, done = run("fine 0", name, "fine 1")
+    all_of_it, done = run("fine 0", name, "fine 1", "fine 2")
     assert (done[name].error, done[name].ended) == (error, True)
     assert done["fine 1"].result["done"] == 1
     assert done["fine 1"].result["pid"] != done["fine 0"].result["pid"]
+    assert len(all_of_it.statuses) == 2  # a child that stood by did nothing
 
 
 def test_what_python_can_interrupt_needs_no_fresh_child():
@@ -73,6 +75,16 @@ def test_a_kind_that_ends_children_is_put_off_and_then_left_out():
     one, done = run(*names, most_ends=1)
     assert list(done) == ["exits 0", "fine 0", "fine 1"]
     assert one.not_run() == {"exits": 7}
+
+
+def test_no_child_is_left():
+    names = ["exits 0", "fine 0", *(f"raises {i}" for i in range(4)), "crashes 0", "fine 1"]
+    _, done = run(*names)
+    assert done["fine 1"].result["done"] == 1
+    pids = {one.result["pid"] for one in done.values() if one.result}
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_what_the_time_was_too_short_for_is_counted():
