@@ -35,7 +35,7 @@ test: build lint docs emulated gpu-tests ## build, lint, build the documentation
 # The package with the emulated kernels, not the tree's: hence no working folder on Python's path.
 STAND_IN = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(1))/python:$(abspath tests/stand_in) \
     DIFFUSION_EXT_EMULATED=$(abspath $(1)) DIFFUSION_EXT_TEST_BACKENDS=cuda
-GPU_TESTS := -q -m "not compiles" tests/ops tests/sampling/test_engines_cuda.py tests/stand_in
+GPU_TESTS := -q -m "not compiles" tests/ops $(wildcard tests/*/test_*_cuda.py) tests/stand_in
 
 gpu-tests: emulated ## every test that a GPU would run, on the stand-in for one
 	$(call STAND_IN,build/emulated) $(PYTEST) $(GPU_TESTS)

@@ -167,22 +167,32 @@ class Plan:
         A warning is no error here: another torch may have others."""
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rN", "-W", "default"]
         command += ["--durations=5", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reported"]
+        command += ["-m", "not compiles"]  # which would leave little time for the rest
         workers = importlib.util.find_spec("xdist") is not None
-        if workers:
-            command += ["-n", WORKERS, "--max-worker-restart", MOST_RESTARTS, "--dist", "loadgroup"]
+        if workers:  # not --dist loadgroup, whose xdist fails as two workers are replaced at once
+            command += ["--dist", "load", "--max-worker-restart", MOST_RESTARTS]
         if importlib.util.find_spec("pytest_timeout"):  # a thread ends the process: only a worker's
             method = "thread" if workers else "signal"
             command += ["--timeout", TEST_SECONDS, "--timeout-method", method]
-        threads = {"OMP_NUM_THREADS": "4"} if workers else {}
+        threads = {"OMP_NUM_THREADS": "1"} if workers else {}
         environment = {"DIFFUSION_EXT_TEST_BACKENDS": "cuda", **threads, **self.using()}
-        # What torch.compile takes would leave little for the rest. `make gpu-tests` runs them all.
-        ops = [OPS / "test_backends.py", OPS / "test_large.py"] if self.stand_in else [OPS]
-        engines = [ROOT / "tests" / "sampling" / "test_engines_cuda.py"]
         return [
-            Step("test", name, [*command, *files, "-m", "not compiles"], share * seconds,
-                 environment, self.library)
-            for name, files, share in (("tests/ops", ops, 0.7), ("engines", engines, 0.3))
+            Step("test", name, [*command, *files, *(["-n", number] if workers else [])],
+                 share * seconds, environment, self.library)
+            for name, (files, number, share) in self.tests().items()
         ]  # fmt: skip
+
+    def tests(self) -> dict[str, tuple[list, int, float]]:
+        """Step -> (what pytest is given, worker processes, its share of the stage's seconds)."""
+        large, rooms = OPS / "test_large.py", sorted(ROOT.glob("tests/*/test_*_cuda.py"))
+        ops = [OPS, f"--ignore={large}"]
+        if self.stand_in:  # a few of them: `make gpu-tests` runs them all
+            ops, rooms = [OPS / "test_backends.py"], [*rooms, "-k", "stream or cannot"]
+        return {
+            "tests/ops": (ops, WORKERS, 0.6),
+            "large samples": ([large], 1, 0.15),  # memory has room for one at a time
+            "other rooms": (rooms, WORKERS, 0.25),
+        }
 
     def sanitize(self, seconds: float) -> list[Step]:
         """Each tensor an allocation of its own, so that one byte too far is seen. The first tools

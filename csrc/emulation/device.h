@@ -45,7 +45,7 @@
 // where a launch is told, for the graph that captures it. Null where that is not loaded.
 extern "C" {
 __attribute__((weak)) int64_t stand_in_current_stream(int device);
-__attribute__((weak)) void stand_in_launched(int device, int64_t stream,
+__attribute__((weak)) void stand_in_launched(int device, int64_t stream, const char* kernel,
                                              std::function<void()>* again);
 }
 
@@ -79,7 +79,7 @@ void launch(const OnDevice& device, const Launch& how, void (*kernel)(Parameters
   std::function<void()> again = [how, limits = device.limits, run_thread, call] {
     emulation::run(how, limits, {run_thread, &call});
   };
-  stand_in_launched(device.index, device.stream, &again);
+  stand_in_launched(device.index, device.stream, how.name, &again);
 }
 
 DX_DEVICE int thread() { return emulation::running->index; }

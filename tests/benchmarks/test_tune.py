@@ -5,11 +5,6 @@ import pathlib
 import sys
 
 import pytest
-import torch
-from harness import same_bits
-
-import diffusion_ext as dx
-from diffusion_ext.ops import backend
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # `pytest` alone, unlike `python -m pytest`, leaves it out
@@ -35,47 +30,6 @@ def test_every_variant_changes_the_header():
 def test_a_constant_that_is_not_there():
     with pytest.raises(ValueError, match="has 0 constants kNothing"):
         variants.header_with({"kNothing": "1"})
-
-
-def gradient(x0, t, schedule):
-    """Of a loss."""
-    output = (0.5 * x0).detach().requires_grad_()
-    losses = dx.denoising_loss(output, x0, t, schedule, seeds=5)
-    return torch.autograd.grad(losses.sum(), output)[0]
-
-
-def test_a_variant_has_the_bits_of_the_cpu():
-    """Two vectors a thread, on the emulated GPU."""
-    (variant,) = (v for v in variants.VARIANTS if v.name == "vectors_2")
-    assert variants.build("cpu", (variant,)) == 0
-    torch.ops.load_library(str(variants.folder_of("cpu") / f"{variant.library}.so"))
-    backend.NAMESPACES[variant.library] = variant.namespace
-    schedule, t = dx.NoiseSchedule.linear(100), torch.tensor([3, 90, 7])
-    for shape in ((3, 5, 7, 3), (3, 4, 40, 40)):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x0 = torch.randn(shape).bfloat16().to(memory_format=layout)
-            wanted = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
-            with dx.use_backend(variant.library):
-                found = dx.perturb(x0, t, schedule, seeds=5), gradient(x0, t, schedule)
-            assert all(map(same_bits, found[0], wanted[0]))
-            assert same_bits(found[1], wanted[1])
-
-
-def test_more_threads_for_pixels_than_for_runs(monkeypatch):
-    """What tuning may choose: a block's sums have room for either walk, on the emulated GPU."""
-    monkeypatch.setitem(variants.SOURCES, "denoising_loss", ("denoising_loss",))
-    threads = (("kElementThreads", "128"), ("kPixelThreads", "256"))
-    variant = variants.Variant("denoising_loss", "uneven", threads)
-    assert variants.build("cpu", (variant,)) == 0
-    torch.ops.load_library(str(variants.folder_of("cpu") / f"{variant.library}.so"))
-    monkeypatch.setitem(backend.NAMESPACES, variant.library, variant.namespace)
-    schedule, t = dx.NoiseSchedule.linear(100), torch.tensor([3, 90])
-    for layout in (torch.contiguous_format, torch.channels_last):
-        output = torch.randn(2, 4, 48, 48).bfloat16().to(memory_format=layout)
-        wanted = dx.denoising_loss(output, output, t, schedule, seeds=5)
-        with dx.use_backend(variant.library):
-            found = dx.denoising_loss(output, output, t, schedule, seeds=5)
-        torch.testing.assert_close(found, wanted)
 
 
 def norm_row(us, backward=False, layout="contiguous", plan="on chip"):

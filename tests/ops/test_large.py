@@ -18,7 +18,6 @@ from diffusion_ext.ops.backend import kernels
 
 pytestmark = [
     pytest.mark.backends("cpu", "cuda"),
-    pytest.mark.xdist_group("large"),  # a GPU's memory has room for one of these at a time
     pytest.mark.parametrize("samples", [1, 2]),
     pytest.mark.parametrize("layout", ["contiguous", "channels_last"]),
 ]

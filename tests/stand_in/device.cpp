@@ -7,7 +7,10 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <csignal>
+#include <cstdlib>
 #include <mutex>
+#include <thread>
 #include <unordered_set>
 
 #include "stand_in.h"
@@ -20,7 +23,7 @@ thread_local std::array<StreamId, kDevices> stream_of_thread{};
 std::atomic<StreamId> last_stream{0};
 
 std::atomic<int64_t> waits{0};
-std::atomic<bool> waits_are_errors{false};
+std::atomic<bool> waits_are_errors{false}, faulted{false};
 
 using Clock = std::chrono::steady_clock;
 
@@ -80,6 +83,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryEvent(void*) const override { return true; }
   // A GPU's sync debug mode lets it pass: a program that waits for an event says what it waits for.
   void synchronizeEvent(void*) const override {
+    check_alive();
     TORCH_CHECK(!this_thread_captures(), "CUDA error: an event is waited for in a capture");
     ++waits;
   }
@@ -192,7 +196,22 @@ at::Generator host_generator(const at::Generator& generator, DeviceIndex device)
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
+void check_alive() {
+  TORCH_CHECK(!faulted, "CUDA error: an illegal memory access was encountered");
+}
+
+// STAND_IN_PLANTED=fault:perturb: after a launch of perturb every call of CUDA fails, as after a
+// fault of a GPU. crash:perturb: the process ends there. hang:perturb: the launch never does.
+void make_planted_fault(const std::string& kernel) {
+  static const char* const planted = std::getenv("STAND_IN_PLANTED");
+  if (planted == nullptr) return;
+  if ("fault:" + kernel == planted) faulted = true;
+  if ("crash:" + kernel == planted) std::raise(SIGSEGV);
+  while ("hang:" + kernel == planted) std::this_thread::sleep_for(std::chrono::seconds(1));
+}
+
 void wait(const std::string& why) {
+  check_alive();
   TORCH_CHECK(!this_thread_captures(),
               "CUDA error: operation not permitted when stream is capturing: ", why);
   TORCH_CHECK(!waits_are_errors, "called a synchronizing CUDA operation: ", why);
@@ -220,7 +239,10 @@ int64_t stand_in_current_stream(int device) {
   return stand_in::current_stream(stand_in::DeviceIndex(device));
 }
 
-void stand_in_launched(int device, int64_t stream, std::function<void()>* again) {
+void stand_in_launched(int device, int64_t stream, const char* kernel,
+                       std::function<void()>* again) {
+  stand_in::check_alive();
+  stand_in::make_planted_fault(kernel);
   stand_in::launched(stand_in::DeviceIndex(device), stream);
   stand_in::done(stand_in::DeviceIndex(device), stream, std::move(*again));
 }

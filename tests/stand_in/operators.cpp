@@ -225,12 +225,20 @@ void call_again(const c10::OperatorHandle& op, const std::vector<c10::IValue>& a
   }
 }
 
+// Dynamo's tensors have CUDA's keys, and no memory.
+bool is_fake(const c10::IValue& value) {
+  return value.isTensor() && value.toTensor().defined() && value.toTensor().is_meta();
+}
+
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
   const std::string& name = op.schema().name();
   TORCH_CHECK_NOT_IMPLEMENTED(name.rfind("aten::", 0) == 0, "Could not run '", name,
                               "' with arguments from the 'CUDA' backend.");
+  check_alive();
   const size_t count = op.schema().arguments().size();
   const std::vector<c10::IValue> arguments = torch::jit::last(*stack, count).vec();
+  if (std::any_of(arguments.begin(), arguments.end(), is_fake))
+    return op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
   wait_if_it_does(op, arguments);
   const std::vector<c10::IValue> results = call_on_host(op, arguments);
   torch::jit::drop(*stack, count);

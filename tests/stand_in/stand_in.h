@@ -24,6 +24,8 @@ constexpr DeviceIndex kDevices = 2;
 DeviceIndex current_device();
 StreamId current_stream(DeviceIndex device);  // of this thread
 
+// Raises where a fault ended the device's context.
+void check_alive();
 // The host waits for a device: counted; an error in a capture and where sync debug mode says so.
 void wait(const std::string& why);
 

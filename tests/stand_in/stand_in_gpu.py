@@ -170,7 +170,7 @@ def install() -> None:
         "current_device": current_device,
         "set_device": set_device,
         "_exchange_device": exchange_device,
-        "_maybe_exchange_device": exchange_device,
+        "_maybe_exchange_device": lambda device: exchange_device(device),  # Dynamo tells them apart
         "Stream": Stream,
         "Event": Event,
         "stream": on_stream,
@@ -195,4 +195,5 @@ def install() -> None:
         setattr(cuda, name, stand_in)
     torch.compile = compile_eagerly
     torch._C._host_emptyCache = lambda: None  # which torch.cuda.graph calls
+    torch._C._cuda_getDevice = current_device  # and Dynamo
     cuda.graphs.is_current_stream_capturing = replaced["is_current_stream_capturing"]
