@@ -191,40 +191,34 @@ def test_sampling_targets():
 
 def test_a_stage_that_fails_does_not_stop_the_next(whole, tmp_path):
     status, printed = gpu_check(
-        "--call", "second", "--results", tmp_path, GPU_CHECK="sample,test",
+        "--call", "second", "--results", tmp_path, GPU_CHECK="bench,test",
         PYTEST_ADDOPTS="--no-such-option",
     )  # fmt: skip
     assert status == 1
     results = results_of(printed)
     tests = {result for step, result in results.items() if step.startswith("test: ")}
     assert tests == {"failed (status 4)"}
-    assert results["sample: sampling"] == "passed"
+    assert results["bench: bench"] == "passed"
     first = printed.rpartition("# The second call")[2].split("\n")[2]
     assert first.startswith("* **test: tests/ops failed (status 4)** ")
     assert "--no-such-option" in first
 
 
-@pytest.mark.parametrize(
-    ("planted", "end"),
-    [("fault", "CUDA error: an illegal memory access"), ("crash", "killed by SIGSEGV")],
-)
-def test_a_kernel_that_ends_its_process(whole, tmp_path, planted, end):
+def test_a_kernel_that_ends_its_process(whole, tmp_path):
     """Costs the checks of its own kinds; the summary names them, and what happened."""
     status, printed = gpu_check(
         "--call", "first", "--results", tmp_path, "--seconds", 400, GPU_CHECK="smoke",
-        STAND_IN_PLANTED=f"{planted}:perturb",
+        STAND_IN_PLANTED="crash:philox_normal_",
     )  # fmt: skip
     assert status == 1
     summary = printed.rpartition("# The first call")[2]
-    named = [line for line in summary.splitlines() if line.startswith("    * ")]
-    assert any(line.startswith("    * perturb, ") and end in line for line in named)
-    assert all(
-        line.startswith(("    * perturb", "    * not run: perturb"))
-        or re.match(r"    \* \d+ of \d+ items were not run", line)
-        for line in named
-    ), named
+    named = re.findall(r"^    \* (?:not run: )?(.*)", summary, re.M)
+    crashed = [line for line in named if "killed by SIGSEGV" in line]
+    assert len(crashed) == 3  # beside the reference, and in two layouts beside the CPU
+    others = [line for line in named if not line.startswith("philox_normal")]
+    assert [re.sub(r"\d+", "n", line) for line in others] in ([], ["n of n items were not run"])
     passed, total = map(int, re.search(r"(\d+) of (\d+) checks passed", printed).groups())
-    assert 0.8 * total < passed < total
+    assert 0.9 * total < passed < total
 
 
 def test_a_fault_in_the_tests_of_the_ops(whole, tmp_path):

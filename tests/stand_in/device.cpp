@@ -64,31 +64,46 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     stream_of_thread.at(s.device_index()) = s.id();
     return before;
   }
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override { wait("synchronize a stream"); }
-  void synchronizeDevice(DeviceIndex) const override { wait("synchronize a device"); }
+  bool queryStream(const c10::Stream& s) const override {
+    let_copies_arrive(s.device_index(), s.id());
+    return true;
+  }
+  void synchronizeStream(const c10::Stream& s) const override {
+    wait("synchronize a stream");
+    let_copies_arrive(s.device_index(), s.id());
+  }
+  void synchronizeDevice(DeviceIndex device) const override {
+    wait("synchronize a device");
+    let_copies_arrive(device, std::nullopt);
+  }
   bool isStreamCapturing(const c10::Stream& s) const override {
     return capturing(s.device_index(), s.id());
   }
 
-  // An event is the time when it was recorded.
-  void record(void** event, const c10::Stream&, DeviceIndex, c10::EventFlag) const override {
-    if (*event == nullptr) *event = new Clock::time_point;
-    *static_cast<Clock::time_point*>(*event) = Clock::now();
+  struct Event {
+    Clock::time_point time;
+    c10::Stream stream;
+  };
+  void record(void** event, const c10::Stream& stream, DeviceIndex, c10::EventFlag) const override {
+    delete static_cast<Event*>(*event);
+    *event = new Event{Clock::now(), stream};
   }
   void destroyEvent(void* event, DeviceIndex) const noexcept override {
-    delete static_cast<Clock::time_point*>(event);
+    delete static_cast<Event*>(event);
   }
   void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
+  bool queryEvent(void* event) const override {
+    return event == nullptr || queryStream(static_cast<Event*>(event)->stream);
+  }
   // A GPU's sync debug mode lets it pass: a program that waits for an event says what it waits for.
-  void synchronizeEvent(void*) const override {
+  void synchronizeEvent(void* event) const override {
     check_alive();
     TORCH_CHECK(!this_thread_captures(), "CUDA error: an event is waited for in a capture");
     ++waits;
+    queryEvent(event);
   }
   double elapsedTime(void* from, void* to, DeviceIndex) const override {
-    const auto time = [](void* event) { return *static_cast<Clock::time_point*>(event); };
+    const auto time = [](void* event) { return static_cast<Event*>(event)->time; };
     return std::chrono::duration<double, std::milli>(time(to) - time(from)).count();
   }
 };
@@ -155,7 +170,9 @@ struct StandInHooks final : CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return stand_in::kDevices; }
   DeviceIndex current_device() const override { return stand_in::current_device(); }
   DeviceIndex getCurrentDevice() const override { return stand_in::current_device(); }
-  void deviceSynchronize(DeviceIndex) const override { stand_in::wait("synchronize a device"); }
+  void deviceSynchronize(DeviceIndex device) const override {
+    stand_in::Guard().synchronizeDevice(device);
+  }
   bool isPinnedPtr(const void* data) const override {
     const std::lock_guard<std::mutex> lock(stand_in::PinnedAllocator::mutex);
     return stand_in::PinnedAllocator::pinned.count(data) > 0;
@@ -216,6 +233,7 @@ void wait(const std::string& why) {
               "CUDA error: operation not permitted when stream is capturing: ", why);
   TORCH_CHECK(!waits_are_errors, "called a synchronizing CUDA operation: ", why);
   ++waits;
+  let_copies_arrive(current_device(), current_stream(current_device()));
 }
 
 TORCH_LIBRARY_FRAGMENT(stand_in_gpu, m) {

@@ -225,6 +225,12 @@ void call_again(const c10::OperatorHandle& op, const std::vector<c10::IValue>& a
   }
 }
 
+bool is_copy_to_pinned(const std::string& name, c10::ArrayRef<c10::IValue> arguments) {
+  if (name != "aten::copy_" || !arguments[2].toBool()) return false;
+  const at::Tensor &to = arguments[0].toTensor(), &from = arguments[1].toTensor();
+  return to.is_cpu() && from.is_cuda() && to.is_contiguous() && to.numel() > 0 && to.is_pinned();
+}
+
 // Dynamo's tensors have CUDA's keys, and no memory.
 bool is_fake(const c10::IValue& value) {
   return value.isTensor() && value.toTensor().defined() && value.toTensor().is_meta();
@@ -247,6 +253,10 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   for (const c10::IValue& argument : arguments) call.look_at(argument);
   const DeviceIndex device = call.device();
   const StreamId stream = current_stream(device);
+  if (is_copy_to_pinned(name, arguments)) {
+    const at::Tensor& to = arguments[0].toTensor();
+    copy_later(to, to.clone(), device, stream);
+  }
   if (name.rfind("aten::empty", 0) == 0 && !capturing(device, stream)) return;  // memory, no work
   done(device, stream, [op, arguments, results] { call_again(op, arguments, results); });
 }

@@ -6,13 +6,17 @@
 // an op without a CUDA kernel; a wait, or a launch on another stream, while a graph is captured.
 // What was computed during a capture is not there after it, before the first replay.
 //
-// Unlike a GPU: all is done when a call returns, so that a missing wait shows nowhere. A capture
-// remembers and restores all memory, so that no other thread may compute meanwhile.
+// What is copied to pinned memory without blocking arrives when the host has waited for it.
+//
+// Unlike a GPU: all else is done when a call returns, so that a stream that should have waited for
+// another shows nowhere. A capture remembers and restores all memory, so that no other thread may
+// compute meanwhile.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <functional>
+#include <optional>
 
 namespace stand_in {
 
@@ -43,6 +47,14 @@ struct Memory {
 // Calls visit for each block of a device's memory that there is.
 void every_block(const std::function<void(Memory)>& visit);
 int64_t bytes_in_use();
+
+// host_copies.cpp
+
+// A copy to pinned memory that does not block, of values that a stream has reached.
+void copy_later(const at::Tensor& to, const at::Tensor& values, DeviceIndex device,
+                StreamId stream);
+// Of a stream, or of all.
+void let_copies_arrive(DeviceIndex device, std::optional<StreamId> stream);
 
 // graphs.cpp
 

@@ -156,6 +156,24 @@ def test_a_wait_in_a_step(waits_are_errors):
         dx.sample(Waits(), (2, 3, 8, 8), TABLE, device="cuda", **options)
 
 
+def test_a_copy_to_pinned_memory_arrives_when_it_is_waited_for(x):
+    """By an event, a stream, the device; or when an event says that it is there."""
+    event = torch.cuda.Event()
+    for wait in (
+        event.synchronize,
+        event.query,
+        torch.cuda.current_stream().synchronize,
+        torch.cuda.synchronize,
+    ):
+        there = torch.zeros(x.shape, pin_memory=True)
+        there.copy_(x, non_blocking=True)
+        event.record()
+        assert there.isnan().all()
+        wait()
+        assert torch.equal(there, x.cpu())
+    assert torch.equal(torch.zeros(x.shape).copy_(x, non_blocking=True), x.cpu())  # not pinned
+
+
 # --- streams and graphs ---------------------------------------------------------------------------
 
 
