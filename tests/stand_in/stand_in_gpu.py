@@ -155,7 +155,7 @@ def install() -> None:
         "current_device": current_device,
         "set_device": set_device,
         "_exchange_device": exchange_device,
-        "_maybe_exchange_device": exchange_device,
+        "_maybe_exchange_device": lambda device: exchange_device(device),  # torch.compile: not one
         "Stream": Stream,
         "Event": Event,
         "stream": on_stream,
