@@ -1,10 +1,11 @@
-"""Adapters on a GPU: no wait in a call, so that a CUDA graph can have it."""
+"""Adapters and k-diffusion's functions on a GPU: no wait in a call, for a CUDA graph to have it."""
 
 import pytest
 import torch
 from torch import nn
 
 import diffusion_ext as dx
+from diffusion_ext.integrations import k_diffusion
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 
@@ -36,3 +37,23 @@ def test_a_denoiser(engine):
         model(x, t)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["sample_euler", "sample_euler_ancestral", "sample_dpmpp_2m"])
+def test_a_step_of_k_diffusion(name):
+    sigmas = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.5, 0.0], device="cuda")
+    calls = []
+
+    def model(x, sigma):
+        calls.append(sigma)
+        if len(calls) > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        return x / (1 + sigma.reshape(-1, 1, 1, 1))
+
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    try:
+        y = getattr(k_diffusion, name)(model, x, sigmas, disable=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 5
+    assert y.isfinite().all()
