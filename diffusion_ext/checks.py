@@ -118,6 +118,14 @@ def as_device(device) -> torch.device:
         raise ValueError(f"device: wanted a torch device like cpu, got {device!r}") from error
 
 
+def numbered(device: Device) -> torch.device:
+    """The device, "cuda" as the GPU that is current."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def check_eta(eta) -> None:
     """eta is a number from 0 (deterministic) to 1 (DDPM's posterior variance)."""
     check_number("eta", eta)

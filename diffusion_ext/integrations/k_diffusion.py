@@ -257,17 +257,18 @@ class _Run:
         rows = torch.arange(len(table), device=x.device).unbind()
         sigma, noisy, begins = table.levels[:, 1].tolist(), table.noisy.tolist(), table.begins
         ends = [*begins[1:].tolist(), True]  # a step with the row
+        levels = self.given.new_tensor(sigma).unbind()  # at once: each transfer waits for a GPU
         with tqdm(total=len(self.sigmas) - 1, disable=self.disable) as bar:
             for i, row in enumerate(rows):
                 denoised = self.model(x, x.new_full(x.shape[:1], sigma[i]), **self.extra)
                 denoised = check_output(denoised, x)
                 if begins[i]:
-                    step, start = step + 1, sigma[i]
-                    self._report(step, x, start, denoised)
+                    step, start = step + 1, levels[i]
+                    self._report(step, x, sigma[i], denoised)
                 z = None
                 drawn = noisy[i] or (each_step and ends[i] and i + 1 < len(table))
                 if drawn and draw is not None and not counted:
-                    z = draw(*self.given.new_tensor([start, sigma[i + 1]])).to(x)
+                    z = draw(start, levels[i + 1]).to(x)
                 z = z if noisy[i] else None
                 x = sampler_step(x, denoised, *tensors, row, z, seeds, slots=slots)
                 bar.update(int(ends[i]))

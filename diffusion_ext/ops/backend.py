@@ -176,10 +176,11 @@ def serves(x: Tensor) -> bool:
     return (  # is_cpu and is_cuda, since device.type makes a string
         _current != "reference"
         and x.dtype in NATIVE_DTYPES
-        and ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda and has_code(x.get_device())))
+        and ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and not recorded()
+        and (x.is_cpu or has_code(x.get_device()))  # last: torch.jit.trace cannot write it down
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..checks import Device, check_at_least_0, check_at_least_1, check_number
+from ..checks import Device, check_at_least_0, check_at_least_1, check_number, numbered
 
 __all__ = ["NoiseSchedule"]
 
@@ -63,6 +63,7 @@ class NoiseSchedule:
 
         Returns: [T+1] of `dtype`.
         """
+        device = numbered(device)
         key = (name, device, dtype)
         if key in self._tables:
             return self._tables[key]

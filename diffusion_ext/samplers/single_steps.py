@@ -83,7 +83,8 @@ def ddim_step(
 
 def _ddim_rows(x, t, t_prev, schedule, eta):
     """(table, row, needs_noise) of timesteps that are tensors, one for all samples or for each."""
-    t, t_prev = (torch.as_tensor(i, device=x.device).reshape(-1) for i in (t, t_prev))
+    t, t_prev = (i if isinstance(i, Tensor) else _row(i, x) for i in (t, t_prev))
+    t, t_prev = t.reshape(-1), t_prev.reshape(-1)
     t, t_prev = torch.broadcast_tensors(t, t_prev)
     if not len(t):  # of no sample: any step
         table = ddim_between(schedule, np.array([1]), np.array([0]), eta)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import Device
+from ..checks import Device, numbered
 from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
@@ -148,7 +148,8 @@ class StepTable:
         return self._on(device, "times", dtype), levels
 
     def _on(self, device, name: str, dtype: torch.dtype) -> torch.Tensor:
-        key = (torch.device(device), name, dtype)
+        device = numbered(device)
+        key = (device, name, dtype)
         if key in self._tensors:
             return self._tensors[key]
         tensor = torch.from_numpy(getattr(self, name).copy()).to(device, dtype)

@@ -47,10 +47,11 @@ def memory_format_of(model, x_T, shape) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def placement(model, device, dtype) -> tuple[torch.device, torch.dtype]:
+def placement(model, x_T, device, dtype) -> tuple[torch.device, torch.dtype]:
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     if device is None:
-        device = "cpu" if parameter is None else parameter.device
+        there = x_T if parameter is None and isinstance(x_T, Tensor) else parameter
+        device = torch.get_default_device() if there is None else there.device
     if dtype is None:
         dtype = torch.float32 if parameter is None else parameter.dtype
     check_dtype(dtype)

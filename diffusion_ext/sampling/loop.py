@@ -105,8 +105,8 @@ def sample(
             notice other changes in the module.
         progress: show a progress bar, on a terminal.
         callback: callback(step_index, timestep, x) after each step; x is the live sample.
-        device, dtype: of the samples; by default those of the model's parameters, else the CPU and
-            float32.
+        device, dtype: of the samples; by default those of the model's parameters. Of a model
+            without any: where x_T is, else torch's default device, and float32.
         null_context: what guidance sees in the context's place, of its structure; None is zeros.
         start: [B,C,H,W], an image to start from, noised to where the table is before first_step
             (image to image): first_step 0 leaves almost none of it, the last one nearly all. The
@@ -124,7 +124,7 @@ def sample(
         model, table, save_rate, guidance_scale, noise, first_step, callback,
         differentiable=differentiable, progress=progress,
     )  # fmt: skip
-    device, dtype = placement(model, device, dtype)
+    device, dtype = placement(model, x_T, device, dtype)
     check_engine(engine, model, device, dtype, noise, differentiable)
     if isinstance(noise, torch.Generator):
         noise = draws(noise, shape, dtype, device)

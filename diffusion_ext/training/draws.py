@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import moved
 from .config import MAX_SEED, TrainingConfig
 
 # What the generators of a run are for: a run's seed, one of these, and a number.
@@ -75,7 +76,7 @@ class Draws:
         drawn[1] = (self.config.seed << 32) + first + np.arange(count)
         drawn[2] = random.random(count) < self.config.context_keep
         drawn[3] = self.config.flip & (random.random(count) < 0.5)
-        t, seeds, keep, flip = torch.from_numpy(drawn).to(device)  # one transfer
+        t, seeds, keep, flip = moved(torch.from_numpy(drawn), device)  # one transfer
         return BatchDraws(t, seeds, keep.bool(), flip.bool())
 
     def torch_seed(self, number: int, process: int) -> int:

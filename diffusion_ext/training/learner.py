@@ -113,11 +113,14 @@ class Learner:
         context = None if context_shape is None else x.new_zeros(1, *context_shape)
         return self._predict(network, x, x.new_ones(1), context)
 
-    def update(self, step: int, learning_rate: float, want_norm: bool) -> Tensor | None:
+    def update(
+        self, step: int, learning_rate: float, want_norm: bool
+    ) -> tuple[Tensor | None, bool]:
         """The optimizer's step, the run's `step`-th, counted from 1.
 
         Returns: the norm of the gradient before it was shortened, [] on the device, where it is
-        wanted or was needed; `was_taken` tells what it means for the step.
+        wanted or was needed; and whether the weights changed: with skip_bad_steps only for a finite
+        gradient. A bad loss of any process is in the sum that all of them have.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -127,7 +130,7 @@ class Learner:
             limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             norm = norm.full_tensor() if self.sharded else norm
-        good = self.was_taken(norm)
+        good = not self.config.skip_bad_steps or math.isfinite(norm)  # which waits for the device
         if good or self.scaler.is_enabled():  # a scaler steps where it can, and learns from this
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -138,17 +141,12 @@ class Learner:
         else:
             for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
                 buffer.copy_(kept)
-        return norm
+        return norm, good
 
     def _keep_buffers(self) -> None:
         """As they are before a step: what is not finite would stay in running statistics."""
         if self.config.skip_bad_steps:
             self._buffers = [buffer.clone() for buffer in self.model.buffers()]
-
-    def was_taken(self, norm: Tensor | None) -> bool:
-        """Whether `update` changed the weights: with skip_bad_steps only for a finite gradient. A
-        bad loss of any process is in the sum that all of them have."""
-        return not self.config.skip_bad_steps or math.isfinite(norm)
 
     def is_finite(self) -> bool:
         """Whether every weight of this process is; it is read off the device."""

@@ -71,8 +71,7 @@ class Steps:
         if not config.skip_bad_steps:
             self.watch.look(progress.steps, rate, trained)
         want_norm = progress.steps % config.log_every == 0
-        norm = self.learner.update(progress.steps, rate, want_norm)
-        updated = self.learner.was_taken(norm)
+        norm, updated = self.learner.update(progress.steps, rate, want_norm)
         progress.skipped += not updated
         for batch in trained if updated else ():
             progress.add(batch.trained)

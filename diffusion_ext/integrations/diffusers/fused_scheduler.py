@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...checks import FLOATING, as_seeds
+from ...checks import FLOATING, as_seeds, moved
 
 __all__ = ["FusedScheduler", "alike"]
 
@@ -67,8 +67,7 @@ class FusedScheduler:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(noise, None), drawn as diffusers draws it, or (None, seeds [B]) for the kernel."""
         if self.noise == "generator":
-            shape, device = like.shape, like.device
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype), None
+            return _drawn_by_diffusers(like, generator, dtype), None
         if self._seeds is not None:
             return None, as_seeds(self._seeds, like.shape[0], like.device)
         return None, _draw_seeds(like.shape[0], like.device, generator)
@@ -88,6 +87,16 @@ def alike(a, b) -> bool:
 
 
 _FLOATING = frozenset(FLOATING)
+
+
+def _drawn_by_diffusers(like: Tensor, generator, dtype: torch.dtype) -> Tensor:
+    """Noise for `like`. Of generators of the CPU it goes to a GPU without a wait, in pinned memory:
+    diffusers waits."""
+    first = generator[0] if isinstance(generator, list) and generator else generator
+    if first is None or not like.is_cuda or first.device.type != "cpu":
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+    noise = randn_tensor(like.shape, generator=generator, device=first.device, dtype=dtype)
+    return moved(noise.pin_memory(), like.device)
 
 
 def _draw_seeds(batch: int, device: torch.device, generator) -> Tensor:

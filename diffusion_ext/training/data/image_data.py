@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...checks import moved
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -95,7 +97,7 @@ class ImageData:
             self._there[device] = images, self.contexts.to(device)
         images, contexts = self._there[device]
         for index in indices:
-            chosen = torch.from_numpy(index).to(device)
+            chosen = moved(torch.from_numpy(index), device)
             yield Batch(images[chosen], contexts[chosen] if self.conditional else None)
 
 
