@@ -32,6 +32,7 @@ class Call {
 
   c10::IValue to_host(const c10::IValue& value) {
     if (value.isTensor()) return tensor_to_host(value.toTensor());
+    if (value.isStorage()) return storage_to_host(value.toStorage(), {});
     if (value.isGenerator()) return host_generator(value.toGenerator(), device());
     if (value.isDevice()) return at::Device(value.toDevice().is_meta() ? at::kMeta : at::kCPU);
     if (value.isList()) {
@@ -55,6 +56,8 @@ class Call {
                   "cuda:",
                   int(*found_), " and cuda:", int(t.get_device()), "! (", name_, ")");
       if (!found_) found_ = t.get_device();
+    } else if (value.isStorage() && value.toStorage().device().is_cuda()) {
+      if (!found_) found_ = value.toStorage().device().index();
     } else if (value.isDevice()) {
       const at::Device wanted = value.toDevice();
       if (wanted.is_cuda()) wanted_ = wanted.has_index() ? wanted.index() : current_device();
@@ -75,15 +78,19 @@ class Call {
     return value;
   }
 
-  // What an operator that resizes has done to its tensors.
+  // What an operator that resizes, or sets a storage, has done to its tensors.
   void update() {
     for (auto& [host, original] : originals_) {
       const at::Tensor& alias = aliases_.at(original.unsafeGetTensorImpl());
-      if (alias.sizes() == original.sizes() && alias.strides() == original.strides()) continue;
-      const c10::Storage& storage = original.storage();
-      if (alias.storage().data() != storage.data()) {
-        const c10::Storage moved = on_device(alias.storage(), original.get_device());
-        original.unsafeGetTensorImpl()->set_storage_keep_dtype(moved);
+      const bool moved = alias.storage().data() != original.storage().data();
+      if (!moved && alias.sizes() == original.sizes() && alias.strides() == original.strides())
+        continue;
+      if (moved) {
+        const auto known = back_.find(alias.storage().unsafeGetStorageImpl());
+        const bool there =  // unless it was resized
+            known != back_.end() && known->second.storage.data() == alias.storage().data();
+        original.unsafeGetTensorImpl()->set_storage_keep_dtype(
+            there ? known->second.storage : on_device(alias.storage(), original.get_device()));
       }
       original.unsafeGetTensorImpl()->set_sizes_and_strides(alias.sizes(), alias.strides(),
                                                             alias.storage_offset());
@@ -93,6 +100,22 @@ class Call {
   DeviceIndex device() const { return wanted_.value_or(found_.value_or(current_device())); }
 
  private:
+  // A storage of a device, with the keys of the tensor that it was met in.
+  struct Base {
+    c10::Storage storage;
+    c10::DispatchKeySet keys;
+  };
+
+  c10::Storage storage_to_host(const c10::Storage& given, c10::DispatchKeySet keys) {
+    if (!given.device().is_cuda()) return given;
+    c10::Storage& storage = storages_[given.unsafeGetStorageImpl()];
+    if (!storage) {
+      storage = on_host(given);
+      back_.emplace(storage.unsafeGetStorageImpl(), Base{given, keys});
+    }
+    return storage;
+  }
+
   at::Tensor tensor_to_host(const at::Tensor& t) {
     if (!t.defined()) return t;
     if (!t.is_cuda()) {
@@ -103,12 +126,7 @@ class Call {
                 " tensors: ", name_);
     const auto known = aliases_.find(t.unsafeGetTensorImpl());
     if (known != aliases_.end()) return known->second;
-    c10::Storage& storage = storages_[t.storage().unsafeGetStorageImpl()];
-    if (!storage) {
-      storage = on_host(t.storage());
-      back_.emplace(storage.unsafeGetStorageImpl(), t.storage());
-    }
-    at::Tensor alias = as(t, storage, c10::DispatchKey::CPU);
+    at::Tensor alias = as(t, storage_to_host(t.storage(), t.key_set()), c10::DispatchKey::CPU);
     aliases_.emplace(t.unsafeGetTensorImpl(), alias);
     originals_.emplace(alias.unsafeGetTensorImpl(), t);
     return alias;
@@ -130,10 +148,21 @@ class Call {
       return known->second;
     if (t.layout() == at::kSparse) return sparse_to_device(t);
     const auto source = back_.find(t.storage().unsafeGetStorageImpl());
-    if (source != back_.end()) return as(t, source->second, c10::DispatchKey::CUDA);
+    if (source != back_.end()) return view_of(source->second, t);
     const c10::Storage storage = on_device(t.storage(), device());
-    back_.emplace(t.storage().unsafeGetStorageImpl(), storage);
-    return as(t, storage, c10::DispatchKey::CUDA);
+    at::Tensor made = as(t, storage, c10::DispatchKey::CUDA);
+    back_.emplace(t.storage().unsafeGetStorageImpl(), Base{storage, made.key_set()});
+    return made;
+  }
+
+  // In inference mode too a view is what its base is: an inference tensor or not.
+  static at::Tensor view_of(const Base& base, const at::Tensor& t) {
+    at::Tensor view = as(t, base.storage, c10::DispatchKey::CUDA);
+    if (!view.is_inference() || !base.keys.has(c10::DispatchKey::ADInplaceOrView)) return view;
+    auto normal = at::detail::make_tensor<c10::TensorImpl>(
+        c10::TensorImpl::VIEW, c10::Storage(base.storage), base.keys, t.dtype());
+    normal.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
+    return normal;
   }
 
   at::Tensor sparse_to_device(const at::Tensor& t) {
@@ -163,7 +192,7 @@ class Call {
   bool in_list_ = false, to_cpu_ = false;
   std::optional<DeviceIndex> found_, wanted_;
   std::map<c10::StorageImpl*, c10::Storage> storages_;  // device -> host
-  std::map<c10::StorageImpl*, c10::Storage> back_;      // host -> device
+  std::map<c10::StorageImpl*, Base> back_;              // host -> device
   std::map<c10::TensorImpl*, at::Tensor> aliases_;      // device -> host
   std::map<c10::TensorImpl*, at::Tensor> originals_;    // host -> device
 };
@@ -200,6 +229,9 @@ std::vector<c10::IValue> call_on_host(const c10::OperatorHandle& op,
   for (const c10::IValue& argument : arguments) stack.push_back(call.to_host(argument));
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
+    // What precedes a kernel was done for the call on the device.
+    const c10::impl::ExcludeDispatchKeyGuard done(
+        c10::autocast_dispatch_keyset.add(c10::DispatchKey::Tracer));
     op.callBoxed(stack);
   }
   call.update();
@@ -231,9 +263,11 @@ bool is_copy_to_pinned(const std::string& name, c10::ArrayRef<c10::IValue> argum
   return to.is_cpu() && from.is_cuda() && to.is_contiguous() && to.numel() > 0 && to.is_pinned();
 }
 
-// Dynamo's tensors have CUDA's keys, and no memory.
+// What torch.compile and torch.export trace with: a tensor without memory, whose keys are CUDA's.
 bool is_fake(const c10::IValue& value) {
-  return value.isTensor() && value.toTensor().defined() && value.toTensor().is_meta();
+  if (!value.isTensor() || !value.toTensor().defined()) return false;
+  const at::Tensor& t = value.toTensor();
+  return t.is_meta() && t.key_set().has_backend(c10::BackendComponent::CUDABit);
 }
 
 void fallback(const c10::OperatorHandle& op, Stack* stack) {

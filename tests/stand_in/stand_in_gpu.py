@@ -16,6 +16,7 @@ import types
 import weakref
 
 import torch
+from torch._C import StorageBase
 
 BUILT = pathlib.Path(__file__).resolve().parents[2] / "build" / "emulated"
 FOLDER = pathlib.Path(os.environ.get("DIFFUSION_EXT_EMULATED", BUILT))
@@ -140,6 +141,13 @@ def set_sync_debug_mode(mode) -> None:
     _ops().let_waits_be_errors(SYNC_DEBUG_MODES.get(mode, mode) == 2)
 
 
+def new_storage(cls, *args, device=None, **options):
+    """torch.UntypedStorage"""
+    if device is None or torch.device(device).type != "cuda":
+        return StorageBase.__new__(cls, *args, device=device, **options)
+    return torch.empty(*args, dtype=torch.uint8, device=device).untyped_storage()
+
+
 def in_use(device=None) -> int:
     return _ops().bytes_in_use()
 
@@ -193,6 +201,9 @@ def install() -> None:
     }
     for name, stand_in in replaced.items():
         setattr(cuda, name, stand_in)
+    for name in ("_lazy_init", "current_device", "device_count"):  # which it has by name
+        setattr(cuda.random, name, replaced[name])
+    torch.UntypedStorage.__new__ = new_storage
     torch.compile = compile_eagerly
     torch._C._host_emptyCache = lambda: None  # which torch.cuda.graph calls
     torch._C._cuda_getDevice = current_device  # and Dynamo
