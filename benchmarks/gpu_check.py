@@ -62,20 +62,20 @@ sys.path.insert(0, str(ROOT))  # this file is a script
 from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noqa: E402
 
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
-WHEELS, STAND_IN = ROOT / ".wheels", ROOT / "tests" / "stand_in"
+WHEELS, STAND_IN_FOLDER = ROOT / ".wheels", ROOT / "tests" / "stand_in"
 EMULATED = ROOT / "build" / "emulated" / "python" / "diffusion_ext" / "_cuda.so"
 
 # Stage -> its seconds, perhaps others for each call. A call's own are as many: what a stage leaves
 # goes to the next that needs it, and bench and tune, which fill any time, come late.
 CALLS = {
     "first": {"build": 60, "variants": 75, "smoke": 25, "bench": 60, "tune": 80},
-    "second": {"build": 60, "test": 55, "sanitize": 60, "sample": 55, "bench": 40},
+    "second": {"build": 60, "test": 75, "sanitize": 50, "sample": 50, "bench": 35},
 }
 SECONDS = {"first": 300, "second": 270}
 STAGES = tuple(dict.fromkeys(stage for stages in CALLS.values() for stage in stages))
 # Of the seconds of the stage sanitize; in this order.
 TOOLS = {"memcheck": 0.6, "racecheck": 0.4, "initcheck": 0, "synccheck": 0}
-TOOL_LEAST = 20  # seconds in which a tool can start torch and watch anything
+TOOL_LEAST = 35  # seconds in which a tool can start torch and watch anything
 WORKERS, MOST_RESTARTS, TEST_SECONDS = 4, 30, 40  # of pytest
 
 LOADED = """
@@ -111,7 +111,7 @@ class Plan:
         paths = [self.library, OPS, ROOT, self.folder / "wheels", os.environ.get("PYTHONPATH", "")]
         knobs = {}
         if self.stand_in:
-            paths.insert(0, STAND_IN)
+            paths.insert(0, STAND_IN_FOLDER)
             knobs["GPU_CHECK_STAND_IN"] = "1"
         return {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)), **knobs}
 
@@ -189,9 +189,9 @@ class Plan:
         if self.stand_in:  # a few of them: `make gpu-tests` runs them all
             ops, rooms = [OPS / "test_backends.py"], [*rooms, "-k", "stream or cannot"]
         return {
-            "tests/ops": (ops, WORKERS, 0.6),
-            "large samples": ([large], 1, 0.15),  # memory has room for one at a time
-            "other rooms": (rooms, WORKERS, 0.25),
+            "tests/ops": (ops, WORKERS, 0.4),
+            "large samples": ([large], 1, 0.3),  # memory has room for one at a time
+            "other rooms": (rooms, WORKERS, 0.3),
         }
 
     def sanitize(self, seconds: float) -> list[Step]:
@@ -246,7 +246,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of a call")
     arguments = parser.parse_args()
     if arguments.stand_in:
-        os.environ["PATH"] = f"{STAND_IN / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        os.environ["PATH"] = f"{STAND_IN_FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}"
     results = ROOT / "build" / "gpu_check" / "results" if arguments.stand_in else RESULTS
     results = (arguments.results or results).resolve()
     results.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ def as_device(device) -> torch.device:
 
 
 def numbered(device: Device) -> torch.device:
-    """The device, "cuda" as the GPU that is current."""
+    """The device; "cuda" without an index becomes the current GPU."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

@@ -37,6 +37,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _whole_float32(monkeypatch):
+    """cuDNN would round float32 to TF32."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def small_work_counts(monkeypatch):
     """The test's network is small; ours serve its convolutions nevertheless."""

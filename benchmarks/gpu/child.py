@@ -1,9 +1,9 @@
 """The child's side of items.py: does one item after the other, as the parent asks for them.
 
 A work has items(), facts() and do(name, given), where `given` is what the parent knows of the item
-already, as JSON, such as a row. What do makes of it goes back, also where do raises halfway. Each
-item ends with a synchronization, so that a fault of the GPU is blamed on the item that made it.
-After such a fault no call of CUDA works any more in this process: it then ends itself.
+already, as JSON, such as a row. The child sends `given` back as `do` left it, even if `do` raised.
+Each item ends with a synchronization, so that a fault of the GPU is blamed on its item. After such
+a fault no call of CUDA works any more in this process: it then ends itself.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ def serve(folder: pathlib.Path, make: Callable) -> int:
 
 
 def answered(work, name: str, seconds: float, given: dict) -> dict:
-    """{result, error, dead} of an item; do changes `given` in place."""
-    error = ""
+    """{result, error, dead, late} of an item; do changes `given` in place."""
+    error, late = "", False
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.setitimer(signal.ITIMER_REAL, OWN_SHARE * seconds)
     try:
         work.do(name, given)
     except Exception as raised:
-        error = one_line(raised)
+        error, late = one_line(raised), isinstance(raised, OutOfTime)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         synchronize()
     except Exception as raised:
-        return {"result": given, "error": error or one_line(raised), "dead": True}
-    return {"result": given, "error": error, "dead": False}
+        error = error or one_line(raised)
+        return {"result": given, "error": error, "dead": True, "late": late}
+    return {"result": given, "error": error, "dead": False, "late": late}
 
 
 def synchronize() -> None:
@@ -65,8 +66,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+class OutOfTime(Exception):
+    """An item took longer than it may."""
+
+
 def _out_of_time(*_):
-    raise TimeoutError("took too long")
+    raise OutOfTime("took too long")
 
 
 def one_line(error: BaseException) -> str:

@@ -65,11 +65,12 @@ class Ended(Exception):
 
 
 class Child:
-    """The process, two pipes by name, which any command before Python's leaves as they are, and
-    what it prints, which is passed on; `printed` is what it printed since it was last asked."""
+    """A child talks to us through two named pipes, since a command in front of Python, such as
+    compute-sanitizer, does not touch them. What it prints is passed on; `printed` is what it has
+    printed since it was last asked."""
 
     def __init__(self, command: list[str], heard: Callable[[str], None]):
-        self.heard, self.printed, self._rest = heard, [], b""
+        self.heard, self.printed, self._rest, self.closed = heard, [], b"", False
         self.folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self.folder.name)
         for name in ("asked", "said"):
@@ -101,18 +102,20 @@ class Child:
 
     def close(self, seconds: float = 20) -> int | None:
         """The exit status; after so many seconds it is killed."""
-        if self.asked is None:
+        if self.closed:
             return self.process.returncode
-        os.close(self.asked)  # the end of its input
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        end_group(self.process)
-        self.reader.join(2)
-        if not self.reader.is_alive():
-            self.process.stdout.close()
-        os.close(self.said)
-        self.asked = None
-        self.folder.cleanup()
+        self.closed = True
+        try:
+            os.close(self.asked)  # the end of its input
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+        finally:  # also where a signal ends us meanwhile
+            end_group(self.process)
+            self.reader.join(2)
+            if not self.reader.is_alive():
+                self.process.stdout.close()
+            os.close(self.said)
+            self.folder.cleanup()
         return self.process.returncode
 
     def _answer(self, seconds: float) -> dict:
@@ -193,7 +196,7 @@ class Run:
                 if (done := self._one(item)) is None:
                     break
                 yield done
-            self._close(20 if self.left() > 0 else 3)
+            self._close(max(3, min(20, self.left())))
         except Ended as error:
             self.broken = f"no child starts: {error}"
         finally:
@@ -224,6 +227,8 @@ class Run:
             self.queue.remove(item)
             self._count_end(item.kind)
             return Done(item, error=str(error), ended=True)
+        if answer["late"] and seconds < item.seconds:
+            return None
         self.queue.remove(item)
         if answer["dead"]:
             self._close(20)
@@ -255,7 +260,7 @@ class Run:
         if self._ends[kind] >= self.most_ends:
             self.drop(kind)
         elif self._ends[kind] >= PUT_OFF:
-            self.queue.sort(key=lambda item: item.kind == kind)
+            self.queue.sort(key=lambda item: (item.optional, item.kind == kind))
 
     def _hear(self, line: str) -> None:
         self.heard(line, self._item)

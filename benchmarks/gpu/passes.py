@@ -77,6 +77,8 @@ class Passes:
 
     def do(self, name: str, given: dict) -> None:
         work, row = self.ranked[given["work"]], given["row"]
+        if row is None:
+            raise ValueError("nothing of its row was measured")
         if given["compiles"]:
             self.compile(work, row, given["part"])
         else:

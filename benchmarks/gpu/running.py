@@ -76,8 +76,8 @@ class Log:
 
 def run(step: Step, limit: float, log: Log) -> Outcome:
     """The step and what it started end with its time."""
-    said = {"PYTHONUNBUFFERED": "1", "GPU_CHECK_SECONDS": f"{limit:.0f}"}
     start, lines = time.monotonic(), []
+    said = {"PYTHONUNBUFFERED": "1", "GPU_CHECK_END": str(start + limit)}  # every process's clock
     process = subprocess.Popen(
         [str(part) for part in step.command],
         cwd=step.folder,
@@ -102,7 +102,7 @@ def run(step: Step, limit: float, log: Log) -> Outcome:
     except subprocess.TimeoutExpired:
         result = "timed out"
     finally:
-        end_group(process)
+        end_group(process, grace=12)  # in which a stage ends its own children
     reader.join(5)
     if not reader.is_alive():
         process.stdout.close()
@@ -113,11 +113,11 @@ def run(step: Step, limit: float, log: Log) -> Outcome:
     return outcome
 
 
-def end_group(process: subprocess.Popen) -> None:
+def end_group(process: subprocess.Popen, grace: float = 5) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-            process.wait(5)
+            process.wait(grace)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             pass
 
@@ -191,14 +191,16 @@ def said(outcome: Outcome) -> str:
 def sanitizer() -> tuple[str | None, list[str]]:
     """compute-sanitizer, of PATH or of nvcc's toolkit, and the options that it knows."""
     sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-    from toolkit import Toolkit, ask
+    from toolkit import Toolkit
 
     found = shutil.which("compute-sanitizer")
     try:
         for folder in ("bin", "compute-sanitizer"):
             found = found or shutil.which("compute-sanitizer", path=Toolkit().home / folder)
-        known = ask(found, "--help") if found else ""
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # no toolkit
+        pass
+    if found is None:
         return None, []
+    known = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
     options = [o for pair in SANITIZER_OPTIONS.items() if pair[0] in known for o in pair]
     return found, options

@@ -44,7 +44,7 @@ class Run:
     def row(self) -> dict:
         sizes = {name: getattr(self.networks, name) for name in ("n_feat", "height", "batch")}
         row = {"sampler": f"{self.sampler}, {self.networks.steps} steps", "dtype": self.dtype}
-        return {**row, **sizes, "compile": "not tried", "missing": {}, "error": {}, "seconds": {}}
+        return {**row, **sizes, "compile": "not tried", "error": {}, "seconds": {}}
 
     @property
     def name(self) -> str:

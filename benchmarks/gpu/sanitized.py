@@ -96,7 +96,8 @@ def go_through(run: Run, arguments: argparse.Namespace) -> int:
 
     def heard(line: str, item: Item | None) -> None:
         if FOUND.match(line):  # perhaps a moment after the item that it is about
-            found.setdefault(line.strip(), item.name if item else "the start")
+            kind, name = (item.kind, item.name) if item else ("", "the start")
+            found.setdefault((line.strip(), kind), name)
 
     run.heard, run.start = heard, START
     for done in run:
@@ -107,7 +108,9 @@ def go_through(run: Run, arguments: argparse.Namespace) -> int:
     lines = failures.lines()
     if run.left() > LEAST:  # a tool that has no time to start has found nothing
         lines += not_run(run)
-    lines += [f"FAILED {line} (in or before {name})" for line, name in found.items()][:20]
+    lines += [f"FAILED {line} (in or before {name})" for (line, _), name in found.items()][:20]
+    if run.total == 0:
+        lines.append(f"FAILED {tool} did not start: {run.broken}")
     if EXIT in run.statuses and not found:
         lines.append(f"FAILED {tool} found something: see the log")
     lines.append(f"{tool}: {watched} of {max(run.total - 1, 0)} calls watched")
@@ -124,5 +127,5 @@ def prefix(arguments: argparse.Namespace) -> list[str]:
 
 if __name__ == "__main__":
     sys.exit(
-        stage(__spec__.name, __doc__, Watched, go_through, 60, ("--tool",), prefix),
+        stage(__spec__.name, __doc__, Watched, go_through, 60, ("--tool",), prefix, 15),
     )

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -23,13 +24,15 @@ def stage(
     seconds: float = 500,
     options: tuple[str, ...] = (),
     prefix: Callable[[argparse.Namespace], list[str]] = lambda arguments: [],
+    reserve: float = 8,
 ) -> int:
     """The exit status of a process of this module.
 
     Args:
         make: make(arguments) is what a child does: see child.py.
         parent: parent(run, arguments) goes through the items.
-        seconds: of the stage, where GPU_CHECK_SECONDS does not say it.
+        seconds: of the stage, where GPU_CHECK_END does not say when it ends.
+        reserve: seconds before that end, for children to end and for the last lines.
         options: further ones of the command line, such as "--results".
         prefix: what stands before Python in a child's command.
     """
@@ -41,7 +44,8 @@ def stage(
     if arguments.child:
         return serve(arguments.child, lambda: made(make, arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so end the child too
-    seconds = 0.95 * float(os.environ.get("GPU_CHECK_SECONDS", seconds)) - 5
+    end = float(os.environ.get("GPU_CHECK_END", time.monotonic() + seconds))
+    seconds = end - time.monotonic() - reserve
     command = [*prefix(arguments), sys.executable, "-m", module, *sys.argv[1:]]
     return parent(Run(command, seconds), arguments)
 

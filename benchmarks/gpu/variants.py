@@ -1,7 +1,6 @@
 """Builds what `tune` times: the CUDA kernels with other constants in csrc/cuda/tuning.h.
 
-    python -m benchmarks.gpu.variants                  for the GPU at hand
-    python -m benchmarks.gpu.variants --emulated       for the emulated one
+    python -m benchmarks.gpu.variants
 
 Each is a library of its own, build/variants/<GPU>/<name>.so, whose ops are in a namespace of its
 own. Ninja compiles again only what has changed.
@@ -236,8 +235,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--emulated", action="store_true", default=STAND_IN)
-    return build(parser.parse_args().emulated)
+    parser.parse_args()
+    return build(STAND_IN)
 
 
 if __name__ == "__main__":

@@ -129,9 +129,9 @@ class OnDevice {
   cudaStream_t stream;
 };
 
-// A block has 48 KB, static and dynamic together, without asking. Asked once for a kernel on a
-// device, not at each launch, where the host's time counts; and for the most that there is, so that
-// no later launch of the kernel has to ask again.
+// A block has 48 KB, static and dynamic together, without asking. We ask once per kernel and
+// device, since asking at each launch takes the host time. We ask for all that there is, so that no
+// later launch of the kernel has to ask again.
 inline void allow_most_shared(const void* kernel, const OnDevice& device, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;

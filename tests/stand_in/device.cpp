@@ -83,17 +83,21 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   struct Event {
     Clock::time_point time;
     c10::Stream stream;
+    int64_t copies;  // that had begun before
   };
   void record(void** event, const c10::Stream& stream, DeviceIndex, c10::EventFlag) const override {
     delete static_cast<Event*>(*event);
-    *event = new Event{Clock::now(), stream};
+    *event = new Event{Clock::now(), stream, copies_begun()};
   }
   void destroyEvent(void* event, DeviceIndex) const noexcept override {
     delete static_cast<Event*>(event);
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void* event) const override {
-    return event == nullptr || queryStream(static_cast<Event*>(event)->stream);
+    if (event == nullptr) return true;
+    const Event& recorded = *static_cast<Event*>(event);
+    let_copies_arrive(recorded.stream.device_index(), recorded.stream.id(), recorded.copies);
+    return true;
   }
   // A GPU's sync debug mode lets it pass: a program that waits for an event says what it waits for.
   void synchronizeEvent(void* event) const override {
@@ -229,7 +233,8 @@ void make_planted_fault(const std::string& kernel) {
 
 void wait(const std::string& why) {
   check_alive();
-  TORCH_CHECK(!this_thread_captures(),
+  const bool captures = capturing(current_device(), current_stream(current_device()));
+  TORCH_CHECK(!captures && !this_thread_captures(),  // autograd's own threads capture too
               "CUDA error: operation not permitted when stream is capturing: ", why);
   TORCH_CHECK(!waits_are_errors, "called a synchronizing CUDA operation: ", why);
   ++waits;

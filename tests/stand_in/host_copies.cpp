@@ -1,5 +1,6 @@
 // Copies to pinned memory that do not block: they arrive when the host waits for their stream, or
 // learns that it is done. Until then there are bytes of 0xFF, NaN in a floating type.
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -11,10 +12,12 @@ namespace {
 
 struct Copy {
   at::Tensor to, values;  // both of the CPU
+  int64_t number;
 };
 
 std::mutex mutex;
 std::map<std::pair<DeviceIndex, StreamId>, std::vector<Copy>> under_way;
+int64_t count = 0;
 
 }  // namespace
 
@@ -22,17 +25,24 @@ void copy_later(const at::Tensor& to, const at::Tensor& values, DeviceIndex devi
                 StreamId stream) {
   memset(to.mutable_data_ptr(), 0xFF, to.nbytes());
   const std::lock_guard<std::mutex> lock(mutex);
-  under_way[{device, stream}].push_back({to, values});
+  under_way[{device, stream}].push_back({to, values, ++count});
 }
 
-void let_copies_arrive(DeviceIndex device, std::optional<StreamId> stream) {
+int64_t copies_begun() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return count;
+}
+
+void let_copies_arrive(DeviceIndex device, std::optional<StreamId> stream, int64_t first) {
   std::vector<Copy> copies;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto& [of, waiting] : under_way)
       if (of.first == device && (!stream || of.second == *stream)) {
-        copies.insert(copies.end(), waiting.begin(), waiting.end());
-        waiting.clear();
+        const auto end = std::find_if(waiting.begin(), waiting.end(),
+                                      [=](const Copy& copy) { return copy.number > first; });
+        copies.insert(copies.end(), waiting.begin(), end);
+        waiting.erase(waiting.begin(), end);
       }
   }
   const at::AutoDispatchBelowADInplaceOrView guard;

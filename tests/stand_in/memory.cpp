@@ -67,7 +67,8 @@ c10::Storage on_host(const c10::Storage& storage) {
 
 void every_block(const std::function<void(Memory)>& visit) {
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const Block* block : blocks) visit(block->memory);
+  for (const Block* block : blocks)
+    if (block->memory.bytes > 0) visit(block->memory);
 }
 
 int64_t bytes_in_use() {

@@ -78,7 +78,7 @@ class Call {
     return value;
   }
 
-  // What an operator that resizes, or sets a storage, has done to its tensors.
+  // Copies the new sizes and storage of what was resized or set back to the device's tensors.
   void update() {
     for (auto& [host, original] : originals_) {
       const at::Tensor& alias = aliases_.at(original.unsafeGetTensorImpl());

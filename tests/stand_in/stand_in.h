@@ -16,6 +16,7 @@
 #include <ATen/ATen.h>
 
 #include <functional>
+#include <limits>
 #include <optional>
 
 namespace stand_in {
@@ -53,8 +54,10 @@ int64_t bytes_in_use();
 // A copy to pinned memory that does not block, of values that a stream has reached.
 void copy_later(const at::Tensor& to, const at::Tensor& values, DeviceIndex device,
                 StreamId stream);
-// Of a stream, or of all.
-void let_copies_arrive(DeviceIndex device, std::optional<StreamId> stream);
+int64_t copies_begun();
+// Lets the copies of one stream, or of all streams, arrive: those that began first, so many.
+void let_copies_arrive(DeviceIndex device, std::optional<StreamId> stream,
+                       int64_t first = std::numeric_limits<int64_t>::max());
 
 // graphs.cpp
 

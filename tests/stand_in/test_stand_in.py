@@ -171,6 +171,11 @@ def test_a_copy_to_pinned_memory_arrives_when_it_is_waited_for(x):
         assert there.isnan().all()
         wait()
         assert torch.equal(there, x.cpu())
+    event.record()
+    later = torch.zeros(x.shape, pin_memory=True).copy_(x, non_blocking=True)
+    event.synchronize()
+    assert later.isnan().all()  # it began after the event
+    torch.cuda.synchronize()
     assert torch.equal(torch.zeros(x.shape).copy_(x, non_blocking=True), x.cpu())  # not pinned
 
 
@@ -219,6 +224,24 @@ def test_a_wait_in_a_capture(x, name):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         captured(lambda: WAITS[name](x))
     assert torch.equal(captured(lambda: x)[1], x)  # the device is as usable as before
+
+
+class Item(torch.autograd.Function):
+    """A backward that waits, in a thread of autograd's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * gradient.sum().item()
+
+
+def test_a_wait_in_a_captured_backward(x):
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        captured(lambda: torch.autograd.grad(Item.apply(x).sum(), x))
 
 
 def test_another_stream_in_a_capture(x):
