@@ -34,6 +34,9 @@ void check_alive();
 // The host waits for a device: counted; an error in a capture and where sync debug mode says so.
 void wait(const std::string& why);
 
+// The CPU's generator inside one of a device. Raises for any other.
+at::Generator host_generator(const at::Generator& generator, DeviceIndex device);
+
 // memory.cpp
 
 // The storage of a CUDA tensor that takes over the memory of `host`.
