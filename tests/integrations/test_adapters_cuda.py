@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import waits_are_errors
 from torch import nn
 
 import diffusion_ext as dx
@@ -32,11 +33,8 @@ def test_a_denoiser(engine):
     ours = dx.sample(model.cuda(), engine=engine, **options).images
     torch.testing.assert_close(ours.cpu(), expected, rtol=1e-3, atol=1e-3)
     x, t = torch.randn(2, 3, 8, 8, device="cuda"), torch.tensor([0.3, 0.5], device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         model(x, t)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["sample_euler", "sample_euler_ancestral", "sample_dpmpp_2m"])

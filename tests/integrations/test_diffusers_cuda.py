@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from harness import waits_are_errors
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -40,12 +41,8 @@ def run(scheduler, device="cuda", generator=None, waits=True):
         options["generator"] = generator
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
-        if not waits and i > 0:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors(not waits and i > 0):
             x = scheduler.step((scale(x, t) * 0.3).tanh(), t, x, **options).prev_sample
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     return x
 
 

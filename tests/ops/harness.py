@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -36,6 +37,16 @@ DEVICES = {
 def pretend(seed: int, device: str = "hopper") -> None:
     """The emulated kernels run as on one of DEVICES, their threads in an order of this seed."""
     torch.ops.diffusion_ext.configure(seed, *DEVICES[device])
+
+
+@contextlib.contextmanager
+def waits_are_errors(wanted: bool = True):
+    """Where the host waits for the GPU inside, torch raises a RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error" if wanted else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # Of the largest magnitude of the float64 reference. float32: rounding of a handful of operations;

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import waits_are_errors
 
 import diffusion_ext as dx
 
@@ -24,16 +25,13 @@ def steps(device):
 
 def test_a_step_waits_for_nothing():
     warm, expected = list(steps("cuda")), list(steps("cpu"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         x = torch.ones(4, 3, 8, 8, device="cuda")
         each = torch.tensor([5, 6, 7, 8]).to("cuda", non_blocking=True)
         dx.ddim_step(x, x, each, 4, SCHEDULE)
         dx.ddim_step(x, x, 9, each, SCHEDULE)
         dx.ddpm_step(x, x, each, SCHEDULE, seeds=3)
         dx.denoising_loss(x, x, torch.tensor([5, 6, 7, 8]), SCHEDULE, seeds=torch.arange(4))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(warm, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
 

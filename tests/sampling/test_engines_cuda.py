@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from harness import waits_are_errors
 from torch import nn
 
 import diffusion_ext as dx
@@ -75,8 +76,7 @@ def test_the_loop_never_waits_for_the_gpu():
     for seeds in (0, 1):
         options = {"seeds": seeds, "context": context, "guidance_scale": 2.0, "save_rate": 1}
         draw(model, table=TABLES["ddpm"], **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         seeds = torch.arange(4, device="cuda")
         ours = draw(
             model,
@@ -86,8 +86,6 @@ def test_the_loop_never_waits_for_the_gpu():
         )
         with pytest.raises(RuntimeError, match="synchroniz"):  # so that the mode is known to work
             ours.images.sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == 20
     expected = draw(model, table=TABLES["ddpm"], engine="eager", **(options | {"seeds": seeds}))
     assert torch.equal(ours.frames, expected.frames)

@@ -3,6 +3,7 @@
 import pytest
 import stand_in_gpu
 import torch
+from harness import waits_are_errors
 from torch import nn
 
 import diffusion_ext as dx
@@ -23,13 +24,6 @@ def launches(stream: torch.Stream) -> int:
 @pytest.fixture
 def x():
     return torch.randn(2, 4, 8, 8, device="cuda")
-
-
-@pytest.fixture
-def waits_are_errors():
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -127,18 +121,15 @@ def test_what_waits(x, name):
     before = waits()
     WAITS[name](x)
     assert waits() > before
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
-            WAITS[name](x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waits_are_errors(), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+        WAITS[name](x)
 
 
 @pytest.mark.parametrize("name", DOES_NOT)
-def test_what_does_not_wait(x, name, waits_are_errors):
+def test_what_does_not_wait(x, name):
     before = waits()
-    DOES_NOT[name](x)
+    with waits_are_errors():
+        DOES_NOT[name](x)
     assert waits() == before
 
 
@@ -149,10 +140,10 @@ class Waits(nn.Module):
         return x * 0.5 if x.sum().item() > 0 else x
 
 
-def test_a_wait_in_a_step(waits_are_errors):
+def test_a_wait_in_a_step():
     """Sampling promises none of its own; one of the network's is found."""
     options = {"seeds": torch.arange(2, device="cuda"), "progress": False, "engine": "eager"}
-    with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+    with waits_are_errors(), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         dx.sample(Waits(), (2, 3, 8, 8), TABLE, device="cuda", **options)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import waits_are_errors
 
 import diffusion_ext as dx
 from diffusion_ext.training import ImageData, Trainer, TrainingConfig
@@ -26,11 +27,8 @@ def waiting_is_an_error(monkeypatch, run):
 
     def watched(self, meter):
         steps.append(self)
-        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")
-        try:
+        with waits_are_errors(len(steps) > 1):
             return step(self, meter)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Steps, "step", watched)
     return run.fit(progress=False), len(steps)
