@@ -92,7 +92,7 @@ $(NATIVE): $(VENV)/ready $(SOURCES)
 emulated: build ## the CUDA kernels for the emulated GPU, and what tests it
 	$(CMAKE) -B build/emulated
 	$(BIN)/cmake --build build/emulated --target _cuda stand_in planted_bugs
-	ln -sf $(abspath $(wildcard diffusion_ext/_C*.so)) build/emulated/python/diffusion_ext
+	ln -sf $(abspath diffusion_ext)/_C*.so build/emulated/python/diffusion_ext
 
 # Python itself is not sanitized, so the runtime is loaded first.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
