@@ -22,7 +22,7 @@ WRONG = re.compile(
     r"^\w*(?:Error|Exception)\b.*|^E  .*|^FAILED.*|.*\berror:? .*"
     r"|=+ (?:Invalid|(?:Error: )?Race|Uninit|Barrier).*"
 )
-MOST_LINES = 95
+MOST_LINES, MOST_CHARACTERS = 95, 11_000  # of a summary: some show the end of an output alone
 FAILED = "FAILED "  # so begins a line that a summary has
 
 
@@ -153,7 +153,7 @@ def run_all(steps: list[Step], seconds: float, log: Log) -> list[Outcome]:
 
 
 def summary(call: str, outcomes: list[Outcome], results: pathlib.Path, since: float = 0) -> str:
-    """Markdown of under 100 lines, worst first. since: the time of the oldest JSON file of it."""
+    """Short Markdown, worst first. since: the time of the oldest JSON file of it."""
     lines = [f"# The {call} call", ""]
     bad = [o for o in outcomes if not o.good]
     for o in bad:
@@ -168,9 +168,11 @@ def summary(call: str, outcomes: list[Outcome], results: pathlib.Path, since: fl
         if said := json.loads(path.read_text(encoding="utf-8")).get("summary"):
             lines += ["", f"## {path.stem}", "", *(f"* {line}" for line in said)]
     table = seconds_table(outcomes)
-    room = MOST_LINES - len(table)
-    if len(lines) > room:
-        lines = [*lines[:room], "* ... more in the JSON files"]
+    cut, room = len(lines), MOST_CHARACTERS - len("\n".join(table))
+    while cut + len(table) > MOST_LINES or len("\n".join(lines[:cut])) > room:
+        cut -= 1
+    if cut < len(lines):
+        lines[cut:] = ["* ... more in the JSON files"]
     return "\n".join([*lines, *table]) + "\n"
 
 

@@ -305,14 +305,15 @@ def test_the_first_line_that_says_what_went_wrong(lines, error):
 
 def test_a_long_summary_keeps_what_is_worst(tmp_path):
     (tmp_path / "device").mkdir()
-    rows = [f"line {i}" for i in range(300)]
+    rows = [f"line {i}" + "." * (100 + i) for i in range(300)]
     (tmp_path / "device" / "ops.json").write_text(json.dumps({"summary": rows}))
     passed = running.Outcome(step("fine", ""), "passed")
     failed = running.Outcome(step("bad", ""), "failed (status 1)", error="why")
     text = running.summary("first", [passed, failed], tmp_path)
     assert text.count("\n") < 100
+    assert 10_000 < len(text) < 11_200
     assert text.split("\n")[2] == "* **stage: bad failed (status 1)** why"
-    assert "* line 0\n" in text
+    assert "* line 0." in text
     assert "| stage | bad | 0 | 1 | failed (status 1) |" in text
 
 
