@@ -33,7 +33,7 @@ test: build lint docs emulated gpu-tests ## build, lint, build the documentation
 	$(PYTEST) --benchmark-disable tests benchmarks
 
 # The package with the emulated kernels, not the tree's: hence no working folder on Python's path.
-STAND_IN = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(1))/python:$(abspath tests/stand_in) \
+STAND_IN = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(1))/python:$(abspath tests/stand_in/site) \
     DIFFUSION_EXT_EMULATED=$(abspath $(1)) DIFFUSION_EXT_TEST_BACKENDS=cuda
 GPU_TESTS := -q -m "not compiles" tests/ops $(wildcard tests/*/test_*_cuda.py) tests/stand_in
 

@@ -62,7 +62,7 @@ sys.path.insert(0, str(ROOT))  # this file is a script
 from benchmarks.gpu.running import Log, Step, run_all, sanitizer, summary  # noqa: E402
 
 RESULTS, OPS = ROOT / "benchmarks" / "results", ROOT / "tests" / "ops"
-WHEELS, STAND_IN_FOLDER = ROOT / ".wheels", ROOT / "tests" / "stand_in"
+WHEELS, STAND_IN_FOLDER = ROOT / ".wheels", ROOT / "tests" / "stand_in" / "site"
 EMULATED = ROOT / "build" / "emulated" / "python" / "diffusion_ext" / "_cuda.so"
 
 # Stage -> its seconds, perhaps others for each call. A call's own are as many: what a stage leaves

@@ -1,7 +1,10 @@
 """The package's rooms stand in one order: each imports only from those below it."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +61,16 @@ def test_an_import_from_above_is_seen():
     assert upward("import diffusion_ext.nn.fuse", "ops.perturb") == ["nn.fuse"]
     assert upward("from diffusion_ext.app import cli", "training.data") == ["app.cli"]
     assert upward("from ..checks import moved\nfrom . import backend", "ops.perturb") == []
+
+
+def test_a_process_of_a_test_is_not_on_the_stand_in_for_a_gpu():
+    """Pytest puts folders of tests on the path, and some tests hand that path on."""
+    if "stand_in_gpu" in sys.modules:
+        pytest.skip("this process is on it")
+    folders = [str(path.parent) for path in PACKAGE.parent.glob("tests/**/test_*.py")]
+    code = "import sys, torch; print('stand_in_gpu' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, *set(folders)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]

@@ -1,8 +1,9 @@
 """What torch.cuda is in a process that runs on the stand-in for a GPU (stand_in.h).
 
 With this folder on PYTHONPATH, `import torch` calls `install`, as it does for any backend that is
-installed beside it. The libraries are those of `make emulated`: stand_in.so, and the CUDA kernels
-for the emulated GPU, which stand in for diffusion_ext/_cuda.so.
+installed beside it. So no test may lie here: pytest puts the folders of tests on Python's path, and
+some tests hand that on to processes of theirs. The libraries are those of `make emulated`:
+stand_in.so, and the CUDA kernels for the emulated GPU, which stand in for diffusion_ext/_cuda.so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import weakref
 import torch
 from torch._C import StorageBase
 
-BUILT = pathlib.Path(__file__).resolve().parents[2] / "build" / "emulated"
+BUILT = pathlib.Path(__file__).resolve().parents[3] / "build" / "emulated"
 FOLDER = pathlib.Path(os.environ.get("DIFFUSION_EXT_EMULATED", BUILT))
 NAME = "stand-in GPU"
 DEVICES = 2
