@@ -202,13 +202,19 @@ def test_a_stage_that_fails_does_not_stop_the_next(whole, tmp_path):
     assert "--no-such-option" in first
 
 
-def test_a_kernel_that_ends_its_process(whole, tmp_path):
-    """Costs the checks of its own kinds; the summary names them, and what happened."""
+def red(folder, call, stage, planted):
+    """What a stage of a call prints, which fails, with a fault planted in the stand-in."""
     status, printed = gpu_check(
-        "--call", "first", "--results", tmp_path, "--seconds", 400, GPU_CHECK="smoke",
-        STAND_IN_PLANTED="crash:philox_normal_",
+        "--call", call, "--results", folder, "--seconds", 400, GPU_CHECK=stage,
+        STAND_IN_PLANTED=planted,
     )  # fmt: skip
     assert status == 1
+    return printed
+
+
+def test_a_kernel_that_ends_its_process(whole, tmp_path):
+    """Costs the checks of its own kinds; the summary names them, and what happened."""
+    printed = red(tmp_path, "first", "smoke", "crash:philox_normal_")
     summary = printed.rpartition("# The first call")[2]
     named = re.findall(r"^    \* (?:not run: )?(.*)", summary, re.M)
     crashed = [line for line in named if "killed by SIGSEGV" in line]
@@ -221,13 +227,8 @@ def test_a_kernel_that_ends_its_process(whole, tmp_path):
 
 def test_a_fault_in_the_tests_of_the_ops(whole, tmp_path):
     """Ends a worker process, which the summary names by its test; the others go on."""
-    status, printed = gpu_check(
-        "--call", "second", "--results", tmp_path, "--seconds", 400, GPU_CHECK="test",
-        STAND_IN_PLANTED="fault:philox_normal_",
-    )  # fmt: skip
-    assert status == 1
-    results = results_of(printed)
-    assert results["test: tests/ops"].startswith("failed")
+    printed = red(tmp_path, "second", "test", "fault:philox_normal_")
+    assert results_of(printed)["test: tests/ops"].startswith("failed")
     assert "test_the_chosen_backend_serves" in printed.rpartition("# The second call")[2]
     passed = re.search(r"(\d+) failed, (\d+) passed", printed.partition("test: large samples")[2])
     assert passed

@@ -30,8 +30,12 @@ void wait_if_it_does(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> a
   if (to.is_cuda() != from.is_cuda() && to.numel() > 0) wait("a copy between host and device");
 }
 
-std::vector<c10::IValue> call_on_host(const c10::OperatorHandle& op,
-                                      c10::ArrayRef<c10::IValue> arguments) {
+struct Done {
+  std::vector<c10::IValue> results;
+  DeviceIndex device;
+};
+
+Done call_on_host(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> arguments) {
   Call call(op);
   Stack stack;
   for (const c10::IValue& argument : arguments) call.look_at(argument);
@@ -46,13 +50,13 @@ std::vector<c10::IValue> call_on_host(const c10::OperatorHandle& op,
   call.update();
   std::vector<c10::IValue> results;
   for (const c10::IValue& result : stack) results.push_back(call.to_device(result));
-  return results;
+  return {std::move(results), call.device()};
 }
 
 // Does a call again, with its results where they were.
 void call_again(const c10::OperatorHandle& op, const std::vector<c10::IValue>& arguments,
                 const std::vector<c10::IValue>& results) {
-  const std::vector<c10::IValue> fresh = call_on_host(op, arguments);
+  const std::vector<c10::IValue> fresh = call_on_host(op, arguments).results;
   const auto copy = [](const at::Tensor& to, const at::Tensor& from) {
     if (to.defined() && to.is_cuda() && to.storage().data() != from.storage().data())
       call_on_host(c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", ""),
@@ -89,19 +93,16 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   if (std::any_of(arguments.begin(), arguments.end(), is_fake))
     return op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
   wait_if_it_does(op, arguments);
-  const std::vector<c10::IValue> results = call_on_host(op, arguments);
+  const auto [results, device] = call_on_host(op, arguments);
   torch::jit::drop(*stack, count);
   for (const c10::IValue& result : results) stack->push_back(result);
-  Call call(op);
-  for (const c10::IValue& argument : arguments) call.look_at(argument);
-  const DeviceIndex device = call.device();
   const StreamId stream = current_stream(device);
   if (is_copy_to_pinned(name, arguments)) {
     const at::Tensor& to = arguments[0].toTensor();
     copy_later(to, to.clone(), device, stream);
   }
   if (name.rfind("aten::empty", 0) == 0 && !capturing(device, stream)) return;  // memory, no work
-  done(device, stream, [op, arguments, results] { call_again(op, arguments, results); });
+  done(device, stream, [op, arguments, made = results] { call_again(op, arguments, made); });
 }
 
 void record_stream(at::Tensor&, c10::Stream) {}
