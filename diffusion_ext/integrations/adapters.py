@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import moved
 from ..samplers import NoiseSchedule
-from ..samplers.schedules import is_lasting
 
 __all__ = ["from_denoiser", "from_diffusers", "from_guided_diffusion"]
 
@@ -95,34 +93,20 @@ class Denoiser(nn.Module):
 
     def __init__(self, denoiser: Callable[..., Any], schedule: NoiseSchedule):
         super().__init__()
-        self.denoiser, self.last = denoiser, schedule.timesteps
-        # No buffer, which .half() would round. On each device once: a copy waits for a GPU, and no
-        # CUDA graph may have one.
-        self.ratio = torch.as_tensor(schedule.sigma[1:] / schedule.signal[1:], device="cpu").log()
-        self._there: dict[torch.device, Tensor] = {}
+        self.denoiser, self.schedule = denoiser, schedule
 
     def forward(self, x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
-        known = self._ratio_on(t.device)
-        position = (t.double() * self.last - 1).clamp(0, self.last - 1)
+        # No buffer, which .half() would round. The schedule copies it to a device once: a copy
+        # waits for a GPU, and no CUDA graph may have one.
+        known = self.schedule.tensor("log_level", t.device, torch.float64)
+        last = self.schedule.timesteps
+        position = (t.double() * last).clamp(1, last)
         low = position.floor().long()
         share = position - low
-        high = (low + 1).clamp(max=self.last - 1)
+        high = (low + 1).clamp(max=last)
         sigma = torch.lerp(known[low], known[high], share).exp()
         wide = (1 + sigma**2).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return self.denoiser(x * wide, sigma.to(x.dtype), **(context or {}))
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_there": {}}  # a file is of no device
-
-    def _ratio_on(self, device: torch.device) -> Tensor:
-        if device.type == "cpu":
-            return self.ratio
-        if device in self._there:
-            return self._there[device]
-        ratio = moved(self.ratio, device)
-        if is_lasting(ratio):
-            self._there[device] = ratio
-        return ratio
 
 
 def _steps(t: Tensor, timesteps: int) -> Tensor:

@@ -58,6 +58,9 @@ class NoiseSchedule:
         content = hashlib.sha256(self.beta.tobytes() + self.alpha_bar.tobytes())
         object.__setattr__(self, "_digest", content.hexdigest())
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_tables": {}}  # a file, or a copy, is of no device
+
     def tensor(self, name: str, device: Device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A table of `values` on `device`, kept there.
 
@@ -73,14 +76,18 @@ class NoiseSchedule:
         return table
 
     def values(self, name: str) -> np.ndarray:
-        """A table by name, float64 [T+1]: "signal", "sigma", "variance" = σ²; of rectified flow in
-        T steps "flow_signal" = 1 - t/T and "flow_sigma" = t/T; "zero", "one". With a "-" before its
-        name, its negative.
+        """A table by name, float64 [T+1]: "signal", "sigma", "variance" = σ²; "log_level" =
+        ln(σ/signal), of the noise levels of Karras et al. 2022; of rectified flow in T steps
+        "flow_signal" = 1 - t/T and "flow_sigma" = t/T; "zero", "one". With a "-" before its name,
+        its negative.
         """
         if name.startswith("-"):
             return -self.values(name[1:])
         sigma = np.arange(self.timesteps + 1) / self.timesteps
+        with np.errstate(divide="ignore"):  # without noise, at t = 0, it is minus infinity
+            log_level = np.log(self.sigma / self.signal)
         derived = {
+            "log_level": log_level,
             "variance": self.sigma**2,
             "flow_signal": 1 - sigma,
             "flow_sigma": sigma,

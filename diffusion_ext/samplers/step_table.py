@@ -147,6 +147,9 @@ class StepTable:
         levels = None if self.levels is None else self._on(device, "levels", dtype)
         return self._on(device, "times", dtype), levels
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_tensors": {}}  # a file, or a copy, is of no device
+
     def _on(self, device, name: str, dtype: torch.dtype) -> torch.Tensor:
         device = numbered(device)
         key = (device, name, dtype)

@@ -1,5 +1,7 @@
 """Single steps and tables on a GPU: no wait, and the GPU that is current."""
 
+import pickle
+
 import pytest
 import torch
 from harness import waits_are_errors
@@ -34,6 +36,17 @@ def test_a_step_waits_for_nothing():
         dx.denoising_loss(x, x, torch.tensor([5, 6, 7, 8]), SCHEDULE, seeds=torch.arange(4))
     for ours, theirs in zip(warm, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_is_of_no_device():
+    """What was used on a GPU is read where there is none."""
+    table = dx.ddim(SCHEDULE, 5)
+    expected = *(t.cpu() for t in table.tensors("cuda")), SCHEDULE.tensor("sigma", "cuda").cpu()
+    file = pickle.dumps((table, SCHEDULE))
+    assert b"cuda" not in file
+    table, schedule = pickle.loads(file)
+    found = *table.tensors("cpu"), schedule.tensor("sigma", "cpu")
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
