@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import diffusion_ext as dx
 from diffusion_ext.training import Checkpoint, Trainer, TrainingConfig, load_checkpoint, load_emoji
-from diffusion_ext.training.draws import Draws
+from diffusion_ext.training.draws import split
 from diffusion_ext.training.evaluation import Judge, RealImages, evaluate, train_judge
 from diffusion_ext.training.run_folder import CHECKPOINT_NAME
 
@@ -46,7 +46,7 @@ def trained(name: str, folder: Path, data) -> list[tuple[int, Checkpoint]]:
 
 def real_images(data) -> RealImages:
     config = TrainingConfig(**COMMON)
-    kept, held = map(torch.from_numpy, Draws(config, SCHEDULE.timesteps).split(len(data)))
+    kept, held = map(torch.from_numpy, split(len(data), config))
     labels = data.contexts.argmax(1)
     return RealImages(data.images[kept], data.images[held], labels[kept], labels[held])
 

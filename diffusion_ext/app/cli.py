@@ -142,6 +142,8 @@ def main(args: Sequence[str] | None = None) -> int:
     SIGTERM ends training with 143."""
     try:
         command = tyro.cli(Command, prog=PROGRAM, args=args)
+        if isinstance(command, Train) and command.resumes:  # what is not given is as it was
+            command = tyro.cli(Command, prog=PROGRAM, args=args, default=command.recorded())
         told_to_torchrun(command.run)()
     except USER_ERRORS as error:
         print(f"diffusion-ext: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 INKS = ("#3465a4", "#cc7a00")
@@ -11,7 +12,8 @@ INKS = ("#3465a4", "#cc7a00")
 def save_loss_curve(
     path: str | Path, losses: Sequence[float], held_out: Sequence[float] = ()
 ) -> None:
-    """The mean loss of each epoch as a PNG, beside that of the images held out.
+    """The mean loss of each epoch as a PNG, beside that of the images held out, where it was
+    measured: it is NaN elsewhere.
 
     Raises: ImportError where matplotlib is missing.
     """
@@ -24,8 +26,9 @@ def save_loss_curve(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for values, label, ink in zip((losses, held_out), ("training", "held out"), INKS, strict=True):
-        if values:
-            axes.plot(range(1, len(values) + 1), values, color=ink, linewidth=1.8, label=label)
+        points = [(epoch, value) for epoch, value in enumerate(values, 1) if not isnan(value)]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=ink, linewidth=1.8, label=label)
     if held_out:
         axes.legend(frameon=False)
     axes.set_ylim(bottom=0)

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,20 +16,21 @@ from tqdm import tqdm
 
 from ..nn import optimize_for_sampling
 from ..sampling import sample
+from ..sampling.engines import ENGINES
 from ..sampling.pictures import sample_grid
 from ..training import Checkpoint, TrainingConfig, load_checkpoint, load_trained
-from ..training.draws import Draws
+from ..training.draws import split
 from ..training.evaluation import Evaluation, RealImages, evaluate, train_judge
-from ..training.evaluation.measures import NEIGHBOURS
+from ..training.evaluation.bars import bars
 from ..training.learner import Learner
 from ..training.preview import visible
 from ..training.run_folder import CONFIG_NAME
 from ..training.validation import Validation
+from .data_options import DataOptions
 from .places import device_of, file_of
 from .report import write_report
 from .sample import SamplerOptions, options_of
 from .sample_set import RECORD_NAME, read_samples
-from .train import DataOptions
 
 BATCH = 100  # images sampled at once
 MOST_REAL = 20_000  # real images that samples are compared with
@@ -49,19 +51,21 @@ class Evaluate(SamplerOptions):
     """measure these in place of drawn ones: a folder that `sample --count` wrote, or of pictures"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
+    engine: Literal[ENGINES] = "eager"
+    """what runs the network; auto measures them all once on this machine and takes the fastest"""
 
     def run(self) -> None:
         self.measure()
 
     def measure(self) -> Evaluation:
         """Draws, measures, writes the report and prints the numbers. Returns them."""
-        if self.images <= NEIGHBOURS + 1:
-            raise ValueError(f"images: wanted at least {NEIGHBOURS + 2}, got {self.images}")
+        if self.images < 1:
+            raise ValueError(f"images: wanted at least 1, got {self.images}")
         path = file_of(self.run_folder)
         checkpoint, trained = load_checkpoint(path), load_trained(path)
         config = TrainingConfig(**checkpoint.training)
         data = _data_of(path.parent)
-        kept, held = Draws(config, checkpoint.schedule.timesteps).split(len(data))
+        kept, held = split(len(data), config)
         real = _real_images(data, kept, held)
         start = time.perf_counter()
         if self.samples is None:
@@ -70,9 +74,11 @@ class Evaluate(SamplerOptions):
         else:
             samples, labels = read_samples(self.samples, data.shape, trained.class_names)
         seconds = time.perf_counter() - start
-        found = evaluate(samples, labels, real, train_judge(real))
+        bar = bars(shown=True)
+        found = evaluate(samples, labels, real, train_judge(real, bar), bar)
         numbers = {
             "run": str(self.run_folder),
+            "steps": checkpoint.steps,
             "epochs": len(checkpoint.losses),
             "sampler": {**self._sampler(), "seconds": round(seconds, 1)},
             "validation_loss": _validation_loss(checkpoint, config, data, held, self.device),
@@ -99,7 +105,9 @@ class Evaluate(SamplerOptions):
     def _samples(self, trained, labels: Tensor | None) -> Tensor:
         """[N,C,S,S] on the CPU, of seeds that count up from this command's."""
         model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
-        fast, table = optimize_for_sampling(model, batch=BATCH), self.table(trained)
+        optimized = self.engine == "eager"  # the other engines make their own of the model
+        fast = optimize_for_sampling(model, batch=BATCH) if optimized else model
+        table = self.table(trained)
         drawn = []
         bar = tqdm(range(0, self.images, BATCH), desc="sampling", unit="batch")
         for first in bar:
@@ -112,6 +120,7 @@ class Evaluate(SamplerOptions):
                 context=context,
                 guidance_scale=1.0 if context is None else self.guidance,
                 seeds=self.seed + first,
+                engine=self.engine,
                 progress=False,
             )
             drawn.append(result.images.float().cpu())

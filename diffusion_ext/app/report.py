@@ -40,7 +40,8 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
     )
     how = _how(numbers)
     note = f"Features: {numbers['feature_network']}. They compare runs on the same data alone."
-    credit = html.escape(". ".join(["", *numbers["data"]]))
+    remarks = numbers["remarks"]
+    credit = html.escape(". ".join(["", *remarks, *numbers["data"]]))
     shown = "".join(
         f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{embedded(picture)}">'
         for title, picture in pictures.items()
@@ -51,13 +52,14 @@ def write_report(path: Path, numbers: dict, pictures: dict[str, Image.Image]) ->
         f"</table>\n<p><small>{note + credit}</small></p>\n{shown}"
     )
     write_page(path, f"Evaluation of {numbers['run']}", body)
-    return [how, *(f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows), note]
+    lines = (f"{name:<28}{ours:>9}   real {real:>9}" for name, ours, real, _ in rows)
+    return [how, *lines, note, *remarks]
 
 
 def _how(numbers: dict) -> str:
     """How many samples, and what drew them, as a sentence."""
     sampler = numbers["sampler"]
-    parts = [f"{numbers['images']} samples after {numbers['epochs']} epochs"]
+    parts = [f"{numbers['images']} samples after {numbers['steps']} steps"]
     if "steps" in sampler:
         name = sampler["sampler"] or "the default sampler"
         parts.append(f"by {name} in {sampler['steps']} steps, guidance {sampler['guidance']:g}")

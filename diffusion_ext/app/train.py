@@ -1,12 +1,14 @@
-"""The command `train`: a ContextUnet on images."""
+"""The command `train`: a ContextUnet on images, from the start or on from a checkpoint."""
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 import tyro
 
@@ -18,60 +20,22 @@ from ..training import (
     StateDictOptions,
     Trainer,
     TrainingConfig,
-    load_data,
     load_trained,
 )
+from ..training.config import FREE
+from ..training.plan import plan_in_words
+from ..training.run_folder import CONFIG_NAME
 from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
+from .data_options import DataOptions
 from .places import device_of, file_of
 
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which images, and how they are read."""
-
-    data: str = "digits"
-    """"digits" (scikit-learn's), "emoji" (OpenMoji's), a folder of images (a sub-folder is a
-    class), an .npy or .npz"""
-    size: int | None = None
-    """side of the images, a multiple of 4; default 16 for emoji, 32 for a folder's"""
-    labels: Path | None = None
-    """of an .npy of images: an .npy of labels or context vectors; of a folder: a CSV with the
-    columns file and label"""
-    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
-    """the order of an array's axes"""
-    value_range: Annotated[str, tyro.conf.arg(name="range")] = "auto"
-    """black and white of an array's numbers, or of pictures of numbers (16 bits, floats): "0,1",
-    "-1,1", "0,255" or any "LOW,HIGH"; auto takes what the values tell, and says so"""
-    background: str = "white"
-    """colour that a folder's transparent pixels are laid over"""
-    strict: bool = False
-    """a file of a folder that cannot be read is an error; else it is left out and named"""
-    lazy: bool | None = None
-    """read the images of a folder or an .npy as they are needed, so that any number will do; by
-    default where a folder's would take more than 1 GiB"""
-    workers: int = 2
-    """processes that read ahead, where images are read as needed"""
-    cache: Path | None = None
-    """an .npy file for a folder's images once they are decoded, 8 bits a channel"""
-
-    def load(self) -> ImageData | LazyData:
-        return load_data(
-            self.data, self.size, self.labels, self.layout, self.value_range, self.background,
-            not self.strict, self.lazy, self.workers, self.cache,
-        )  # fmt: skip
-
-    def record(self) -> dict:
-        """The options as JSON has them, with whole paths; `of_record` reads them."""
-        record = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(self).items()}
-        if Path(self.data).exists():
-            record["data"] = str(Path(self.data).resolve())
-        return record
-
-    @classmethod
-    def of_record(cls, record: dict) -> DataOptions:
-        paths = {k: Path(record[k]) for k in ("labels", "cache") if record.get(k)}
-        return cls(**{**record, **paths})
+Schedule = Literal["linear", "cosine", "course"]
+TIMESTEPS = 500
+KEPT = ("n_feat", "norm", "schedule", "timesteps", "shortcut", "pool_window", "device")
+OF_MODEL = ("n_feat", "norm", "shortcut", "pool_window")
+# What a run may go on with another value of, beside the training's FREE.
+MOVABLE = {"data", "labels", "cache", "workers", "lazy", "strict", "device"}
 
 
 @dataclass(frozen=True)
@@ -85,10 +49,10 @@ class Train:
     """channels of the network's first level, a multiple of 8"""
     norm: Literal["batch", "group"] = "group"
     """normalisation in the network's blocks; group is fused with the activation"""
-    schedule: Literal["linear", "cosine", "course"] = "linear"
-    """noise schedule"""
-    timesteps: int = 500
-    """noising steps T"""
+    schedule: Schedule | None = None
+    """noise schedule; default cosine, with --noising course the course's, that of --init-from"""
+    timesteps: int | None = None
+    """noising steps T; default 500, or those of --init-from"""
     shortcut: Literal["scaled", "zero", "random"] = "scaled"
     """the first block's shortcut; zero or random fine-tune the course's networks"""
     pool_window: int | None = None
@@ -97,38 +61,113 @@ class Train:
     """start from the weights of a checkpoint, or of a state dict (.pth, .pt, .safetensors), whose
     sizes and norm the network then has"""
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(
-        default_factory=TrainingConfig
+        default_factory=lambda: TrainingConfig(prediction=None, timestep_sampling=None)
     )
     resume: bool = False
-    """continue from the checkpoint in the folder"""
+    """continue from the checkpoint in the folder, with the options of its run"""
     resume_from: Path | None = None
     """continue from this one of the folder's checkpoints, whatever came after it"""
     device: str = "auto"
     """torch device; auto is CUDA where there is one"""
 
     def run(self) -> None:
+        if self.resumes:
+            before = self.recorded()
+            self._going_on(before)._train(_changes(before, self))
+        else:
+            self._like_its_start()._train({})
+
+    @property
+    def resumes(self) -> bool:
+        return self.resume or self.resume_from is not None
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / Path(self.images.data).stem
+
+    def _train(self, changes: dict[str, tuple[Any, Any]]) -> None:
+        """Args: changes: of a run that goes on, by the option: (before, now)."""
         device = device_of(self.device)
         with joined(device) as processes:
             with processes.first_then_others() if self.images.cache else nullcontext():
                 data = self.images.load()
-            if processes.first:
-                print(*data.notes, sep="\n", end="\n" * bool(data.notes))
             trainer = self._trainer(data, device)
             if processes.first:
-                print(_described(trainer))
+                told = [f"{name:<12}{now}, before {was}" for name, (was, now) in changes.items()]
+                plan = plan_in_words(self.training, trainer.config, len(trainer.images))
+                print(*data.notes, *told, _described(trainer), *plan, sep="\n")
             losses = trainer.fit(resume=self._resumed(trainer))
             if processes.first:
                 print(f"checkpoint  {trainer.checkpoint_path}")
                 _save_curve(trainer.folder.path / "loss.png", losses, trainer.validation_losses)
+
+    def recorded(self) -> Train:
+        """The command of the run in the folder, as its config.json tells.
+
+        Raises: FileNotFoundError, where there is none.
+        """
+        file = self.folder / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"resume: no run in {self.folder}, which has no {CONFIG_NAME}")
+        record = json.loads(file.read_text())
+        model = record["model"]
+        known = {name: model[name] for name in OF_MODEL if name in model}
+        return Train(
+            images=DataOptions.of_record(record["data"]),
+            training=TrainingConfig(**record["training"]),
+            timesteps=record["timesteps"],
+            **{"out": self.folder, **known, **record.get("options", {})},
+        )
+
+    def _going_on(self, before: Train) -> Train:
+        """This command, which goes on with the run of another.
+
+        Raises: ValueError for an option that the run has to keep.
+        """
+        for name, (was, now) in _changes(before, self).items():
+            if name not in FREE | MOVABLE:
+                raise ValueError(
+                    f"{name}: the run in {self.folder} has {was} and goes on with it, got {now}; "
+                    "a new run wants a folder of its own, --out"
+                )
+        training = self.training
+        if training.epochs != before.training.epochs and training.steps == before.training.steps:
+            training = replace(training, steps=None)  # the new length is in epochs
+        return replace(self, training=training)
+
+    def _like_its_start(self) -> Train:
+        """This command, with the schedule and the prediction that it leaves open.
+
+        Raises: ValueError for a start from a network with a schedule of its own.
+        """
+        training, schedule, timesteps = self.training, self.schedule, self.timesteps
+        if self.init_from is not None:
+            start = load_trained(file_of(self.init_from), self._quirks)
+            training = replace(training, prediction=training.prediction or start.prediction)
+            schedule = schedule or _name_of(start.schedule)
+            timesteps = timesteps or start.schedule.timesteps
+        usual = "course" if training.noising == "course" else "cosine"
+        return replace(
+            self,
+            training=training,
+            schedule=schedule or usual,
+            timesteps=timesteps or TIMESTEPS,
+        )
+
+    @property
+    def _quirks(self) -> StateDictOptions:
+        return StateDictOptions(shortcut=self.shortcut, pool_window=self.pool_window)
 
     def _trainer(self, data: ImageData | LazyData, device: torch.device) -> Trainer:
         channels, height, _ = data.shape
         torch.manual_seed(self.training.seed)  # of the initial weights
         model = self._model(channels, (data.context_shape or (1,))[0], height)
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
-        out = self.out or Path("runs") / Path(self.images.data).stem
-        about = {"data": self.images.record()}
-        return Trainer(model, schedule, data, out, self.training, device, about=about)
+        about = {
+            "data": self.images.record(),
+            "options": {"schedule": self.schedule, "device": self.device},
+        }
+        return Trainer(model, schedule, data, self.folder, self.training, device, about=about)
 
     def _resumed(self, trainer: Trainer) -> bool | Path:
         """What fit is to go on from: after a failure torchrun starts the same command again."""
@@ -136,12 +175,31 @@ class Train:
         return again or self.resume_from or self.resume
 
     def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:
-        quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
         if self.init_from is None:
+            quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
             return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
-        model = load_trained(file_of(self.init_from), StateDictOptions(**quirks)).model
+        model = load_trained(file_of(self.init_from), self._quirks).model
         print(f"weights     {self.init_from}")
         return model
+
+
+def _name_of(schedule: NoiseSchedule) -> str:
+    for name in get_args(Schedule):
+        named = getattr(NoiseSchedule, name)(schedule.timesteps)
+        if np.array_equal(named.alpha_bar, schedule.alpha_bar):
+            return name
+    raise ValueError(
+        "schedule: the network of --init-from has one of its own; wanted --schedule "
+        f"{', '.join(get_args(Schedule))}"
+    )
+
+
+def _changes(before: Train, now: Train) -> dict[str, tuple[Any, Any]]:
+    """The options that differ, by name: (before, now)."""
+    groups = [(before.images.record(), now.images.record())]
+    groups += [(asdict(before.training), asdict(now.training))]
+    groups += [tuple({n: getattr(c, n) for n in KEPT} for c in (before, now))]
+    return {n: (a[n], b[n]) for a, b in groups for n in a if a[n] != b[n]}
 
 
 def _described(run: Trainer) -> str:

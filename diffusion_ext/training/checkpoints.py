@@ -45,7 +45,7 @@ class Checkpoint:
         class_names: one for each context feature.
         losses: the mean loss of each epoch so far.
         steps, samples_seen: how many weight updates there were, and images in them.
-        validation_losses: after each epoch, where images are held out.
+        validation_losses: after each epoch, where images are held out; NaN where not measured.
         epoch_batches, epoch_loss, epoch_images: how many batches of the next epoch were trained
             already, the sum of their images' losses, and how many images that were.
         optimizer_numbers: what of the optimizer's state is no tensor. scaler: of float16.

@@ -1,4 +1,5 @@
-"""How to train: the options of a run, whose defaults are the course's."""
+"""How to train: the options of a run. Those that are None are planned from the data (plan.py); the
+other defaults are the course's."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ TimestepSampling = Literal["uniform", "logit-normal"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 CHOICES = {
-    "prediction": PREDICTIONS,
+    "prediction": (*PREDICTIONS, None),
     "noising": tuple(n for n in NOISINGS if n != "flow"),
     "lr_schedule": ("linear", "cosine", "constant"),
-    "timestep_sampling": ("uniform", "logit-normal"),
+    "timestep_sampling": ("uniform", "logit-normal", None),
     "precision": ("float32", "bfloat16", "float16"),
 }
 # (field, the least it may be)
 LEAST = {
+    "steps": 1,
     "epochs": 1,
     "batch_size": 1,
     "accumulate": 1,
@@ -36,8 +38,8 @@ LEAST = {
 ABOVE_0 = ("learning_rate", "huber", "min_snr", "clip_gradient", "checkpoint_minutes")
 # What a run may be resumed with another value of: its length, and what is written on the way.
 FREE = {
-    "epochs", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "samples_every",
-    "compile", "skip_bad_steps", "shard",
+    "steps", "epochs", "checkpoint_every", "checkpoint_minutes", "keep", "log_every",
+    "samples_every", "compile", "skip_bad_steps", "shard",
 }  # fmt: skip
 
 
@@ -45,28 +47,31 @@ FREE = {
 class TrainingConfig:
     """How to train. Raises: ValueError for a field out of range, naming it."""
 
-    epochs: int = 32
-    """passes over the data"""
-    batch_size: int = 100
-    """images that the network sees at once"""
+    steps: int | None = None
+    """updates of the weights; default 32 epochs, or what a small folder needs if that is more"""
+    epochs: int | None = None
+    """passes over the data, in place of --steps"""
+    batch_size: int | None = None
+    """images that the network sees at once; default 100, fewer for a small folder"""
     accumulate: int = 1
     """batches whose gradients a step adds up: one update of the weights for all their images"""
 
-    prediction: Prediction = "epsilon"
+    prediction: Prediction | None = "epsilon"
     """what the network predicts: the noise, v, the image, or the velocity of rectified flow, whose
-    images go to noise in a straight line"""
+    images go to noise in a straight line; None: v, or the noise with the course's noising"""
     noising: Literal["standard", "course"] = "standard"
     """how images are noised; course: without the root of the noise's variance, as its notebook"""
     huber: float | None = None
     """Huber's penalty, straight beyond this residual, in place of the square"""
     min_snr: float | None = None
     """weigh the timesteps by min(SNR, this) (Hang et al. 2023); 5 is usual"""
-    timestep_sampling: TimestepSampling = "uniform"
-    """which timesteps are trained how often; logit-normal: mostly the middle (Esser et al. 2024)"""
+    timestep_sampling: TimestepSampling | None = "uniform"
+    """which timesteps are trained how often; logit-normal: mostly the middle (Esser et al. 2024);
+    None: that, or uniform with the course's noising"""
     context_keep: float = 0.9
     """probability that an image keeps its context, which guidance needs to be below 1"""
-    flip: bool = False
-    """mirror half of the images, left to right"""
+    flip: bool | None = None
+    """mirror half of the images, left to right; default where mirrored images look like the rest"""
 
     optimizer: str = "Adam"
     """any optimizer of torch.optim by name, such as AdamW"""
@@ -98,23 +103,24 @@ class TrainingConfig:
 
     validation: float = 0.0
     """share of the images that is held out, to measure the loss on"""
-    checkpoint_every: int = 4
-    """epochs between checkpoints; the last epoch always writes one"""
+    checkpoint_every: int | None = None
+    """epochs between checkpoints; the last step always writes one; default an eighth of the run"""
     checkpoint_minutes: float | None = None
     """minutes after which there is one within an epoch too"""
     keep: int = 2
     """how many of the last checkpoints stay, beside the best where images are held out"""
     log_every: int = 50
     """steps between lines of the log"""
-    samples_every: int = 0
-    """epochs between pictures of samples; 0: none"""
+    samples_every: int | None = None
+    """epochs between pictures of samples; 0: none; default an eighth of the run"""
     seed: int = 0
     """of every random draw"""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise ValueError(f"{name}: wanted at least {least}, got {count}")
         for name in ABOVE_0:
             value: Any = getattr(self, name)
             if value is not None and not value > 0:

@@ -52,25 +52,16 @@ class Draws:
         self.config, self.timesteps = config, timesteps
         self.draw_timesteps = draw_timesteps or self._by_config
 
-    def _generator(self, what: int, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, what, *numbers))
-
-    def split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the images to train on, those held out), int64: `validation` of `count`."""
-        held = round(self.config.validation * count)
-        order = self._generator(SPLIT, 0).permutation(count)
-        return np.sort(order[held:]), np.sort(order[:held])
-
     def order(self, epoch: int, images: np.ndarray) -> np.ndarray:
         """The images, in the order of an epoch."""
-        return self._generator(ORDER, epoch).permutation(images)
+        return generator(self.config, ORDER, epoch).permutation(images)
 
     def batch(self, number: int, first: int, count: int, device: torch.device) -> BatchDraws:
         """Those of the run's batch `number`, before which `first` images were seen.
 
         An image's noise has a seed of its own in the run, so that no noise comes twice.
         """
-        random = self._generator(BATCH, number)
+        random = generator(self.config, BATCH, number)
         drawn = np.empty((4, count), np.int64)
         drawn[0] = self._checked(self.draw_timesteps(random, count), count)
         drawn[1] = (self.config.seed << 32) + first + np.arange(count)
@@ -81,7 +72,7 @@ class Draws:
 
     def torch_seed(self, number: int, process: int) -> int:
         """For what draws inside the network in a batch, such as dropout, in each process."""
-        return int(self._generator(MODEL, number, process).integers(MAX_SEED))
+        return int(generator(self.config, MODEL, number, process).integers(MAX_SEED))
 
     def _by_config(self, random: np.random.Generator, count: int) -> np.ndarray:
         if self.config.timestep_sampling == "uniform":
@@ -101,3 +92,14 @@ class Draws:
 def batches_of(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """The order in batches; the last may be smaller."""
     return (order[i : i + size] for i in range(0, len(order), size))
+
+
+def split(count: int, config: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(the images to train on, those held out), int64: `validation` of `count`."""
+    held = round(config.validation * count)
+    order = generator(config, SPLIT, 0).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def generator(config: TrainingConfig, what: int, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng((config.seed, what, *numbers))

@@ -48,11 +48,11 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """At a step, counted from 0."""
+    """At a step of a planned run, counted from 0."""
     if config.lr_schedule == "linear":
-        factor = 1 - step // steps_per_epoch / config.epochs
+        factor = 1 - step // steps_per_epoch * steps_per_epoch / config.steps
     elif config.lr_schedule == "cosine":
-        factor = (1 + math.cos(math.pi * step / (steps_per_epoch * config.epochs))) / 2
+        factor = (1 + math.cos(math.pi * step / config.steps)) / 2
     else:
         factor = 1.0
     return config.learning_rate * factor * min(1, (step + 1) / max(config.warmup, 1))

@@ -17,7 +17,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        losses, validation_losses: of each epoch.
+        losses, validation_losses: of each epoch; the latter are NaN where they were not measured.
         steps: updates of the weights. images: seen.
         skipped: updates that were left out, because the loss or gradient was not finite.
         batches, loss, loss_images: of the epoch that has begun: batches trained, the sum of their

@@ -132,11 +132,11 @@ class RunFolder:
         if self.checkpoint.exists():
             _link(self.checkpoint, self.path / EARLIER.format(self._step))
 
-    def picture(self, epoch: int) -> Path:
-        """Where the samples after an epoch go."""
+    def picture(self, step: int) -> Path:
+        """Where the samples after a step go."""
         folder = self.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"epoch-{epoch:04d}.png"
+        return folder / f"step-{step:06d}.png"
 
 
 def _is_whole(path: Path) -> bool:

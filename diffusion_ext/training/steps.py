@@ -17,6 +17,7 @@ from .learner import Learner
 from .logs import LossMeter
 from .loss_watch import LossWatch, TrainedBatch
 from .optimizers import learning_rate
+from .plan import batches_per_epoch, epochs_of, steps_per_epoch
 from .processes import Processes
 from .progress import Progress
 
@@ -44,10 +45,6 @@ class Steps:
         self._handed: deque[np.ndarray] = deque()  # to the data, which reads ahead
         self._batches = self.data.batches(self._remaining(), self.learner.device)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return -(-len(self.images) // self.config.batch_size)
-
     def close(self) -> None:
         """Ends the processes that read ahead."""
         self._batches.close()
@@ -59,10 +56,10 @@ class Steps:
         """
         config, progress = self.config, self.progress
         first = progress.batches
-        batches = range(first, min(first + config.accumulate, self.batches_per_epoch))
+        in_epoch = batches_per_epoch(config, len(self.images))
+        batches = range(first, min(first + config.accumulate, in_epoch))
         sizes = [min(config.batch_size, len(self.images) - i * config.batch_size) for i in batches]
-        steps_per_epoch = -(-self.batches_per_epoch // config.accumulate)
-        rate = learning_rate(config, progress.steps, steps_per_epoch)
+        rate = learning_rate(config, progress.steps, steps_per_epoch(config, len(self.images)))
         trained = []
         for i, size in zip(batches, sizes, strict=True):
             with self.learner.adding_up(last=i == batches[-1]):
@@ -84,7 +81,8 @@ class Steps:
         Args: size: of the batch. of: images in the step.
         """
         progress, device = self.progress, self.learner.device
-        number = len(progress.losses) * self.batches_per_epoch + progress.batches
+        in_epoch = batches_per_epoch(self.config, len(self.images))
+        number = len(progress.losses) * in_epoch + progress.batches
         draws = self.draws.batch(number, progress.images, size, device)
         draws = draws.of(self.processes.share(size))
         batch, index = next(self._batches), self._handed.popleft()
@@ -102,7 +100,8 @@ class Steps:
     def _remaining(self) -> Iterator[np.ndarray]:
         """This process's images in every batch that is still to come, in this epoch and later."""
         skipped, size = self.progress.batches, self.config.batch_size
-        for epoch in range(len(self.progress.losses), self.config.epochs):
+        epochs = epochs_of(self.config, len(self.images))
+        for epoch in range(len(self.progress.losses), epochs):
             order = self.draws.order(epoch, self.images)
             for batch in list(batches_of(order, size))[skipped:]:
                 mine = batch[self.processes.share(len(batch))]

@@ -20,16 +20,17 @@ from .clock import Clock
 from .compatibility import check_fit, check_same_run, configuration_of
 from .config import TrainingConfig
 from .data import ImageData, LazyData
-from .draws import Draws, DrawTimesteps
+from .draws import Draws, DrawTimesteps, split
 from .folder_lock import FolderLock
 from .interrupts import Interrupts, exit_by
 from .learner import Learner
 from .logs import LossMeter, RunLog
 from .loss_watch import LossWatch
+from .plan import EPOCHS, batches_per_epoch, epochs_of_a_part, planned
 from .preview import Preview
 from .processes import Processes
 from .progress import Progress
-from .reporting import description, epoch_label, epoch_line
+from .reporting import Forecast, Pace, description, known, place, progress_bar, progress_line
 from .run_folder import RunFolder
 from .sharding import whole
 from .steps import Steps
@@ -49,17 +50,19 @@ class Trainer:
         schedule: the noise schedule; of it a flow needs only T.
         data: images and contexts; ImageData is held on `device` whole, LazyData read as needed.
         folder: where checkpoints, log and pictures are written.
-        config: see TrainingConfig.
+        config: see TrainingConfig; its options that are None are planned from the data.
         device: default the model's.
         draw_timesteps: (numpy Generator, n) -> n integers from 1 to T, in place of
             config.timestep_sampling.
         about: what config.json shall say too, such as where the data came from.
 
     Attributes:
+        config: as planned: config.steps is the length of the run.
         model: as trained.
         ema_model: its moving average, in evaluation mode: sample from this.
-        losses: the mean loss of each epoch so far.
-        validation_losses: those of the average on the images held out.
+        losses: the mean loss of each whole epoch so far.
+        validation_losses: those of the average on the images held out; NaN after the epochs where
+            it was not measured, of runs of more than 32.
 
     Every random draw is a function of the seed and of the place in the run, so a run that is
     stopped and resumed continues exactly.
@@ -79,7 +82,11 @@ class Trainer:
         about: dict[str, Any] | None = None,
     ):
         check_fit(model, data)
-        self.config = config or TrainingConfig()
+        config = config or TrainingConfig()
+        self.images, held_out = split(len(data), config)
+        if not len(self.images):
+            raise ValueError(f"validation: {config.validation} leaves no image to train on")
+        self.config = planned(config, data, len(self.images))
         first = next(model.parameters(), torch.empty(0))
         self.device = torch.device(device or first.device)
         self.schedule, self.data = schedule, data
@@ -90,9 +97,6 @@ class Trainer:
             data.context_shape,
         )  # fmt: skip
         self.draws = Draws(self.config, schedule.timesteps, draw_timesteps)
-        self.images, held_out = self.draws.split(len(data))
-        if not len(self.images):
-            raise ValueError(f"validation: {self.config.validation} leaves no image to train on")
         objective, size = self.learner.objective, self.config.batch_size
         self.validation = Validation(
             data, held_out, objective, schedule.timesteps, size, self.processes
@@ -101,7 +105,9 @@ class Trainer:
         self.progress = Progress()
         self.about = about or {}
         self._watch = LossWatch(data.name_of, self.folder.last)
-        self._speed = math.nan  # images a second in the last epoch
+        self._validate_every = epochs_of_a_part(self.config, len(self.images), EPOCHS)
+        self._pace = Pace()
+        self._clock = Clock(self.config.checkpoint_minutes)
 
     @property
     def model(self) -> nn.Module:
@@ -139,19 +145,19 @@ class Trainer:
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self.images) // self.config.batch_size)
+        return batches_per_epoch(self.config, len(self.images))
 
     def fit(self, resume: bool | str | Path = False, progress: bool = True) -> list[float]:
-        """Trains to the last epoch, writing checkpoints on the way.
+        """Trains to the last step, writing checkpoints on the way.
 
         Ctrl-C and SIGTERM end it after a step and a checkpoint; a second one ends the process at
         once. In processes that torchrun started, each trains its share of every batch.
 
         Args:
             resume: continue from the folder's checkpoint; or the path of another one of this run.
-            progress: show a bar for each epoch (on a terminal), and a line at each checkpoint.
+            progress: show a bar (on a terminal), and a line at each checkpoint.
 
-        Returns: the mean loss of each epoch.
+        Returns: the mean loss of each whole epoch.
 
         Raises:
             FileExistsError: where there is a checkpoint and resume is False.
@@ -178,8 +184,11 @@ class Trainer:
                 self.processes, self._watch,
             )  # fmt: skip
             stack.enter_context(contextlib.closing(steps))
-            while self.epoch < self.config.epochs:
-                self._train_epoch(steps, log, interrupts, progress)
+            bar = stack.enter_context(progress_bar(self, progress))
+            forecast = Forecast(self, progress)
+            self._clock = Clock(self.config.checkpoint_minutes)
+            while not self._ended or self._epoch_is_over:
+                self._train_epoch(steps, log, interrupts, bar, forecast)
                 self._end_epoch(log, progress)
             self.processes.settle()
             self.processes.wait()
@@ -196,85 +205,90 @@ class Trainer:
         if self.processes.first:
             self.folder.write_config(description(self))
 
+    @property
+    def _ended(self) -> bool:
+        return self.steps >= self.config.steps
+
+    @property
+    def _epoch_is_over(self) -> bool:
+        return self.progress.batches == self.batches_per_epoch
+
     def _train_epoch(
-        self, steps: Steps, log: RunLog, interrupts: Interrupts, progress: bool
+        self, steps: Steps, log: RunLog, interrupts: Interrupts, bar: tqdm, forecast: Forecast
     ) -> None:
+        """To the end of the epoch, or of the run."""
         state, config = self.progress, self.config
         self.model.train()
-        bar = tqdm(
-            total=len(self.images),
-            initial=state.batches * config.batch_size,
-            desc=epoch_label(self, self.epoch + 1),
-            unit=" images",
-            leave=False,
-            mininterval=0.5,
-            disable=None if progress else True,  # None: only where stderr is a terminal
-        )
         start, before = time.perf_counter(), state.images
-        clock = Clock(config.checkpoint_minutes)
         log.begin(state.images)
-        with bar:
-            while state.batches < self.batches_per_epoch:
-                images = state.images
-                norm = steps.step(log.meter)
-                if state.steps % config.log_every == 0:
-                    log.line(self._known(), norm)
-                if bar.update(state.images - images):  # only then the loss is read, which waits
-                    bar.set_postfix(loss=f"{state.mean_loss:.4f}")
-                wish = self.processes.agree(interrupts.signal or clock.rings() * SAVE)
-                if wish:
-                    self._save(log)
-                if wish > SAVE:
-                    raise exit_by(wish)
-        self._speed = (state.images - before) / (time.perf_counter() - start)
-
-    def _known(self) -> dict[str, float]:
-        """What the host knows, for a line of the log."""
-        known = {**self._place(), "learning_rate": self.learner.optimizer.param_groups[0]["lr"]}
-        if self.learner.sum is not None:
-            seconds = self.learner.sum.take_seconds()
-            known["communication_ms"] = round(1000 * seconds / self.config.log_every, 3)
-        if self.config.skip_bad_steps:
-            known["skipped_steps"] = self.progress.skipped
-        return known
-
-    def _place(self) -> dict[str, float]:
-        """Where the run is."""
-        state = self.progress
-        epoch = round(self.epoch + state.batches / self.batches_per_epoch, 4)
-        return {"step": state.steps, "epoch": epoch, "images": state.images}
+        while not (self._epoch_is_over or self._ended):
+            norm = steps.step(log.meter)
+            if state.steps % config.log_every == 0:
+                log.line(known(self), norm)
+            if bar.update():  # only then the loss is read, which waits
+                bar.set_postfix(loss=f"{state.mean_loss:.4f}")
+            forecast.look()
+            wish = self.processes.agree(interrupts.signal or self._clock.rings() * SAVE)
+            if wish:
+                self._save(log)
+            if wish > SAVE:
+                raise exit_by(wish)
+        self._pace.add(state.images - before, time.perf_counter() - start)
 
     def _end_epoch(self, log: RunLog, progress: bool) -> None:
-        state, config = self.progress, self.config
+        """What is due after an epoch, and at the end of the run. That may come within an epoch,
+        which then stays open, for a longer run to go on with."""
+        whole = self._epoch_is_over
         self._watch.settle()
-        loss = state.over(self.processes, self.device).mean_loss
-        if math.isnan(loss):
-            raise FloatingPointError(
-                f"epoch {self.epoch + 1} trained no image: {state.skipped} steps were skipped, and "
-                f"other images cannot be read. {self.folder.last()}"
-            )
-        state.end_epoch(loss)
+        loss, held_out = self._mean_loss(), math.nan
+        if whole:
+            self.progress.end_epoch(loss)
         if len(self.validation):
-            learner = self.learner
-            loss = self.validation.loss(
-                learner.predict_averaged, self.device, learner.stand_in_averaged
-            )
-            state.validation_losses.append(loss)
-            log.flush()
-            log.write({**self._place(), "seconds": log.seconds, "validation_loss": loss})
+            if self._due(self._validate_every) or self._due(self.config.checkpoint_every):
+                held_out = self._validation_loss(log)
+            self.validation_losses.extend([held_out] * whole)
         if self.epoch == 1 and progress and isinstance(self.data, LazyData):
             for line in self.data.left_out():
                 tqdm.write(line)
-        draws = self.processes.first or self.learner.sharded  # which takes all of them
-        if config.samples_every and self._due(config.samples_every) and draws:
-            picture = self.preview.draw(self.ema_model, self.device)
-            if self.processes.first:
-                picture.save(self.folder.picture(self.epoch))
-                log.picture("samples", np.asarray(picture), self.steps)
-        if self._due(config.checkpoint_every):
-            self._save(log, self._is_best())
+        noise = None
+        if self.config.samples_every and self._due(self.config.samples_every):
+            noise = self._preview(log)
+        if self._due(self.config.checkpoint_every):
+            self._save(log, best=whole and self._is_best())
             if progress:
-                tqdm.write(epoch_line(self, self._speed))
+                tqdm.write(progress_line(self, loss, held_out, noise, self._pace.take()))
+
+    def _mean_loss(self) -> float:
+        """Of the epoch that is open. Raises: FloatingPointError where no image was trained."""
+        loss = self.progress.over(self.processes, self.device).mean_loss
+        if math.isnan(loss):
+            raise FloatingPointError(
+                f"epoch {self.epoch + 1} trained no image: {self.progress.skipped} steps were "
+                f"skipped, and other images cannot be read. {self.folder.last()}"
+            )
+        return loss
+
+    def _validation_loss(self, log: RunLog) -> float:
+        """Of the average, on the images held out; it is a line of the log."""
+        learner = self.learner
+        loss = self.validation.loss(
+            learner.predict_averaged, self.device, learner.stand_in_averaged
+        )
+        log.flush()
+        log.write({**place(self), "seconds": log.seconds, "validation_loss": loss})
+        return loss
+
+    def _preview(self, log: RunLog) -> float | None:
+        """A picture of samples, in the folder and in the log. Returns: how much of them is noise;
+        None in the processes that do not draw."""
+        if not (self.processes.first or self.learner.sharded):  # which takes all of them
+            return None
+        samples = self.preview.samples(self.ema_model, self.device)
+        if self.processes.first:
+            picture = self.preview.picture(samples)
+            picture.save(self.folder.picture(self.steps))
+            log.picture("samples", np.asarray(picture), self.steps)
+        return self.preview.noise_in(samples)
 
     def _save(self, log: RunLog, best: bool = False) -> None:
         """A checkpoint of finite weights, and the log so far; every process has to come here."""
@@ -285,22 +299,21 @@ class Trainer:
                 f"{self.folder.last()}"
             )
         log.flush()
-        if self.learner.sharded and self.epoch < self.config.epochs:
+        if self.learner.sharded and not self._ended:
             self.folder.save_sharded(self._state(self.learner.state()), self.processes)
             return
         checkpoint = self.checkpoint()
         if self.processes.first:
             self.folder.save(checkpoint, best)
 
-    def _due(self, every: int, epoch: int | None = None) -> bool:
-        epoch = epoch or self.epoch
-        return epoch % every == 0 or epoch == self.config.epochs
+    def _due(self, every: int) -> bool:
+        return self.epoch % every == 0 or self._ended
 
     def _is_best(self) -> bool:
         """Whether no earlier checkpoint had a lower loss on the images held out."""
         *earlier, last = self.validation_losses or [math.nan]
-        due = [v for i, v in enumerate(earlier, 1) if self._due(self.config.checkpoint_every, i)]
-        return last <= min(due, default=math.inf)
+        every = self.config.checkpoint_every
+        return last <= min(earlier[every - 1 :: every], default=math.inf)
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run; of several processes, each has to ask. Where they have parts of the

@@ -13,8 +13,8 @@ from PIL import Image
 
 import diffusion_ext as dx
 from diffusion_ext.app import cli
+from diffusion_ext.app.data_options import DataOptions
 from diffusion_ext.app.recognition import recognise_digits
-from diffusion_ext.app.train import DataOptions
 from diffusion_ext.samplers import SAMPLERS
 from diffusion_ext.training import (
     StateDictOptions,

@@ -145,6 +145,6 @@ def test_the_configuration_is_there_to_read(tmp_path):
 def test_the_lines_on_the_terminal(tmp_path, capsys):
     tiny_trainer(tmp_path, CONFIG).fit()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"epoch {i}/4" for i in (1, 2, 3, 4)]
+    assert [line.split("  ")[0] for line in lines] == [f"step {i}/8" for i in (2, 4, 6, 8)]
     assert all("  held out " in line and line.endswith(" images/s") for line in lines)
     assert [" left  " in line for line in lines] == [True, True, True, False]

@@ -84,7 +84,7 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "checkpoint-00000010.safetensors").steps == 10
     assert load_checkpoint(tmp_path / "checkpoint.safetensors").steps == 12
     pictures = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    assert pictures == ["epoch-0003.png", "epoch-0006.png"]
+    assert pictures == ["step-000006.png", "step-000012.png"]
 
 
 @pytest.mark.parametrize(

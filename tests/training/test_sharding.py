@@ -27,7 +27,7 @@ def test_sharded_processes_train_the_same(tmp_path, images, alone):
     assert done.returncode == 0, done.stderr
     assert_close_weights(alone, tmp_path)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
-        "epoch-0002.png", "epoch-0004.png"
+        "step-000006.png", "step-000012.png"
     ]  # fmt: skip
     assert not list(tmp_path.glob("sharded-*"))  # one file has it all at the end
     assert json.loads((tmp_path / "config.json").read_text())["model"]["class"] == "ContextUnet"

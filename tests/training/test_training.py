@@ -126,7 +126,9 @@ class Reads(TorchDispatchMode):
 
 
 def test_the_loss_is_read_once_an_epoch_where_no_bar_shows_it(tmp_path):
-    run = tiny_trainer(tmp_path, TrainingConfig(epochs=4, batch_size=1, checkpoint_every=4))
+    run = tiny_trainer(
+        tmp_path, TrainingConfig(epochs=4, batch_size=1, checkpoint_every=4, samples_every=0)
+    )
     with Reads() as reads:
         run.fit(progress=False)
     assert reads.count == 4
@@ -172,7 +174,7 @@ def test_checkpoints_come_every_k_epochs_and_at_the_end(tmp_path, monkeypatch, c
     tiny_trainer(tmp_path, config).fit()
     assert written == [2, 4, 5]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["epoch 2/5", "epoch 4/5", "epoch 5/5"]
+    assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
     assert all("loss 1." in line or "loss 0." in line for line in lines)
     assert all(line.endswith("images/s") for line in lines)
 

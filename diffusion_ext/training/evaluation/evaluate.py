@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import Judge, RealImages
+from .bars import SILENT, Bar
+from .features import FEATURES, Judge, RealImages
 from .inception import inception_distance
-from .measures import Nearest, frechet_distance, nearest, precision_recall
+from .measures import NEIGHBOURS, Nearest, frechet_distance, nearest, precision_recall
 
 COPY_PERCENTILE = 0.01  # of the distances of held-out images, below which a sample counts as a copy
+FEW = 100  # real images, of which a classifier learns little
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. In brackets: of real images held out, in the samples' place.
+    """What `evaluate` found. In brackets: of real images held out, in the samples' place. What
+    could not be measured is None, and `remarks` say why.
 
     Attributes:
         images: how many samples.
@@ -30,66 +33,101 @@ class Evaluation:
         copies, [copies_real]: the share that is nearer to a training image than 99 % of the real
             images are; None where no image was held out of the run.
         feature_network: what the features are of.
+        remarks: what was not measured, and what is a rough figure, in sentences.
         nearest: of each sample.
     """
 
     images: int
     recognised: float | None
     classifier_accuracy: float | None
-    frechet: float
-    frechet_real: float
+    frechet: float | None
+    frechet_real: float | None
     inception: float | None
-    precision: float
-    recall: float
-    precision_real: float
-    recall_real: float
+    precision: float | None
+    recall: float | None
+    precision_real: float | None
+    recall_real: float | None
     nearest_median: float
     nearest_median_real: float | None
     copies: float | None
     copies_real: float | None
     feature_network: str
+    remarks: tuple[str, ...]
     nearest: Nearest
 
 
-def evaluate(samples: Tensor, labels: Tensor | None, real: RealImages, judge: Judge) -> Evaluation:
+def evaluate(
+    samples: Tensor, labels: Tensor | None, real: RealImages, judge: Judge, bar: Bar = SILENT
+) -> Evaluation:
     """Measures samples beside real images.
 
     Args:
         samples: [N,C,S,S] (clipped to [-1, 1]). labels: int64 [N], the classes asked for, or None.
-        judge: train_judge(real).
-
-    Raises: ValueError for too few images.
+        judge: train_judge(real). bar: shows how far each measure has come.
     """
     samples = samples.detach().cpu().float().clamp(-1, 1)
-    trained, held, made = map(judge.features, (real.trained, real.held_out, samples))
-    precision, recall = precision_recall(made, trained)
-    precision_real, recall_real = precision_recall(held, trained)
+    trained, held, made = (
+        judge.features(images, bar) for images in (real.trained, real.held_out, samples)
+    )
     recognised = None
     if judge.of_classes and labels is not None:
         recognised = (judge.classes(samples) == labels.cpu()).double().mean().item()
-    of_samples, of_real = nearest(samples, real.trained), nearest(real.held_out, real.trained)
-    if real.seen_by_run:
-        of_samples = nearest(samples, torch.cat([real.trained, real.held_out]))
-    limit = of_real.distance.quantile(COPY_PERCENTILE)
+    of_real = nearest(real.held_out, real.trained, bar)
+    seen = torch.cat([real.trained, real.held_out]) if real.seen_by_run else real.trained
+    of_samples = nearest(samples, seen, bar)
+    told = not real.seen_by_run and len(held) > 0
+    limit = of_real.distance.quantile(COPY_PERCENTILE) if told else torch.nan
     kind = "the data's classes" if judge.of_classes else "how images are turned"
+    precision, recall = _precision_recall(made, trained)
+    precision_real, recall_real = _precision_recall(held, trained)
     return Evaluation(
         images=len(samples),
         recognised=recognised,
         classifier_accuracy=judge.accuracy if judge.of_classes else None,
-        frechet=frechet_distance(made, trained),
-        frechet_real=frechet_distance(held, trained),
-        inception=inception_distance(samples, real.trained),
+        frechet=_frechet(made, trained),
+        frechet_real=_frechet(held, trained),
+        inception=inception_distance(samples, real.trained, bar),
         precision=precision,
         recall=recall,
         precision_real=precision_real,
         recall_real=recall_real,
         nearest_median=of_samples.distance.median().item(),
-        nearest_median_real=of_real.distance.median().item(),
-        copies=None if real.seen_by_run else _share_below(of_samples, limit),
-        copies_real=None if real.seen_by_run else _share_below(of_real, limit),
-        feature_network=f"64 features of a small network that tells {kind} on these data",
+        nearest_median_real=of_real.distance.median().item() if len(held) else None,
+        copies=_share_below(of_samples, limit) if told else None,
+        copies_real=_share_below(of_real, limit) if told else None,
+        feature_network=f"{FEATURES} features of a small network that tells {kind} on these data",
+        remarks=_remarks(real, len(samples)),
         nearest=of_samples,
     )
+
+
+def _frechet(some: Tensor, others: Tensor) -> float | None:
+    return frechet_distance(some, others) if min(len(some), len(others)) > 1 else None
+
+
+def _precision_recall(some: Tensor, others: Tensor) -> tuple[float | None, float | None]:
+    few = min(len(some), len(others)) <= NEIGHBOURS + 1
+    return (None, None) if few else precision_recall(some, others)
+
+
+def _remarks(real: RealImages, samples: int) -> tuple[str, ...]:
+    """What was not measured for want of images, and what is a rough figure."""
+    trained, held = len(real.trained), len(real.held_out)
+    remarks = []
+    for count, name in ((trained, "training images"), (held, "real images held out")):
+        if count <= NEIGHBOURS + 1:
+            remarks.append(f"no precision and recall: {count} {name}, wanted {NEIGHBOURS + 2}")
+    if samples <= NEIGHBOURS + 1:
+        remarks.append(f"no precision and recall: {samples} samples, wanted {NEIGHBOURS + 2}")
+    if held <= 1:
+        remarks.append(f"no Fréchet distance of real images: {held} held out, wanted two")
+    if real.seen_by_run:
+        remarks.append("no share of copies: the run held out no image (--validation 0.1)")
+    if trained < FEW:
+        remarks.append(
+            f"rough figures: the network that the features are of learnt from {trained} images"
+        )
+    return tuple(remarks)
 
 
 def _share_below(found: Nearest, limit: Tensor) -> float:

@@ -5,11 +5,13 @@ What it says is about images like those: its numbers compare runs on the same da
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .bars import SILENT, Bar
 
 HELD_OUT = 0.2  # of the images with a label, where the run holds out none
 FEATURES = 64
@@ -77,17 +79,18 @@ class Judge:
     Attributes:
         network: in evaluation mode. of_classes: whether it tells the data's classes; else how an
             image has been turned, which it learned for want of classes.
-        accuracy: on real images that it was not trained on.
+        accuracy: on real images that it was not trained on; None where there are none.
     """
 
     network: FeatureNetwork
     of_classes: bool
-    accuracy: float
+    accuracy: float | None
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, bar: Bar = SILENT) -> Tensor:
         """Of images [N,C,S,S] in [-1, 1]: float32 [N, 64]."""
-        return torch.cat([self.network.features(part) for part in images.split(BATCH)])
+        parts = bar(images.split(BATCH), "features", unit="batch")
+        return torch.cat([self.network.features(part) for part in parts])
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
@@ -95,24 +98,24 @@ class Judge:
         return torch.cat([self.network(part).argmax(1) for part in images.split(BATCH)])
 
 
-def train_judge(real: RealImages) -> Judge:
+def train_judge(real: RealImages, bar: Bar = SILENT) -> Judge:
     """Trains a feature network on real images, always alike, and measures it on those held out.
 
     Without labels it learns to tell by which quarter turns images were rotated (Gidaris et al.
-    2018).
+    2018). bar: shows how far it has come.
     """
     images, labels = real.trained, real.trained_labels
     held_out, held_out_labels = real.held_out, real.held_out_labels
     of_classes = labels is not None
     if not of_classes:
         (images, labels), (held_out, held_out_labels) = _turned(images), _turned(held_out)
-    classes = int(max(labels.max(), held_out_labels.max())) + 1
+    classes = int(torch.cat([labels, held_out_labels]).max()) + 1
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = FeatureNetwork(images.shape[1], images.shape[3], classes)
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.05)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-        for _ in range(STEPS):
+        for _ in bar(range(STEPS), "training a classifier", unit="step"):
             chosen = torch.randint(len(images), (BATCH,))
             loss = F.cross_entropy(
                 network(_shifted(images[chosen])), labels[chosen], label_smoothing=0.1
@@ -121,9 +124,11 @@ def train_judge(real: RealImages) -> Judge:
             loss.backward()
             optimizer.step()
             rates.step()
-    judge = Judge(network.eval(), of_classes, 0.0)
+    judge = Judge(network.eval(), of_classes, None)
+    if not len(held_out):
+        return judge
     right = (judge.classes(held_out) == held_out_labels).double().mean().item()
-    return Judge(judge.network, of_classes, right)
+    return replace(judge, accuracy=right)
 
 
 def _shifted(images: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .bars import SILENT, Bar
+
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names them
 AT_ONCE = 64
 
@@ -17,7 +19,7 @@ def weights_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def inception_distance(samples: Tensor, real: Tensor) -> float | None:
+def inception_distance(samples: Tensor, real: Tensor, bar: Bar = SILENT) -> float | None:
     """FID of samples and real images, [N,C,S,S] in [-1, 1] each; None where torchmetrics,
     torch-fidelity or Inception's weights are missing."""
     weights = weights_file()
@@ -30,7 +32,7 @@ def inception_distance(samples: Tensor, real: Tensor) -> float | None:
     except ModuleNotFoundError:
         return None
     for images, are_real in ((real, True), (samples, False)):
-        for some in images.split(AT_ONCE):
+        for some in bar(images.split(AT_ONCE), "Inception's features", unit="batch"):
             levels = some.clamp(-1, 1).add(1).mul(127.5).round().byte()
             metric.update(levels.expand(-1, 3, -1, -1), real=are_real)
     return metric.compute().item()

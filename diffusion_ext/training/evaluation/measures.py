@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bars import SILENT, Bar
+
 NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
 AT_ONCE = 1024  # rows of a table of distances
 
@@ -57,17 +59,18 @@ class Nearest:
     index: Tensor
 
 
-def nearest(images: Tensor, others: Tensor) -> Nearest:
+def nearest(images: Tensor, others: Tensor, bar: Bar = SILENT) -> Nearest:
     """The nearest of others [M,C,S,S] to each of images [N,C,S,S], by the distance of pixels."""
-    found = [d.min(1) for d in _distances(images.flatten(1), others.flatten(1))]
+    found = [d.min(1) for d in _distances(images.flatten(1), others.flatten(1), bar)]
     size = images[0].numel()
     distance = torch.cat([f.values for f in found]) / size**0.5
     return Nearest(distance, torch.cat([f.indices for f in found]))
 
 
-def _distances(points: Tensor, others: Tensor):
+def _distances(points: Tensor, others: Tensor, bar: Bar = SILENT):
     """The rows of a table of distances [N, M], some at a time."""
     points, others = points.double(), others.double()
     # Not by a product of matrices, which makes small distances inexact.
     exact = "donot_use_mm_for_euclid_dist"
-    return (torch.cdist(some, others, compute_mode=exact) for some in points.split(AT_ONCE))
+    parts = bar(points.split(AT_ONCE), "nearest images", unit="part")
+    return (torch.cdist(some, others, compute_mode=exact) for some in parts)

@@ -1,0 +1,18 @@
+"""A bar for each phase of a measurement, with the phase's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+Bar = Callable[..., Iterable[Any]]  # (parts, name, unit=...) -> the parts, as they are done
+
+
+def bars(shown: bool) -> Bar:
+    return partial(tqdm, disable=not shown, leave=False, mininterval=0.5)
+
+
+SILENT = bars(False)
