@@ -13,6 +13,12 @@ Device: TypeAlias = torch.device | str | int
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as "1 file", "2 files"; of a noun of several words, the first is counted."""
+    first, *rest = noun.split(" ")
+    return " ".join([str(count), first if count == 1 else f"{first}s", *rest])
+
+
 def check_floating(name: str, x) -> None:
     """x is a dense tensor of a floating dtype the ops know."""
     if not isinstance(x, Tensor):

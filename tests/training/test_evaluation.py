@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_ext.checks import counted
 from diffusion_ext.training import load_digits
 from diffusion_ext.training.evaluation import (
     RealImages,
@@ -131,6 +132,55 @@ def test_without_labels_the_features_are_of_rotations(real, monkeypatch):
     assert torch.equal(judge.features(real.held_out), again.features(real.held_out))
     found = evaluate(real.held_out, None, plain, judge)
     assert (found.recognised, found.classifier_accuracy) == (None, None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 40])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_few_images_are_measured_as_far_as_that_goes(monkeypatch, count, labelled):
+    """And what is not measured, or is a rough figure, is said."""
+    monkeypatch.setattr(features, "STEPS", 5)
+    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = torch.arange(count) % 2 if labelled else None
+    real = RealImages.without_split(images, labels)
+    held = round(0.2 * count)
+    assert (len(real.trained), len(real.held_out)) == (count - held, held)
+    found = evaluate(images, labels, real, train_judge(real))
+    told = " | ".join(found.remarks)
+    assert found.nearest_median == 0
+    assert (found.nearest_median_real is None) == (held == 0)
+    assert (found.recognised is None) == (not labelled)
+    assert (found.classifier_accuracy is None) == (not labelled or held == 0)
+    assert (found.frechet is None) == (count - held < 2)
+    assert (found.frechet_real is None) == (held < 2)
+    assert ("no Fréchet distance of real images: " in told) == (held < 2)
+    assert (found.precision is None) == (count - held < 5)
+    assert (found.precision_real is None) == (held < 5)
+    assert (f"{counted(held, 'image')} held out, wanted 5" in told) == (held < 5)
+    assert f"learnt from {counted(count - held, 'image')}" in told
+    assert "no share of copies" in told
+
+
+def test_few_samples_are_measured_as_far_as_that_goes(real, judge):
+    found = evaluate(real.held_out[:1], real.held_out_labels[:1], real, judge)
+    assert (found.frechet, found.precision, found.recall) == (None, None, None)
+    assert found.recognised == 1
+    assert "no Fréchet distance: 1 sample, wanted 2" in found.remarks
+    assert "no precision and recall: 1 sample, wanted 5" in found.remarks
+
+
+def test_every_phase_has_a_name_and_a_bar(real, judge, monkeypatch):
+    monkeypatch.setattr(features, "STEPS", 5)
+    seen = []
+
+    def bar(parts, name, unit):
+        seen.append((name, unit))
+        return parts
+
+    evaluate(real.held_out, real.held_out_labels, real, train_judge(real, bar), bar)
+    assert seen == [
+        ("training a classifier", "step"), *[("features", "batch")] * 3,
+        *[("nearest images", "part")] * 2,
+    ]  # fmt: skip
 
 
 def test_fid_by_torchmetrics_where_the_weights_are_at_hand(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_animations_give_their_first_frame_and_it_is_said(tmp_path):
         first.save(tmp_path / name, save_all=True, append_images=[second], **options)
     data = load_data(tmp_path, size=SIZE)
     assert (data.images == -1).all()
-    assert data.notes == ("4 animated files (a.gif, ...), the first frame of each taken",)
+    assert data.notes == ("4 files of several frames (a.gif, ...), the first frame is taken",)
 
 
 def broken_files(folder):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...checks import counted
 from .image_data import ImageData
 from .image_files import PictureReader
 from .lazy import LazyData
@@ -83,7 +84,9 @@ class PictureFiles:
         step = max(len(files) // LOOKED_AT, 1)
         channels = 3 if any(reader.is_colour(file) for file in files[::step]) else 1
         self.shape = (channels, reader.size, reader.size)
-        self.notes = (f"{len(files)} files, read as needed, {'grey' if channels == 1 else 'RGB'}",)
+        self.notes = (
+            f"{counted(len(files), 'file')}, read as needed, {'grey' if channels == 1 else 'RGB'}",
+        )
 
     def __len__(self) -> int:
         return len(self._files)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
+from tqdm import tqdm
 
+from ...checks import counted
 from .value_range import described, parse_range, recognised_range, to_unit_range
 
 GREY = ("1", "L", "LA", "La")
@@ -59,7 +61,8 @@ class PictureReader:
 
         Raises: ValueError naming a file that cannot be read, or whose mode is not known.
         """
-        pictures = {file: self._read(file) for file in files}
+        bar = tqdm(files, "reading", unit="file", leave=False, delay=1, disable=None)
+        pictures = {file: self._read(file) for file in bar}
         pictures = {file: picture for file, picture in pictures.items() if picture is not None}
         numbers = [pixels for pixels, known in pictures.values() if known is None]
         if numbers:
@@ -118,9 +121,10 @@ class PictureReader:
         lines = [self.taken] if self.taken else []
         if self.animated:
             count, first = len(self.animated), self.animated[0].name
-            lines.append(f"{count} animated files ({first}, ...), the first frame of each taken")
+            files = counted(count, "file of several frames")
+            lines.append(f"{files} ({first}{', ...' * (count > 1)}), the first frame is taken")
         if self.unreadable:
-            lines.append(f"{len(self.unreadable)} files left out, which cannot be read:")
+            lines.append(f"{counted(len(self.unreadable), 'file')} left out, which cannot be read:")
             lines += [f"  {why}" for why in self.unreadable]
         return tuple(lines)
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...checks import counted
 from .bars import SILENT, Bar
 from .features import FEATURES, Judge, RealImages
 from .inception import inception_distance
 from .measures import NEIGHBOURS, Nearest, frechet_distance, nearest, precision_recall
 
 COPY_PERCENTILE = 0.01  # of the distances of held-out images, below which a sample counts as a copy
+LEAST_NORMAL, LEAST_NEIGHBOURS = 2, NEIGHBOURS + 2  # images, of those measures
 FEW = 100  # real images, of which a classifier learns little
 
 
@@ -102,31 +104,32 @@ def evaluate(
 
 
 def _frechet(some: Tensor, others: Tensor) -> float | None:
-    return frechet_distance(some, others) if min(len(some), len(others)) > 1 else None
+    few = min(len(some), len(others)) < LEAST_NORMAL
+    return None if few else frechet_distance(some, others)
 
 
 def _precision_recall(some: Tensor, others: Tensor) -> tuple[float | None, float | None]:
-    few = min(len(some), len(others)) <= NEIGHBOURS + 1
+    few = min(len(some), len(others)) < LEAST_NEIGHBOURS
     return (None, None) if few else precision_recall(some, others)
 
 
 def _remarks(real: RealImages, samples: int) -> tuple[str, ...]:
     """What was not measured for want of images, and what is a rough figure."""
     trained, held = len(real.trained), len(real.held_out)
+    sets = {"image trained on": trained, "sample": samples, "image held out": held}
     remarks = []
-    for count, name in ((trained, "training images"), (held, "real images held out")):
-        if count <= NEIGHBOURS + 1:
-            remarks.append(f"no precision and recall: {count} {name}, wanted {NEIGHBOURS + 2}")
-    if samples <= NEIGHBOURS + 1:
-        remarks.append(f"no precision and recall: {samples} samples, wanted {NEIGHBOURS + 2}")
-    if held <= 1:
-        remarks.append(f"no Fréchet distance of real images: {held} held out, wanted two")
+    for name, count in sets.items():
+        number = f"{counted(count, name)}, wanted"
+        if count < LEAST_NORMAL:
+            of = " of real images" if name == "image held out" else ""
+            remarks.append(f"no Fréchet distance{of}: {number} {LEAST_NORMAL}")
+        if count < LEAST_NEIGHBOURS:
+            remarks.append(f"no precision and recall: {number} {LEAST_NEIGHBOURS}")
     if real.seen_by_run:
         remarks.append("no share of copies: the run held out no image (--validation 0.1)")
     if trained < FEW:
-        remarks.append(
-            f"rough figures: the network that the features are of learnt from {trained} images"
-        )
+        images = counted(trained, "image")
+        remarks.append(f"rough figures: the network of the features learnt from {images}")
     return tuple(remarks)
 
 
