@@ -97,7 +97,7 @@ class Evaluate(SamplerOptions):
     def _sampler(self) -> dict:
         """What the samples were drawn by, as far as it is known."""
         if self.samples is None:
-            return options_of(self)
+            return {**options_of(self), "engine": self.engine}
         record = self.samples / RECORD_NAME
         told = json.loads(record.read_text())["sampler"] if record.is_file() else {}
         return {**told, "samples": str(self.samples)}

@@ -246,8 +246,24 @@ def test_evaluate(tmp_path, capsys, monkeypatch, validation):
 
 
 def test_evaluate_wants_some_images(run, capsys):
-    assert cli.main(["evaluate", str(run), "--images", "4"]) == 2
-    assert "images: wanted at least 5, got 4" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--images", "0"]) == 2
+    assert "images: wanted at least 1, got 0" in capsys.readouterr().err
+
+
+def test_evaluate_says_what_it_does_and_what_it_cannot(run, capsys):
+    """Sixteen images of three classes are too few for most measures."""
+    options = ["--images", "3", "--engine", "trace", "--steps", "2"]
+    assert cli.main(["evaluate", str(run), *options]) == 0
+    told = capsys.readouterr()
+    assert "no precision and recall: 3 samples, wanted 5" in told.out
+    assert "learnt from 13 images" in told.out
+    for phase in ("sampling", "training a classifier", "features", "nearest images"):
+        assert f"{phase}:" in told.err
+    numbers = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert numbers["precision"] is None
+    assert numbers["sampler"]["engine"] == "trace"
+    page = (run / "evaluation" / "report.html").read_text()
+    assert all(remark in page for remark in numbers["remarks"])
 
 
 def test_evaluate_wants_the_folder_of_a_run(run, tmp_path, capsys):

@@ -84,9 +84,8 @@ class PictureFiles:
         step = max(len(files) // LOOKED_AT, 1)
         channels = 3 if any(reader.is_colour(file) for file in files[::step]) else 1
         self.shape = (channels, reader.size, reader.size)
-        self.notes = (
-            f"{counted(len(files), 'file')}, read as needed, {'grey' if channels == 1 else 'RGB'}",
-        )
+        kind = "grey" if channels == 1 else "RGB"
+        self.notes = (f"{counted(len(files), 'file')}, read as needed, {kind}",)
 
     def __len__(self) -> int:
         return len(self._files)
