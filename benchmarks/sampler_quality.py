@@ -1,10 +1,11 @@
 """How good each sampler's images are for the model calls that it takes, and a plot of it.
 
-    diffusion-ext demo
+    RECIPE="--n-feat 32 --prediction epsilon --schedule linear --timestep-sampling uniform"
+    diffusion-ext train --out runs/digits --epochs 60 --batch-size 64 $RECIPE
     python -m benchmarks.emoji build/emoji.npy
-    diffusion-ext train --data build/emoji.npy --out runs/emoji --n-feat 32 --epochs 100
+    diffusion-ext train --data build/emoji.npy --out runs/emoji --epochs 100 $RECIPE
     python -m benchmarks.sampler_quality docs/images/sampler_quality.png \\
-        "digits, 8x8" runs/demo digits "emoji, 16x16" runs/emoji build/emoji.npy
+        "digits, 8x8" runs/digits digits "emoji, 16x16" runs/emoji build/emoji.npy
 
 A number is the Frechet distance (Dowson & Landau 1982) of the samples from the real images, as
 Gaussians of their first principal components. Prints a Markdown table for each model.

@@ -56,7 +56,7 @@ def training(steps: int) -> list[float]:
     per_epoch = IMAGES // BATCH
     config = TrainingConfig(
         epochs=steps // per_epoch, batch_size=BATCH, prediction="v", log_every=10,
-        checkpoint_every=10, validation=0.0, min_snr=5.0,
+        checkpoint_every=10, samples_every=0, validation=0.0, min_snr=5.0,
     )  # fmt: skip
     measured = []
     with tempfile.TemporaryDirectory() as folder:

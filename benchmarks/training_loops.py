@@ -158,7 +158,8 @@ def by_ours(tick, network: nn.Module | None = None, **options) -> None:
     """Trainer, as it is."""
 
     network = network or dx.nn.ContextUnet(**SIZES)
-    config = TrainingConfig(epochs=EPOCHS, batch_size=BATCH, checkpoint_every=EPOCHS, **options)
+    length = {"epochs": EPOCHS, "checkpoint_every": EPOCHS, "samples_every": 0}
+    config = TrainingConfig(batch_size=BATCH, **length, **options)
     schedule = dx.NoiseSchedule.linear(TIMESTEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(network, schedule, ImageData(*data()), folder, config)

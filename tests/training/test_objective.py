@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 
 
 def config(**options):
-    return TrainingConfig(**{"epochs": 4, "batch_size": 4, "checkpoint_every": 2} | options)
+    given = {"epochs": 4, "batch_size": 4, "checkpoint_every": 2, "flip": False}
+    return TrainingConfig(**given | options)
 
 
 def exact_loss(options, x0, t, seeds, model, context):

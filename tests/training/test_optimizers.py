@@ -18,6 +18,7 @@ from diffusion_ext.training import (
 )
 from diffusion_ext.training.learner import Learner
 from diffusion_ext.training.optimizers import OPTIMIZERS, build_optimizer, learning_rate
+from diffusion_ext.training.plan import planned
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def config(**options):
 
 def test_learning_rates():
     def rates(steps_per_epoch=3, **options):
-        c = config(**options)
+        c = planned(config(**options), tiny_data(), 10)
         return [learning_rate(c, step, steps_per_epoch) for step in range(12)]
 
     assert rates() == pytest.approx(np.repeat([1e-3, 0.75e-3, 0.5e-3, 0.25e-3], 3))
