@@ -1,5 +1,7 @@
 """diffusion_ext: fused C++/CUDA kernels, samplers and a UNet for PyTorch diffusion models."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import nn
 from .app.information import info
 from .fusing import fuse, unfuse
@@ -41,6 +43,9 @@ from .samplers import (
 from .sampling import SampleResult, sample
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .training import load_trained as load
+
 __all__ = [
     "NoiseSchedule",
     "SampleResult",
@@ -73,6 +78,7 @@ __all__ = [
     "ipndm",
     "lcm",
     "lms",
+    "load",
     "nn",
     "optimize_for_sampling",
     "perturb",
@@ -86,3 +92,16 @@ __all__ = [
     "unipc",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, which brings all that training takes; who only samples does without."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .training import load_trained
+
+    return load_trained
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
