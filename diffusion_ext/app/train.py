@@ -23,7 +23,7 @@ from ..training import (
 )
 from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
-from .places import device_of, file_of
+from .places import device_of
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Train:
         quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
         if self.init_from is None:
             return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
-        model = load_trained(file_of(self.init_from), StateDictOptions(**quirks)).model
+        model = load_trained(self.init_from, StateDictOptions(**quirks)).model
         print(f"weights     {self.init_from}")
         return model
 
