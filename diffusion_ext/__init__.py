@@ -1,5 +1,6 @@
 """diffusion_ext: fused C++/CUDA kernels, samplers and a UNet for PyTorch diffusion models."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import nn
@@ -97,7 +98,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`load`, which brings all that training takes; who only samples does without."""
     if name != "load":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        here = sys.modules[__name__]  # whose names Python looks through for the nearest one
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
     from .training import load_trained
 
     return load_trained
