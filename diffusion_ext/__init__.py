@@ -1,5 +1,8 @@
 """diffusion_ext: fused C++/CUDA kernels, samplers and a UNet for PyTorch diffusion models."""
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from . import nn
 from .app.information import info
 from .fusing import fuse, unfuse
@@ -41,6 +44,9 @@ from .samplers import (
 from .sampling import SampleResult, sample
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .training import load_trained as load
+
 __all__ = [
     "NoiseSchedule",
     "SampleResult",
@@ -73,6 +79,7 @@ __all__ = [
     "ipndm",
     "lcm",
     "lms",
+    "load",
     "nn",
     "optimize_for_sampling",
     "perturb",
@@ -86,3 +93,17 @@ __all__ = [
     "unipc",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, which brings all that training takes; who only samples does without."""
+    if name != "load":
+        here = sys.modules[__name__]  # whose names Python looks through for the nearest one
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
+    from .training import load_trained
+
+    return load_trained
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

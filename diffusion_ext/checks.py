@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -151,7 +153,22 @@ def check_choice(name: str, value, choices: tuple) -> None:
     is not asked whether it is equal."""
     scalar = isinstance(value, (str, int, np.integer, type(None))) and not isinstance(value, bool)
     if not scalar or value not in choices:
-        raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
+        names = tuple(sorted(choices, key=str))
+        near = did_you_mean(value, filter(_is_text, names)) if _is_text(value) else ""
+        raise ValueError(f"{name}: wanted one of {names}, got {value!r}{near}")
+
+
+def did_you_mean(name: str, known: Iterable[str] | Mapping[str, object]) -> str:
+    """The end of a message that there is no such name: the known one that is nearest, if any is
+    near. Args: known: the names; or what to show for each."""
+    shown = known if isinstance(known, Mapping) else {one: one for one in known}
+    folded = {one.casefold(): one for one in shown}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"; did you mean {shown[folded[near[0]]]}?" if near else ""
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 def check_interval(name: str, value) -> None:

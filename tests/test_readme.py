@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import diffusion_ext as dx
 from diffusion_ext import samplers
+from diffusion_ext.app import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "release")]
@@ -40,11 +42,26 @@ def test_readme_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 80
 
 
+@pytest.fixture
+def photos(monkeypatch, tmp_path):
+    """A folder to work in, with the run that docs/getting-started.md has trained by then."""
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 32), colour).save(f"photos/{name}/0.png")
+    train = "train --data photos/ --size 32 --n-feat 8 --epochs 1"
+    assert cli.main(train.split()) == 0
+
+
+@pytest.mark.usefixtures("photos")
 def test_getting_started_runs_from_top_to_bottom():
     pytest.importorskip("diffusers")
     names = run("docs/getting-started.md")
     assert names["image"].size == (16, 16)
     assert names["result"].images.shape == (4, 3, 16, 16)
+    assert names["cats"].tolist() == [0] * 8
+    with Image.open("cats.png") as picture:
+        assert picture.width > picture.height  # two rows of four
 
 
 def test_drop_in_runs_from_top_to_bottom(capsys):

@@ -6,7 +6,9 @@ Each command is a dataclass whose fields are its options.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import sys
 import time
 from collections.abc import Sequence
@@ -16,36 +18,43 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..nn.state_sizes import call_of
 from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
 from ..training.torchrun import told_to_torchrun
+from ..training.weights_files import file_of
 from .bench.command import Bench
 from .demo_page import write_demo
 from .evaluate import Evaluate
 from .information import info
 from .page import show
-from .places import file_of
+from .places import RUN, RunPath
 from .recognition import recognise_digits
 from .sample import Sample
+from .spelling import as_today, check_names
 from .train import Train
 
 PROGRAM = "diffusion-ext"
+EXPORTED_NAME = "model.safetensors"
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint's averaged weights as a state dict alone, for other code."""
+    """Write a run's averaged weights alone, as a state dict for other code; `sample` and dx.load
+    take it too."""
 
-    checkpoint: Path = Path("runs/digits")
-    """a checkpoint, or the folder of one"""
-    out: Path = Path("model.pth")
-    """a .pth, .pt or .safetensors file; the course's notebook loads what --norm batch trained"""
+    run_folder: RunPath = RUN
+    """a folder that `train` wrote, or one of its checkpoints"""
+    out: Path | None = None
+    """a .pth, .pt or .safetensors file, default model.safetensors in the run's folder; the course's
+    notebook loads a .pth of what --norm batch trained"""
 
     def run(self) -> None:
-        model = load_trained(file_of(self.checkpoint)).model
-        save_state_dict(model, self.out)
-        options = ", ".join(f"{name}={value!r}" for name, value in model.configuration.items())
-        print(f"state dict  {self.out}, of ContextUnet({options})")
+        trained = load_trained(self.run_folder)
+        out = self.out or file_of(self.run_folder).with_name(EXPORTED_NAME)
+        save_state_dict(trained, out)
+        print(f"state dict  {out}, of {call_of(trained.model.configuration)}")
+        print(f"in Python   dx.load({str(out)!r})")
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Demo:
         )
         Train(out=self.out, n_feat=32, training=training).run()
         drawn = Sample(
-            checkpoint=self.out,
+            run_folder=self.out,
             per_class=self.per_class,
             steps=self.steps,
             eta=self.eta,
@@ -125,15 +134,12 @@ class Completion:
         tyro.cli(Command, prog=PROGRAM, args=["--tyro-print-completion", self.shell])
 
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Completion, tyro.conf.subcommand("completion")]
+COMMANDS = {
+    "demo": Demo, "train": Train, "sample": Sample, "evaluate": Evaluate, "export": Export,
+    "bench": Bench, "info": Info, "completion": Completion,
+}  # fmt: skip
+Command = functools.reduce(
+    operator.or_, (Annotated[of, tyro.conf.subcommand(name)] for name, of in COMMANDS.items())
 )
 
 
@@ -141,9 +147,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 2 for what the user can put right, 130 after Ctrl-C;
     SIGTERM ends training with 143."""
     try:
-        command = tyro.cli(Command, prog=PROGRAM, args=args)
+        words = as_today(sys.argv[1:] if args is None else args)
+        check_names(COMMANDS, words)
+        command = tyro.cli(Command, prog=PROGRAM, args=words)
         if isinstance(command, Train) and command.resumes:  # what is not given is as it was
-            command = tyro.cli(Command, prog=PROGRAM, args=args, default=command.recorded())
+            command = tyro.cli(Command, prog=PROGRAM, args=words, default=command.recorded())
         told_to_torchrun(command.run)()
     except USER_ERRORS as error:
         print(f"diffusion-ext: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from PIL import Image
 from . import player
 from .page import embedded, write_page
 
-NEXT = """diffusion-ext sample --checkpoint {run} --sampler dpmpp_2m --steps 10 --open
+NEXT = """diffusion-ext sample {run} --sampler dpmpp_2m --steps 10 --open
 diffusion-ext train --data photos/ --size 32
 diffusion-ext bench stable-diffusion --open"""
 

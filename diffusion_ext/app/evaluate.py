@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,8 +25,9 @@ from ..training.learner import Learner
 from ..training.preview import visible
 from ..training.run_folder import CONFIG_NAME
 from ..training.validation import Validation
+from ..training.weights_files import file_of
 from .data_options import DataOptions
-from .places import device_of, file_of
+from .places import RUN, RunPath, device_of
 from .report import write_report
 from .sample import SamplerOptions, options_of
 from .sample_set import RECORD_NAME, read_samples
@@ -41,7 +41,7 @@ SHOWN = 8  # samples beside their nearest training images
 class Evaluate(SamplerOptions):
     """Measure a run: are its samples recognised, like the real images, and no copies of them?"""
 
-    run_folder: tyro.conf.Positional[Path] = Path("runs/digits")
+    run_folder: RunPath = RUN
     """a folder that `train` wrote, or one of its checkpoints"""
     out: Path | None = None
     """folder for evaluation.json and report.html; default `evaluation` in the run's"""

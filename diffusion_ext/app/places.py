@@ -1,27 +1,18 @@
-"""Where the command line finds a checkpoint, and the device to use."""
+"""The run that a command is about, and the device to use."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
 from ..checks import as_device
-from ..training import CHECKPOINT_NAME
 
-
-def file_of(checkpoint: Path) -> Path:
-    """The file of a checkpoint that may be named by its folder.
-
-    Raises: FileNotFoundError.
-    """
-    file = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"checkpoint: no file {file}; `diffusion-ext train` writes one: name the folder of its "
-            "run, such as runs/digits"
-        )
-    return file
+# The first argument of each command that is about a run.
+RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN]")]
+RUN = Path("runs/digits")
 
 
 def device_of(name: str) -> torch.device:

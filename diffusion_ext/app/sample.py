@@ -1,4 +1,4 @@
-"""The command `sample`: pictures from a checkpoint, by any sampler."""
+"""The command `sample`: pictures of a run, by any sampler."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from ..training import StateDictOptions, TrainedModel, load_trained
 from ..training.folder_lock import FolderLock
 from ..training.processes import Processes
 from ..training.torchrun import joined
+from ..training.weights_files import file_of, is_weights
 from .page import show, write_page
-from .places import device_of, file_of
+from .places import RUN, RunPath, device_of
 from .player import STYLE
 from .sample_pictures import save_pictures
 from .sample_set import SampleSet, digest_of
@@ -92,14 +93,16 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample(SamplerOptions):
-    """Draw samples from a checkpoint: a grid, the denoising as an animation and as a page; or, with
-    --count, a set of them in files, by the processes that torchrun starts."""
+    """Draw samples of a run: a grid, the denoising as an animation and as a page; or, with --count,
+    a set of them in files, by the processes that torchrun starts."""
 
-    checkpoint: Path = Path("runs/digits")
-    """a checkpoint or the folder of one, or a ContextUnet's state dict (.pth, .pt, .safetensors)
-    such as the course's, whose classes are numbered"""
+    run_folder: RunPath = RUN
+    """a folder that `train` wrote, one of its checkpoints, or weights alone (.pth, .pt,
+    .safetensors): what `export` wrote, or the course's, whose classes are numbered"""
     out: Path | None = None
-    """folder for the pictures; default the checkpoint's"""
+    """folder for the pictures; default the run's"""
+    classes: tuple[str, ...] = ()
+    """draw these alone: their names, or their numbers from 0; default all of them"""
     per_class: int = 10
     """samples of each class, in the grid"""
     count: int | None = None
@@ -123,7 +126,7 @@ class Sample(SamplerOptions):
             self.draw_set(self.count)
             return
         drawn, page = self.draw(), self.folder / "samples.html"
-        write_page(page, f"Samples of {self.checkpoint}", drawn.player, STYLE)
+        write_page(page, f"Samples of {self.run_folder}", drawn.player, STYLE)
         print(f"page        {page}")
         if self.open:
             show(page)
@@ -131,22 +134,34 @@ class Sample(SamplerOptions):
     @property
     def folder(self) -> Path:
         """Of the pictures."""
-        return self.out or file_of(self.checkpoint).parent
+        return self.out or file_of(self.run_folder).parent
+
+    def _trained(self) -> TrainedModel:
+        if self.run_folder == RUN and self.classes and is_weights(self.classes[-1]):
+            raise ValueError(
+                f"classes: {self.classes[-1]} is a run, which comes before the options: "
+                f"diffusion-ext sample {self.classes[-1]} --classes ..."
+            )
+        return load_trained(self.run_folder, self.state_dict)
+
+    def _chosen(self, trained: TrainedModel) -> tuple[int, ...]:
+        """The classes to draw, by their numbers; () where there are none."""
+        return tuple(trained.labels(self.classes or trained.class_names).tolist())
 
     def draw(self) -> Drawn:
         """Writes the pictures."""
         if self.per_class < 1:
             raise ValueError(f"per_class: wanted at least 1, got {self.per_class}")
-        path = file_of(self.checkpoint)
-        trained = load_trained(path, self.state_dict)
+        trained = self._trained()
         model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
-        names = trained.class_names
+        chosen = self._chosen(trained)
+        names = [trained.class_names[number] for number in chosen]
         count = self.per_class * max(len(names), 1)
-        labels = torch.arange(len(names)).repeat_interleave(self.per_class) if names else None
+        labels = torch.tensor(chosen).repeat_interleave(self.per_class) if names else None
         table = self.table(trained)
         result = sample(
             model,
-            (count, model.in_channels, model.height, model.height),
+            (count, *trained.shape),
             table,
             context=labels,
             guidance_scale=self.guidance if names else 1.0,
@@ -165,13 +180,15 @@ class Sample(SamplerOptions):
                 raise ValueError(f"{name}: wanted at least 1, got {value}")
         if self.out is None:
             raise ValueError("out: wanted a folder for the samples of --count, got none")
-        path, device = file_of(self.checkpoint), device_of(self.device)
-        trained = load_trained(path, self.state_dict)
-        files = SampleSet(self.out, trained.class_names, self.format == "png")
+        device, trained = device_of(self.device), self._trained()
+        chosen = self._chosen(trained)
+        files = SampleSet(self.out, trained.class_names, self.format == "png", chosen)
         record = {
-            "checkpoint": digest_of(path), "format": self.format, "batch": self.batch,
-            "classes": list(trained.class_names), "sampler": options_of(self),
+            "checkpoint": digest_of(file_of(self.run_folder)), "format": self.format,
+            "batch": self.batch, "classes": list(trained.class_names), "sampler": options_of(self),
         }  # fmt: skip
+        if self.classes:
+            record["chosen"] = list(chosen)
         if self.engine != "eager":  # others round otherwise
             record["engine"] = self.engine
         with joined(device) as processes, ExitStack() as stack:
@@ -190,7 +207,7 @@ class Sample(SamplerOptions):
     ) -> None:
         model = trained.model.to(device_of(self.device), memory_format=torch.channels_last)
         table, classes = self.table(trained), trained.class_names
-        shape = (self.batch, model.in_channels, model.height, model.height)
+        shape = (self.batch, *trained.shape)
         for numbers in tqdm(parts, "sampling", unit="batch", disable=not processes.first or None):
             if files.has(numbers):
                 continue

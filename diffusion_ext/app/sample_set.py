@@ -29,24 +29,26 @@ PICTURE = "{:09d}.png"
 class SampleSet:
     """The files of a set, by parts of so many samples in a row.
 
-    Sample i is of class i modulo the number of classes.
+    Sample i is of the chosen class i modulo their number.
 
     Args:
-        path: the folder. classes: their names; () for none.
+        path: the folder. classes: the names of the network's; () for none.
         pictures: a PNG for each sample, in a folder for each class; else an .npz for each part,
             with images uint8 [n, S, S, C], and labels and numbers, int64 [n].
+        chosen: the numbers of the classes to draw; () for none.
     """
 
     path: Path
     classes: tuple[str, ...]
     pictures: bool
+    chosen: tuple[int, ...]
 
     def begin(self, record: dict) -> None:
         """Makes the folder. record: what its samples come from, as JSON has it.
 
         Raises: ValueError where it has samples from something else, naming what differs.
         """
-        for name in self.classes if self.pictures else ():
+        for name in [self.classes[i] for i in self.chosen] if self.pictures else ():
             if name in ("", ".", "..") or Path(name).name != name:
                 raise ValueError(f"format: a class called {name!r} cannot be a folder; take npz")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ class SampleSet:
                         f"out: the samples in {self.path} are of another {name}: wanted "
                         f"{record.get(name)}, got {found.get(name)}; choose another folder"
                     )
-        for folder in {self._picture(i).parent for i in range(max(len(self.classes), 1))}:
+        for folder in {self._picture(i).parent for i in range(max(len(self.chosen), 1))}:
             if self.pictures:
                 folder.mkdir(exist_ok=True)
         write_whole(file, json.dumps(record, indent=2).encode())
@@ -79,7 +81,7 @@ class SampleSet:
         pixels = to_levels(images)
         if not self.pictures:
             arrays = {"images": pixels, "numbers": np.array(numbers)}
-            if self.classes:
+            if self.chosen:
                 arrays["labels"] = self.labels(numbers).numpy()
             content = io.BytesIO()
             np.savez_compressed(content, **arrays)
@@ -92,10 +94,15 @@ class SampleSet:
 
     def labels(self, numbers: range) -> Tensor | None:
         """int64 [n]: the classes of some samples."""
-        return torch.tensor(numbers) % len(self.classes) if self.classes else None
+        if not self.chosen:
+            return None
+        return torch.tensor([self._class_of(number) for number in numbers])
+
+    def _class_of(self, number: int) -> int:
+        return self.chosen[number % len(self.chosen)]
 
     def _picture(self, number: int) -> Path:
-        folder = self.path / self.classes[number % len(self.classes)] if self.classes else self.path
+        folder = self.path / self.classes[self._class_of(number)] if self.chosen else self.path
         return folder / PICTURE.format(number)
 
 

@@ -28,7 +28,7 @@ from ..training.run_folder import CONFIG_NAME
 from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
 from .data_options import DataOptions
-from .places import device_of, file_of
+from .places import device_of
 
 Schedule = Literal["linear", "cosine", "course"]
 TIMESTEPS = 500
@@ -142,7 +142,7 @@ class Train:
         """
         training, schedule, timesteps = self.training, self.schedule, self.timesteps
         if self.init_from is not None:
-            start = load_trained(file_of(self.init_from), self._quirks)
+            start = load_trained(self.init_from, self._quirks)
             training = replace(training, prediction=training.prediction or start.prediction)
             schedule = schedule or _name_of(start.schedule)
             timesteps = timesteps or start.schedule.timesteps
@@ -178,7 +178,7 @@ class Train:
         if self.init_from is None:
             quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
             return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
-        model = load_trained(file_of(self.init_from), self._quirks).model
+        model = load_trained(self.init_from, self._quirks).model
         print(f"weights     {self.init_from}")
         return model
 

@@ -6,7 +6,8 @@ Module names and parameter shapes are a contract: published state dicts load wit
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from ..checks import check_choice, check_int
 from .batch_norm_act import BatchNormAct
 from .group_norm_act import GroupNormAct
+from .state_sizes import SIZES, check_fits
 from .winograd_conv2d import WinogradConv2d
 
 RESIDUAL_SCALE = 1.414  # not sqrt(2): the checkpoints were trained with this number
@@ -286,8 +288,19 @@ class ContextUnet(UnetForward):
     @property
     def configuration(self) -> dict[str, int | str]:
         """The arguments that build this model again: ContextUnet(**model.configuration)."""
-        sizes = ("in_channels", "n_feat", "n_cfeat", "height")
-        return {name: getattr(self, name) for name in sizes} | self.options
+        return {name: getattr(self, name) for name in SIZES} | self.options
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's own, which tells in one line whose the weights are where they do not fit.
+
+        Raises: ValueError for the weights of a ContextUnet of other sizes or another norm, before
+        any of them is taken; RuntimeError, torch's, for other parameters that do not fit.
+        """
+        if strict and isinstance(state_dict, Mapping):
+            check_fits(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def _check_configuration(

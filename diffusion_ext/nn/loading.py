@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from .context_unet import ContextUnet
+from .state_sizes import arguments_of
 
-# A parameter of the network, and the arguments that its shape tells.
-SHAPES = {
-    "init_conv.conv1.0.weight": ("n_feat", "in_channels"),
-    "contextembed1.model.0.weight": (None, "n_cfeat"),
-    "up0.0.weight": (None, None, "bottom"),
-}
+# What a file of ours tells beside the tensors, as JSON: in the metadata of safetensors', and of the
+# whole network in a state dict of torch's.
+ABOUT_KEY = "diffusion_ext.network"
+
+
+class Weights(NamedTuple):
+    """A state dict, and what its file tells of the network beside it: {} of another's file."""
+
+    state: Any
+    about: dict[str, Any]
 
 
 def load_context_unet(path: str | Path, **options: Any) -> ContextUnet:
@@ -28,7 +34,8 @@ def load_context_unet(path: str | Path, **options: Any) -> ContextUnet:
             unpickled.
         options: of ContextUnet, where the file comes from code with quirks of its own. For the
             course's checkpoints: pool_window=4, shortcut="random" or "zero". Perturb its training
-            data with noising="course". The norm is told by the file too.
+            data with noising="course". The norm is told by the file too, and of exported weights
+            all options are.
 
     Returns: ContextUnet on the CPU, in evaluation mode. Raises: FileNotFoundError; ValueError for a
     file that does not hold a ContextUnet's state dict; pickle.UnpicklingError for one that holds
@@ -38,7 +45,7 @@ def load_context_unet(path: str | Path, **options: Any) -> ContextUnet:
     return context_unet_of(read_state_dict(path), path.name, **options)
 
 
-def read_state_dict(path: Path):
+def read_state_dict(path: Path) -> Weights:
     """What a file holds, unpickling nothing but tensors.
 
     Raises: ValueError for a compressed file, which torch.save does not write: what it would grow
@@ -47,36 +54,52 @@ def read_state_dict(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Weights(state, _about((file.metadata() or {}).get(ABOUT_KEY), path))
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError(f"path: {path.name} is compressed; torch.save writes no such file")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return Weights(state, _about(_of_root(state).get(ABOUT_KEY), path))
 
 
-def sizes_of(state, name: str) -> dict[str, int]:
-    """in_channels, n_feat, n_cfeat and bottom, the side of the smallest map, off the shapes.
+def _of_root(state: Any) -> dict[str, Any]:
+    """What torch keeps of the whole network beside the tensors; {} of what is no state dict."""
+    metadata = getattr(state, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, dict) else None
+    return root if isinstance(root, dict) else {}
 
-    Args: state: a state dict; name: of its file. Raises: ValueError for another one's, or none.
+
+def _about(text: Any, path: Path) -> dict[str, Any]:
+    try:
+        about = {} if text is None else json.loads(text)
+        if not isinstance(about, dict) or not isinstance(about.get("model", {}), dict):
+            raise TypeError(f"it is {about}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path: {path.name} has no description of a network: {error}") from error
+    return about
+
+
+def told_by(state: Any, name: str) -> dict[str, int | str]:
+    """The sizes and the norm that a state dict tells.
+
+    Args: name: of its file. Raises: ValueError for another network's, or none.
     """
     if not isinstance(state, dict):
         raise ValueError(f"path: wanted a state dict in {name}, got {type(state).__name__}")
-    sizes = {}
-    for key, meanings in SHAPES.items():
-        if not isinstance(state.get(key), Tensor):
-            raise ValueError(f"path: wanted a ContextUnet's state dict, {name} has no {key}")
-        sizes |= zip(meanings, state[key].shape, strict=False)
-    return sizes
+    try:
+        return arguments_of(state)
+    except KeyError as error:
+        key = error.args[0]
+        raise ValueError(f"path: wanted a ContextUnet's state dict, {name} has no {key}") from error
 
 
-def context_unet_of(state, name: str, **options) -> ContextUnet:
-    """`load_context_unet` of a state dict that is read already; name: of its file."""
-    sizes = sizes_of(state, name)
-    arguments = {size: sizes[size] for size in ("in_channels", "n_feat", "n_cfeat")}
-    norm = "batch" if "init_conv.conv1.1.running_mean" in state else "group"
-    arguments |= {"height": 4 * sizes["bottom"], "norm": norm}
-    return filled_context_unet(state, name, arguments | options)
+def context_unet_of(weights: Weights, name: str, **options: Any) -> ContextUnet:
+    """`load_context_unet` of a file that is read already; name: of it."""
+    told = told_by(weights.state, name) | weights.about.get("model", {})
+    return filled_context_unet(weights.state, name, told | options)
 
 
 def filled_context_unet(state: dict[str, Tensor], name: str, arguments: dict) -> ContextUnet:
@@ -103,7 +126,7 @@ def filled_context_unet(state: dict[str, Tensor], name: str, arguments: dict) ->
                 f"got {found}"
             )
     model = ContextUnet(**arguments)
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(dict(state), strict=True)  # without what torch keeps beside the tensors
     return model.eval()
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..checks import check_choice
+
 # Backend -> the torch.ops namespace of its kernels. "reference", which is torch itself, has none.
 NAMESPACES = {"native": "diffusion_ext"}
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -138,8 +140,7 @@ def use_backend(name: str):
     Raises: ValueError for another name.
     """
     global _current, _kernels
-    if name not in _names():
-        raise ValueError(f"name: wanted one of {_names()}, got {name!r}")
+    check_choice("name", name, _names())
     before = _current, _kernels
     _current, _kernels = name, getattr(torch.ops, NAMESPACES.get(name, "diffusion_ext"))
     try:

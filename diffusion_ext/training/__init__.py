@@ -16,9 +16,10 @@ from .data import (
 )
 from .ema import ExponentialMovingAverage
 from .logs import read_log
-from .run_folder import CHECKPOINT_NAME
-from .state_dicts import StateDictOptions, TrainedModel, load_trained, save_state_dict
+from .state_dicts import StateDictOptions, load_trained, save_state_dict
+from .trained_model import TrainedModel
 from .trainer import Trainer
+from .weights_files import CHECKPOINT_NAME
 
 __all__ = [
     "CHECKPOINT_NAME",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..nn.loading import filled_context_unet
 from ..samplers.schedules import NoiseSchedule
+from .weights_files import CHECKPOINT_NAME, file_of
 
 METADATA_KEY, DIGEST_KEY = "diffusion_ext", "sha256"
 TENSOR_GROUPS = ("model", "ema", "optimizer")
@@ -97,17 +98,24 @@ class Checkpoint:
         """What the network predicts."""
         return self.training.get("prediction", "epsilon")
 
-    def build_model(self, model: nn.Module | None = None) -> nn.Module:
+    def build_model(self, model: nn.Module | None = None, averaged: bool = True) -> nn.Module:
         """A new ContextUnet with the averaged weights, in evaluation mode.
 
-        Args: model: where another network was trained, one like it, which takes the weights.
+        Args:
+            model: where another network was trained, one like it, which takes the weights.
+            averaged: the moving average, or else the weights as they were trained last.
+
         Raises: ValueError where there is neither, or the weights are of another network.
         """
+        weights = self.ema if averaged else self.model
         if model is None:
             if not self.model_configuration:
-                raise ValueError("model: this checkpoint is of your own network; hand one over")
-            return filled_context_unet(self.ema, "this checkpoint", self.model_configuration)
-        model.load_state_dict(self.ema)
+                raise ValueError(
+                    "model: this checkpoint is of your own network; hand one over, as in "
+                    "dx.load(path, model=network)"
+                )
+            return filled_context_unet(weights, "this checkpoint", self.model_configuration)
+        model.load_state_dict(weights)
         return model.eval()
 
 
@@ -180,23 +188,25 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU.
+    """Reads a checkpoint onto the CPU. Args: path: its file, or the folder of its run.
 
-    Raises: FileNotFoundError; ValueError for a file that is not a checkpoint, was cut short, or is
-    not as it was written.
+    Raises: FileNotFoundError, which names what may have been meant; ValueError for a file that is
+    not a checkpoint, was cut short, or is not as it was written.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
+    path = file_of(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             rest = metadata[METADATA_KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError as error:
-        raise ValueError(f"checkpoint: {path} is not a diffusion_ext checkpoint") from error
+        raise ValueError(
+            f"checkpoint: {path} is not a diffusion_ext checkpoint{_its_run(path)}"
+        ) from error
     except SafetensorError as error:
         raise ValueError(
             f"checkpoint: {path} is not a diffusion_ext checkpoint, or was cut short: {error}"
+            f"{_its_run(path)}"
         ) from error
     # Checkpoints of versions before this one have no digest.
     if metadata.get(DIGEST_KEY, "") not in ("", _digest(tensors, rest)):
@@ -205,6 +215,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint.of(tensors, json.loads(rest), path)
     except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint: {path} has not what a checkpoint has: {error}") from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one of a whole run, damaged or not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def _its_run(path: Path) -> str:
+    """The end of a message that a file is no checkpoint, where it lies beside one."""
+    checkpoint = path.with_name(CHECKPOINT_NAME)
+    return f"; did you mean {path.parent}?" if path != checkpoint and checkpoint.is_file() else ""
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

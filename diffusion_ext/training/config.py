@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import check_choice
 from ..samplers.noising import NOISINGS
 from ..samplers.rows import PREDICTIONS
 
@@ -126,8 +127,7 @@ class TrainingConfig:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {value}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: wanted one of {choices}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         if not 0 <= self.context_keep <= 1:
             raise ValueError(f"context_keep: wanted a probability, got {self.context_keep}")
         if not 0 <= self.validation < 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..checks import did_you_mean
 from .config import TrainingConfig
 from .sharding import laid_as
 
@@ -30,14 +31,20 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     """
     names = {name.lower(): name for name in OPTIMIZERS}
     if config.optimizer.lower() not in names:
-        raise ValueError(f"optimizer: wanted one of {sorted(OPTIMIZERS)}, got {config.optimizer!r}")
+        near = did_you_mean(config.optimizer, sorted(OPTIMIZERS))
+        raise ValueError(
+            f"optimizer: wanted one of {sorted(OPTIMIZERS)}, got {config.optimizer!r}{near}"
+        )
     build = OPTIMIZERS[names[config.optimizer.lower()]]
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: wanted parameters to train, got none that require gradients")
     known = inspect.signature(build).parameters.keys() - {"params", "lr"}
     for name in config.optimizer_options.keys() - known:
-        raise ValueError(f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}")
+        raise ValueError(
+            f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
     cut = any(isinstance(parameter, DTensor) for parameter in parameters)
     can_fuse = "fused" in known and (not cut or build.__name__ in FUSED_WHEN_CUT)
     fused = {"fused": True} if can_fuse else {}

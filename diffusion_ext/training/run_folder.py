@@ -12,8 +12,8 @@ from pathlib import Path
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
 from .processes import Processes
 from .sharded_checkpoints import SHARDED, load_sharded, save_sharded, sharded_checkpoints
+from .weights_files import CHECKPOINT_NAME, is_weights
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
 BEST_NAME = "best.safetensors"
 CONFIG_NAME = "config.json"
 EARLIER = "checkpoint-{:08d}.safetensors"  # by the steps of the run
@@ -26,11 +26,15 @@ class RunFolder:
     best.safetensors, sharded-<step>/ (of a cut network, until the run has ended), log.csv,
     tensorboard/, samples/; .lock, while a run is at it.
 
-    Args: keep: how many of the last checkpoints stay.
+    Args: keep: how many of the last checkpoints stay. Raises: ValueError where it is a file.
     """
 
     def __init__(self, path: str | Path, keep: int = 1):
         self.path, self.keep = Path(path), keep
+        if self.path.is_file():
+            raise ValueError(
+                f"folder: wanted a run's, got the file {path}; did you mean {self.path.parent}?"
+            )
         self.checkpoint = self.path / CHECKPOINT_NAME
         self.best = self.path / BEST_NAME
         self._step: int | None = None  # of the last checkpoint
@@ -54,7 +58,8 @@ class RunFolder:
         """
         path = path or self.last_checkpoint() or self.checkpoint
         try:
-            return load_sharded(path, like) if path.is_dir() else load_checkpoint(path)
+            cut = path.is_dir() and not is_weights(path)
+            return load_sharded(path, like) if cut else load_checkpoint(path)
         except ValueError as error:
             others = [*sharded_checkpoints(self.path)[::-1], *self._earlier()[::-1], self.best]
             offered = [other for other in others if other != path and _is_whole(other)]

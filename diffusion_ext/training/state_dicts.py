@@ -1,81 +1,83 @@
-"""State dicts alone, such as the course's checkpoints: read, and written for other code."""
+"""Trained networks from files, and weights alone written for other code."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 
 from ..nn.context_unet import ContextUnet
-from ..nn.loading import context_unet_of, read_state_dict, sizes_of
+from ..nn.loading import ABOUT_KEY, Weights, context_unet_of, read_state_dict, told_by
 from ..samplers.schedules import NoiseSchedule
-from .checkpoints import load_checkpoint, write_whole
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
-COURSE_WINDOW = 4
+from .checkpoints import is_checkpoint, load_checkpoint, tables_of, write_whole
+from .trained_model import TrainedModel
+from .weights_files import SUFFIXES, file_of
 
 
 @dataclass(frozen=True)
 class StateDictOptions:
-    """What a state dict alone does not tell of its network; by default the course's."""
+    """What a state dict alone does not tell of its network; `export` writes it beside the weights,
+    and of another file it is the course's by default."""
 
-    schedule: Literal["course", "linear", "cosine"] = "course"
-    """of a state dict: the noise schedule it was trained with; the course's is course"""
-    timesteps: int = 500
-    """of a state dict: noising steps T; the course's are 500"""
-    shortcut: Literal["zero", "random", "scaled"] = "zero"
+    schedule: Literal["course", "linear", "cosine"] | None = None
+    """of a state dict: the noise schedule it was trained with; default the file's, or course"""
+    timesteps: int | None = None
+    """of a state dict: noising steps T; default the file's, or 500"""
+    shortcut: Literal["zero", "random", "scaled"] | None = None
     """of a state dict: the first block's shortcut; the course's is random, a new convolution at
-    every call, or zero, what that is on average; scaled is ContextUnet's own"""
+    every call, or zero, what that is on average; scaled is ContextUnet's own; default the file's,
+    or zero"""
     pool_window: int | None = None
-    """of a state dict: side of the average pooling; the course's is 4, the default where it fits"""
+    """of a state dict: side of the average pooling; default the file's, or the course's, which is
+    4, where it fits"""
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A network to sample from, in evaluation mode, its schedule, its classes' names, and what it
-    predicts."""
+def load_trained(
+    path: str | Path,
+    options: StateDictOptions | None = None,
+    *,
+    model: nn.Module | None = None,
+    averaged: bool = True,
+) -> TrainedModel:
+    """A network to sample from, its schedule, its classes' names: all that a run has left.
 
-    model: ContextUnet
-    schedule: NoiseSchedule
-    class_names: tuple[str, ...]
-    prediction: str = "epsilon"
-
-
-def load_trained(path: str | Path, options: StateDictOptions | None = None) -> TrainedModel:
-    """The averaged weights of a checkpoint of ours, or a ContextUnet's state dict.
+    `dx.load` is this function.
 
     Args:
-        path: a checkpoint, or a .pth, .pt or .safetensors of parameters alone; its classes are
-            numbered.
-        options: what a state dict does not tell.
+        path: the folder of a run, one of its checkpoints, or weights alone: what `export` wrote, or
+            a ContextUnet's state dict (.pth, .pt, .safetensors) such as the course's, whose classes
+            are numbered.
+        options: what a state dict of others does not tell.
+        model: of a checkpoint of your own network: one like it, which takes the weights.
+        averaged: of a checkpoint: the moving average of the weights, whose samples are the better
+            ones, or else the weights as they were trained last.
 
-    Raises: FileNotFoundError; ValueError for a file that is neither.
+    Raises: FileNotFoundError, which names what may have been meant; ValueError for a file that is
+    neither.
     """
-    path, options = Path(path), options or StateDictOptions()
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    try:
+    path = file_of(path)
+    if is_checkpoint(path) or path.suffix not in SUFFIXES:
         checkpoint = load_checkpoint(path)
-    except ValueError:
-        if path.suffix not in SUFFIXES:
-            raise
-    else:
-        model, names = checkpoint.build_model(), checkpoint.class_names
-        return TrainedModel(model, checkpoint.schedule, names, checkpoint.prediction)
-    model = _context_unet(path, options)
-    schedule = getattr(NoiseSchedule, options.schedule)(options.timesteps)
-    return TrainedModel(model, schedule, tuple(str(i) for i in range(model.n_cfeat)))
+        return TrainedModel(
+            checkpoint.build_model(model, averaged), checkpoint.schedule, checkpoint.class_names,
+            checkpoint.prediction, dict(checkpoint.training),
+        )  # fmt: skip
+    if model is not None or not averaged:
+        raise ValueError(f"model, averaged: they are of a checkpoint; {path} has weights alone")
+    return _of_weights(_read(path), path.name, options or StateDictOptions())
 
 
-def _context_unet(path: Path, options: StateDictOptions) -> ContextUnet:
-    """A state dict's network, as the options say."""
+def _read(path: Path) -> Weights:
     try:
-        state = read_state_dict(path)
+        return read_state_dict(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint: {path} cannot be read: it is no file of tensors alone, and what else it "
@@ -83,26 +85,76 @@ def _context_unet(path: Path, options: StateDictOptions) -> ContextUnet:
         ) from error
     except Exception as error:  # unpickling raises whatever the bytes make it stumble over
         raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
-    window = options.pool_window
-    if window is None and sizes_of(state, path.name)["bottom"] // COURSE_WINDOW == 1:
-        window = COURSE_WINDOW
-    return context_unet_of(state, path.name, shortcut=options.shortcut, pool_window=window)
 
 
-def save_state_dict(model: ContextUnet, path: str | Path) -> None:
-    """Writes model's parameters and buffers alone, for code that knows ContextUnet: torch.load and
-    load_state_dict(strict=True).
+def _of_weights(weights: Weights, name: str, options: StateDictOptions) -> TrainedModel:
+    """Args: name: of the file. Raises: ValueError for weights of another network."""
+    about = weights.about
+    given = {"shortcut": options.shortcut, "pool_window": options.pool_window}
+    given = {option: value for option, value in given.items() if value is not None}
+    model = context_unet_of(weights, name, **(({} if about else _of_course(weights, name)) | given))
+    numbers = [str(i) for i in range(model.n_cfeat)]
+    try:
+        return TrainedModel(
+            model, _schedule(about.get("schedule"), options),
+            tuple(map(str, about.get("class_names", numbers))),
+            str(about.get("prediction", "epsilon")), dict(about.get("training", {})),
+        )  # fmt: skip
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {name} tells of its run what cannot be: {error}") from error
 
-    Raises: ValueError for a path that does not end in .pth, .pt or .safetensors.
+
+def _of_course(weights: Weights, name: str) -> dict[str, Any]:
+    """The options of the course's network, as far as they fit the sizes."""
+    side = told_by(weights.state, name)["height"] // 4  # of the smallest map
+    return {"shortcut": "zero"} | ({"pool_window": 4} if side // 4 == 1 else {})
+
+
+def _schedule(tables: dict[str, list[float]] | None, options: StateDictOptions) -> NoiseSchedule:
+    """Of the tables that a file has, if any, where the options do not choose another."""
+    if tables and options.schedule is None and options.timesteps is None:
+        return NoiseSchedule(**{n: np.array(table, np.float64) for n, table in tables.items()})
+    return getattr(NoiseSchedule, options.schedule or "course")(options.timesteps or 500)
+
+
+def save_state_dict(model: ContextUnet | TrainedModel, path: str | Path) -> None:
+    """Writes a network's parameters and buffers alone, for code that knows ContextUnet: torch.load
+    and load_state_dict(strict=True).
+
+    Beside them the file tells the network's options, which `load_context_unet` takes, and of a
+    TrainedModel its schedule, classes and prediction, which `load_trained` takes.
+
+    Raises: ValueError for a path that does not end in .pth, .pt or .safetensors, and for a network
+    that is no ContextUnet.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"out: wanted a file ending in one of {SUFFIXES}, got {path.name}")
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    network = model.model if isinstance(model, TrainedModel) else model
+    if not isinstance(network, ContextUnet):
+        raise ValueError(f"model: wanted a ContextUnet, got {type(network).__name__}")
+    about = {"model": network.configuration} | (
+        _about(model) if isinstance(model, TrainedModel) else {}
+    )
+    state = network.state_dict()
+    for name, tensor in state.items():
+        state[name] = tensor.cpu().contiguous()
     content = io.BytesIO()
     if path.suffix == ".safetensors":
-        content.write(safetensors.torch.save(state))
+        content.write(safetensors.torch.save(state, {ABOUT_KEY: json.dumps(about)}))
     else:
+        state._metadata[""][ABOUT_KEY] = json.dumps(about)  # which torch keeps beside the tensors
         torch.save(state, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
+
+
+def _about(trained: TrainedModel) -> dict[str, Any]:
+    """What the weights alone do not tell, as JSON has it."""
+    tables = {name: table.tolist() for name, table in tables_of(trained.schedule).items()}
+    return {
+        "schedule": tables,
+        "class_names": list(trained.class_names),
+        "prediction": trained.prediction,
+        "training": trained.config,
+    }

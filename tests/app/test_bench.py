@@ -174,6 +174,7 @@ def test_stable_diffusions_size():
     "arguments, message",
     [
         (["nowhere"], "model: no file or folder nowhere; wanted one, or context-unet,"),
+        (["contextunet"], "stable-diffusion; did you mean context-unet?"),
         (["--batch", "0"], "batch: wanted at least 1, got 0"),
         (["--seconds", "0.5"], "seconds: wanted at least 1, got 0.5"),
         (["--size", "7"], "height: wanted a positive multiple of 4, got 7"),

@@ -128,7 +128,7 @@ def test_train_writes_the_run(run):
 
 
 def test_sample_writes_the_pictures_and_prints_where(run, tmp_path, capsys):
-    arguments = ["sample", "--checkpoint", str(run), "--out", str(tmp_path / "pictures")]
+    arguments = ["sample", str(run), "--out", str(tmp_path / "pictures")]
     assert cli.main([*arguments, "--per-class", "2", "--steps", "5"]) == 0
     printed = capsys.readouterr().out
     assert "samples.html" in printed
@@ -166,7 +166,7 @@ def test_ddpm_and_a_checkpoint_file(run, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
 def test_every_sampler_draws(run, tmp_path, name):
-    arguments = ["sample", "--checkpoint", str(run), "--out", str(tmp_path), "--sampler", name]
+    arguments = ["sample", str(run), "--out", str(tmp_path), "--sampler", name]
     assert cli.main([*arguments, "--steps", "3", "--spacing", "karras", "--clip", "1"]) == 0
     with Image.open(tmp_path / "samples.png") as picture:
         assert np.asarray(picture).std() > 10
@@ -182,7 +182,7 @@ def test_every_sampler_draws(run, tmp_path, name):
     ],
 )
 def test_a_sampler_that_lacks_what_is_asked(run, tmp_path, capsys, arguments, message):
-    checkpoint = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
+    checkpoint = ["sample", str(run), "--out", str(tmp_path)]
     assert cli.main([*checkpoint, *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_tells_what_its_network_predicts(array, tmp_path, capsys, p
     )  # fmt: skip
     assert torch.equal(images, expected.images)
     other = "ddim" if flow else "flow_euler"
-    assert cli.main(["sample", "--checkpoint", run, "--sampler", other]) == 2
+    assert cli.main(["sample", run, "--sampler", other]) == 2
     assert f"network that predicts {prediction}, got {other}" in capsys.readouterr().err
 
 
@@ -336,9 +336,9 @@ def test_as_a_process(tmp_path):
     ("arguments", "message"),
     [
         (
-            ["sample", "--checkpoint", "nowhere"],
-            "checkpoint: no file nowhere; `diffusion-ext train` writes one: name the folder of its "
-            "run, such as runs/digits",
+            ["sample", "nowhere"],
+            "run: no file or folder nowhere; `diffusion-ext train` writes one: name the folder of "
+            "its run, such as runs/digits",
         ),
         (["sample", "--per-class", "0"], "per_class: wanted at least 1, got 0"),
         (
@@ -363,7 +363,7 @@ def test_user_errors(arguments, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["paint"], ["train", "--epochs", "many"], ["train", "-x"]]
+    "arguments", [[], ["--paint"], ["train", "--epochs", "many"], ["train", "-x"]]
 )
 def test_bad_options(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -29,7 +29,7 @@ def quick_judge(monkeypatch):
 
 
 def draw(trained, out, *options):
-    return ["sample", "--checkpoint", trained, "--out", out, "--steps", 3, "--batch", 8, *options]
+    return ["sample", trained, "--out", out, "--steps", 3, "--batch", 8, *options]
 
 
 def files_of(folder):
@@ -143,7 +143,7 @@ def test_bad_options(tmp_path, trained, capsys, options, message):
 
 
 def test_a_folder_is_wanted(trained, capsys):
-    assert cli.main(["sample", "--checkpoint", str(trained), "--count", "3"]) == 2
+    assert cli.main(["sample", str(trained), "--count", "3"]) == 2
     assert "out: wanted a folder for the samples of --count" in capsys.readouterr().err
 
 
@@ -159,5 +159,5 @@ def test_other_images_are_not_samples(tmp_path, alone):
 def test_a_class_that_cannot_be_a_folder(tmp_path):
     for name in ("../outside", "", ".."):
         with pytest.raises(ValueError, match=r"a class called '.*' cannot be a folder"):
-            SampleSet(tmp_path / "set", (name,), pictures=True).begin({})
+            SampleSet(tmp_path / "set", (name,), pictures=True, chosen=(0,)).begin({})
     assert not (tmp_path / "set").exists()

@@ -204,7 +204,7 @@ def test_random_shortcut_compiles_whole():
         ({"in_channels": 0}, "in_channels: wanted a positive multiple of 1, got 0"),
         ({"n_cfeat": -1}, "n_cfeat: wanted a positive multiple of 1, got -1"),
         ({"norm": "layer"}, r"norm: wanted one of \('batch', 'group'\), got 'layer'"),
-        ({"shortcut": "conv"}, r"shortcut: wanted one of \('scaled', .*, got 'conv'"),
+        ({"shortcut": "conv"}, r"shortcut: wanted one of \('random', .*, got 'conv'"),
         ({"pool_window": 3}, "pool_window: wanted a window that pools the 7x7 map to 1x1, got 3"),
         ({"pool_window": 8}, "pool_window: wanted a window that pools the 7x7 map to 1x1, got 8"),
     ],

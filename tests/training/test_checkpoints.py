@@ -134,7 +134,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"checkpoint: no file .*none\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"run: no file or folder .*none\.safetensors"):
         load_checkpoint(tmp_path / "none.safetensors")
     whole = tmp_path / "whole.safetensors"
     save_checkpoint(checkpoint(), whole)

@@ -115,7 +115,11 @@ def test_npz_with_context_vectors(tmp_path):
         (np.zeros((2, 8, 8), "c8"), "auto", r"data: wanted real numbers, got complex64"),
         (np.full((2, 8, 8), "a"), "auto", r"data: wanted numbers, got an array of <U1"),
         (np.zeros((0, 8, 8)), "auto", r"images: wanted at least one image"),
-        (np.zeros((2, 8, 8)), "CHWN", r"layout: wanted one of .*, got 'CHWN'"),
+        (
+            np.zeros((2, 8, 8)),
+            "CHWN",
+            r"layout: wanted one of \('NCHW', .*, got 'CHWN'; did you mean NCHW\?",
+        ),
     ],
 )
 def test_bad_arrays(tmp_path, array, layout, message):
@@ -164,6 +168,9 @@ def test_unreadable_files(tmp_path):
     np.savez(tmp_path / "other.npz", pixels=np.zeros(1))
     with pytest.raises(ValueError, match=r"wanted an array `images` in .*got \['pixels'\]"):
         load_data(tmp_path / "other.npz")
+    np.savez(tmp_path / "near.npz", label=np.zeros(1), image=np.zeros(1))
+    with pytest.raises(ValueError, match=r"got \['image', 'label'\]; did you mean images\?$"):
+        load_data(tmp_path / "near.npz")
 
 
 def test_missing_and_unknown_sources(tmp_path):
@@ -171,6 +178,13 @@ def test_missing_and_unknown_sources(tmp_path):
         load_data(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"data: no file .*nowhere\.npy"):
         load_data(tmp_path / "nowhere.npy")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "set.npy").touch()
+    for wrong, meant in (("phtos", "photos"), ("sets.npy", "set.npy")):
+        with pytest.raises(FileNotFoundError, match=rf"; did you mean .*/{meant}\?$"):
+            load_data(tmp_path / wrong)
+    with pytest.raises(FileNotFoundError, match=r"; did you mean emoji\?$"):
+        load_data("emojis")
     (tmp_path / "set.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r'data: wanted "digits", "emoji", a folder, .npy or .npz'):
         load_data(tmp_path / "set.csv")

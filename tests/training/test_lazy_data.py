@@ -144,6 +144,9 @@ def test_labels_from_a_csv(tmp_path):
     labels.write_text("name,label\na.png,1\n")
     with pytest.raises(ValueError, match="labels: wanted columns file and label, got"):
         load_data(tmp_path / "images", 4, labels=labels)
+    labels.write_text("lable,file\n1,a.png\n")
+    with pytest.raises(ValueError, match=r"got \['file', 'lable'\]; did you mean label\?$"):
+        load_data(tmp_path / "images", 4, labels=labels)
     labels.write_text("file,label\nnone.png,1\n")
     with pytest.raises(ValueError, match=r"labels: .* names .*none\.png, which is not there"):
         load_data(tmp_path / "images", 4, labels=labels)

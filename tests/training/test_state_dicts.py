@@ -56,26 +56,26 @@ def test_the_courses_checkpoint_is_its_network(course, tmp_path, suffix):
 
 def test_options_and_what_the_file_tells(tmp_path):
     model = dx.nn.ContextUnet(1, 8, 3, 28, norm="group", pool_window=7)
-    save_state_dict(model, tmp_path / "x.pth")
+    torch.save(model.state_dict(), tmp_path / "x.pth")
     options = StateDictOptions("cosine", 100, "random", 7)
     trained = load_trained(tmp_path / "x.pth", options)
     assert trained.model.configuration == model.configuration | {"shortcut": "random"}
     assert np.array_equal(trained.schedule.alpha_bar, dx.NoiseSchedule.cosine(100).alpha_bar)
     assert load_trained(tmp_path / "x.pth").model.options["pool_window"] == 4  # as the course's
     small = dx.nn.ContextUnet(1, 8, 3, 8)
-    save_state_dict(small, tmp_path / "small.pth")
+    torch.save(small.state_dict(), tmp_path / "small.pth")
     assert load_trained(tmp_path / "small.pth").model.options["pool_window"] == 2
 
 
 def test_the_command_line_samples_it(course, tmp_path, capsys):
     _, path = course
     options = ["--per-class", "1", "--steps", "2", "--out", str(tmp_path / "out")]
-    assert main(["sample", "--checkpoint", str(path), *options]) == 0
+    assert main(["sample", str(path), *options]) == 0
     assert (tmp_path / "out" / "samples.png").exists()
     assert "samples" in capsys.readouterr().out
     quirks = ["--timesteps", "100", "--schedule", "linear", "--shortcut", "random"]
-    assert main(["sample", "--checkpoint", str(path), *options, *quirks]) == 0
-    assert main(["sample", "--checkpoint", str(path), *options, "--pool-window", "1"]) == 2
+    assert main(["sample", str(path), *options, *quirks]) == 0
+    assert main(["sample", str(path), *options, "--pool-window", "1"]) == 2
     assert "pool_window" in capsys.readouterr().err
 
 
@@ -93,7 +93,7 @@ def test_it_is_fine_tuned_and_goes_back_to_the_notebook(course, tmp_path):
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(tensor, network.state_dict()[name], rtol=0, atol=1e-6)
 
-    assert main(["export", "--checkpoint", str(run), "--out", str(exported)]) == 0
+    assert main(["export", str(run), "--out", str(exported)]) == 0
     notebook = source.ContextUnet(3, n_feat=16, n_cfeat=CLASSES, height=HEIGHT)
     notebook.load_state_dict(torch.load(exported), strict=True)
     averaged = checkpoint.build_model()
@@ -135,7 +135,7 @@ class Malicious:
 def test_files_that_are_no_state_dict(tmp_path, capsys, content, message):
     path = tmp_path / "x.pth"
     path.write_bytes(b"no archive") if content is None else torch.save(content, path)
-    assert main(["sample", "--checkpoint", str(path)]) == 2
+    assert main(["sample", str(path)]) == 2
     streams = capsys.readouterr()
     assert message in streams.err
     assert "ran" not in streams.out

@@ -16,7 +16,6 @@ from ...samplers import NoiseSchedule, StepTable, ddim
 from ...sampling import sample
 from ...sampling.exports import OfTensors, exported
 from ...training import load_trained
-from ..places import file_of
 from .subject import RANDOM_WEIGHTS, RUNTIMES, Part, Request, Subject, drawn
 
 GUIDANCE = 2.0
@@ -59,7 +58,7 @@ def _random(request: Request) -> ContextUnet:
 
 
 def _trained(request: Request, checkpoint: Path) -> ContextUnet:
-    model = load_trained(file_of(checkpoint)).model
+    model = load_trained(checkpoint).model
     if request.size not in (None, model.height):
         raise ValueError(f"size: wanted {model.height}, the checkpoint's, got {request.size}")
     return model

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...checks import did_you_mean
 from ...ops import choices
 from ...ops.memory import peak_memory
+from ...training.weights_files import weights_near
 from .context_unet import context_unet
 from .diffusers_folder import BUILT_IN, is_diffusers_folder
 from .diffusers_model import diffusers_model
@@ -51,8 +53,10 @@ def subject(request: Request) -> Subject:
         return diffusers_model(request)
     if Path(request.model).exists():
         return context_unet(request, Path(request.model))
+    known = {**weights_near(Path(request.model)), **{name: name for name in NAMES}}
     raise FileNotFoundError(
         f"model: no file or folder {request.model}; wanted one, or {', '.join(NAMES)}"
+        f"{did_you_mean(Path(request.model).name, known)}"
     )
 
 

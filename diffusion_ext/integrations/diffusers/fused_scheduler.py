@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...checks import FLOATING, as_seeds, moved
+from ...checks import FLOATING, as_seeds, check_choice, moved
 
 __all__ = ["FusedScheduler", "alike"]
 
@@ -27,8 +27,7 @@ class FusedScheduler:
     noises: tuple[str, ...] = ("generator", "counter")
 
     def __init__(self, *args, noise="generator", exact_coefficients=False, **kwargs):
-        if noise not in self.noises:
-            raise ValueError(f"noise: wanted one of {self.noises}, got {noise!r}")
+        check_choice("noise", noise, self.noises)
         super().__init__(*args, **kwargs)
         self._switch(noise=noise, exact_coefficients=bool(exact_coefficients))
         self._seeds = self._run = None

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...checks import check_choice, did_you_mean
 from .array_files import check_array_file
 from .image_data import ImageData, checked_contexts
 from .value_range import described, parse_range, recognised_range, to_unit_range
@@ -68,7 +69,9 @@ def read_arrays(path: Path, mmap: bool = False) -> tuple[np.ndarray, np.ndarray 
         return loaded, None
     with loaded:
         if "images" not in loaded:
-            raise ValueError(f"data: wanted an array `images` in {path}, got {loaded.files}")
+            names = sorted(loaded.files)
+            near = "".join(did_you_mean(name, ["images"]) for name in names)
+            raise ValueError(f"data: wanted an array `images` in {path}, got {names}{near}")
         return loaded["images"], loaded.get("labels")
 
 
@@ -84,8 +87,7 @@ def find_layout(shape: tuple[int, ...], layout: str) -> str:
 
     Raises: ValueError where it does not tell, and for another number of axes.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: wanted one of {LAYOUTS}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
     if len(shape) == 3:
         return "NCHW"
     if len(shape) != 4:

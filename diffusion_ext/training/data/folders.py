@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...checks import counted
+from ...checks import counted, did_you_mean
 from .image_data import ImageData
 from .image_files import PictureReader
 from .lazy import LazyData
@@ -133,8 +133,10 @@ def _by_csv(folder: Path, path: Path) -> tuple[list[Path], np.ndarray, tuple[str
         raise FileNotFoundError(f"labels: no file {path}")
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        if not {"file", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"labels: wanted columns file and label, got {rows.fieldnames}")
+        columns = sorted(rows.fieldnames or ())
+        if missing := sorted({"file", "label"} - set(columns)):
+            near = "".join(did_you_mean(column, missing) for column in columns)
+            raise ValueError(f"labels: wanted columns file and label, got {columns}{near}")
         pairs = [(row["file"], row["label"]) for row in rows]
     if not pairs:
         raise ValueError(f"labels: no rows in {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...checks import did_you_mean
 from .arrays import load_image_array
 from .digits import load_digits
 from .emoji import load_emoji
@@ -13,6 +14,8 @@ from .lazy import LazyData
 from .mapped import cached, map_image_array
 
 EMOJI_SIZE, FOLDER_SIZE = 16, 32
+ARRAYS = (".npy", ".npz")
+NAMED = ("digits", "emoji")
 
 
 def load_data(
@@ -43,6 +46,13 @@ def load_data(
         return load_digits()
     if str(source) == "emoji":
         return load_emoji(size or EMOJI_SIZE)
+    if not path.exists():
+        near = did_you_mean(
+            path.name, {**_files_beside(path), "digits": "digits", "emoji": "emoji"}
+        )
+        raise FileNotFoundError(
+            f"data: no file or folder {path}; wanted digits, emoji, a folder, .npy or .npz{near}"
+        )
     if path.is_dir():
         folder = (path, size or FOLDER_SIZE, value_range, background, skip_unreadable, labels)
         if cache is None:
@@ -50,10 +60,12 @@ def load_data(
         return cached(load_image_folder(*folder, True, workers), cache)
     if path.suffix == ".npy" and lazy:
         return map_image_array(path, labels, layout, value_range, workers)
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix in ARRAYS:
         return load_image_array(path, labels, layout, value_range)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data: no file or folder {path}; wanted digits, emoji, a folder, .npy or .npz"
-        )
     raise ValueError(f'data: wanted "digits", "emoji", a folder, .npy or .npz, got {path}')
+
+
+def _files_beside(path: Path) -> dict[str, str | Path]:
+    """Folders and arrays by their names; none where the path's own folder is missing."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return {file.name: file for file in beside if file.is_dir() or file.suffix in ARRAYS}
