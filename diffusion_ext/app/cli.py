@@ -12,14 +12,14 @@ import operator
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ..nn.state_sizes import call_of
-from ..training import CHECKPOINT_NAME, TrainingConfig, load_trained, save_state_dict
+from ..training import CHECKPOINT_NAME, load_trained, save_state_dict
 from ..training.torchrun import told_to_torchrun
 from ..training.weights_files import file_of
 from .bench.command import Bench
@@ -81,13 +81,15 @@ class Demo:
     def run(self) -> None:
         start = time.perf_counter()
         (self.out / CHECKPOINT_NAME).unlink(missing_ok=True)
-        training = TrainingConfig(
-            epochs=self.epochs, batch_size=64, checkpoint_every=5, seed=self.seed
+        training = replace(
+            Train().training, epochs=self.epochs, batch_size=64, samples_every=0, seed=self.seed
         )
         Train(out=self.out, n_feat=32, training=training).run()
         drawn = Sample(
             run_folder=self.out,
             per_class=self.per_class,
+            sampler="ddim",
+            clip=1.0,
             steps=self.steps,
             eta=self.eta,
             guidance=self.guidance,

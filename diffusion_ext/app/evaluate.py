@@ -29,8 +29,8 @@ from ..training.weights_files import file_of
 from .data_options import DataOptions
 from .places import RUN, RunPath, device_of
 from .report import write_report
-from .sample import SamplerOptions, options_of
 from .sample_set import RECORD_NAME, read_samples
+from .sampler_options import SamplerOptions
 
 BATCH = 100  # images sampled at once
 MOST_REAL = 20_000  # real images that samples are compared with
@@ -80,7 +80,7 @@ class Evaluate(SamplerOptions):
             "run": str(self.run_folder),
             "steps": checkpoint.steps,
             "epochs": len(checkpoint.losses),
-            "sampler": {**self._sampler(), "seconds": round(seconds, 1)},
+            "sampler": {**self._sampler(trained), "seconds": round(seconds, 1)},
             "validation_loss": _validation_loss(checkpoint, config, data, held, self.device),
             **{k: v for k, v in asdict(found).items() if k != "nearest"},
             "data": list(data.notes),
@@ -94,10 +94,10 @@ class Evaluate(SamplerOptions):
         print(f"report      {out / 'report.html'}")
         return found
 
-    def _sampler(self) -> dict:
+    def _sampler(self, trained) -> dict:
         """What the samples were drawn by, as far as it is known."""
         if self.samples is None:
-            return {**options_of(self), "engine": self.engine}
+            return {**self.record(trained), "engine": self.engine}
         record = self.samples / RECORD_NAME
         told = json.loads(record.read_text())["sampler"] if record.is_file() else {}
         return {**told, "samples": str(self.samples)}
@@ -173,5 +173,5 @@ def _grids(samples, labels, names, real: RealImages, found: Evaluation) -> dict:
     beside = torch.cat([samples[closest], pool[found.nearest.index[closest]]])
     rows = ("sample", "real")
     title = "The samples nearest to a training image, and that image"
-    grids[title] = sample_grid(visible(beside), SHOWN, row_labels=rows)
+    grids[title] = sample_grid(visible(beside), len(closest), row_labels=rows)
     return grids

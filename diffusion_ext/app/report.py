@@ -61,8 +61,8 @@ def _how(numbers: dict) -> str:
     sampler = numbers["sampler"]
     parts = [f"{numbers['images']} samples after {numbers['steps']} steps"]
     if "steps" in sampler:
-        name = sampler["sampler"] or "the default sampler"
-        parts.append(f"by {name} in {sampler['steps']} steps, guidance {sampler['guidance']:g}")
+        parts.append(f"by {sampler['sampler']} in {sampler['steps']} steps")
+        parts.append(f"guidance {sampler['guidance']:g}")
     parts.append(
         f"from {sampler['samples']}" if "samples" in sampler else f"{sampler['seconds']:g} s"
     )

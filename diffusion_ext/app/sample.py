@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
 from ..sampling import sample
 from ..sampling.engines import ENGINES
 from ..training import StateDictOptions, TrainedModel, load_trained
@@ -26,61 +24,9 @@ from .places import RUN, RunPath, device_of
 from .player import STYLE
 from .sample_pictures import save_pictures
 from .sample_set import SampleSet, digest_of
+from .sampler_options import SamplerOptions
 
 DDPM_FRAME_RATE = 20
-
-FLOW_SAMPLERS = {"flow_euler": flow_euler, "flow_heun": flow_heun}
-Sampler = Literal[("ddpm", *SAMPLERS, *FLOW_SAMPLERS)]
-Spacing = Literal[SPACINGS]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerOptions:
-    """How samples are drawn."""
-
-    sampler: Sampler | None = None
-    """docs/samplers.md tells them apart, and which to take; ddpm takes all T steps; default ddim,
-    or flow_euler for a network of a flow"""
-    steps: int = 25
-    """steps of all but ddpm; some call the model twice in each"""
-    spacing: Spacing | None = None
-    """how the steps lie between noise and image; default the sampler's own"""
-    eta: float | None = None
-    """how much noise the steps add, of the samplers that have a choice; default the sampler's own,
-    0 for ddim"""
-    clip: float | None = None
-    """clip the predicted image to this on either side; 1.0 suits the cosine schedule"""
-    guidance: float = 2.0
-    """classifier-free guidance scale; 1 is none"""
-    seed: int = 0
-    """of the first sample; the others count up from it"""
-
-    def table(self, trained: TrainedModel) -> StepTable:
-        """The sampler of a trained network. Raises: ValueError for an option it has not."""
-        flow = trained.prediction == "flow"
-        name = self.sampler or ("flow_euler" if flow else "ddim")
-        if flow != (name in FLOW_SAMPLERS):
-            wanted = f"one of {tuple(FLOW_SAMPLERS)}" if flow else "one that is not for flows"
-            raise ValueError(
-                f"sampler: wanted {wanted} for a network that predicts {trained.prediction}, "
-                f"got {name}"
-            )
-        if name == "ddpm":
-            return ddpm(trained.schedule, self.clip, trained.prediction)
-        make = FLOW_SAMPLERS[name] if flow else SAMPLERS[name]
-        wanted = {"spacing": self.spacing, "eta": self.eta}
-        options = {name: value for name, value in wanted.items() if value is not None}
-        for option in options.keys() - inspect.signature(make).parameters.keys():
-            raise ValueError(f"{option}: {name} has no choice of it, got {options[option]}")
-        if flow:
-            return make(self.steps, clip=self.clip)
-        prediction = trained.prediction
-        return make(trained.schedule, self.steps, clip=self.clip, prediction=prediction, **options)
-
-
-def options_of(options: SamplerOptions) -> dict:
-    """The sampler's options, as JSON has them."""
-    return {name: getattr(options, name) for name in SamplerOptions.__dataclass_fields__}
 
 
 class Drawn(NamedTuple):
@@ -185,7 +131,8 @@ class Sample(SamplerOptions):
         files = SampleSet(self.out, trained.class_names, self.format == "png", chosen)
         record = {
             "checkpoint": digest_of(file_of(self.run_folder)), "format": self.format,
-            "batch": self.batch, "classes": list(trained.class_names), "sampler": options_of(self),
+            "batch": self.batch, "classes": list(trained.class_names),
+            "sampler": self.record(trained),
         }  # fmt: skip
         if self.classes:
             record["chosen"] = list(chosen)

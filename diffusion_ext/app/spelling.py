@@ -1,4 +1,4 @@
-"""The words of a command line: an old spelling, and the names that are to be chosen from."""
+"""The words of a command line: old spellings, and the names that are to be chosen from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from ..checks import check_choice
 
 OF_A_RUN = ("sample", "export")
 OLD = "--checkpoint"  # before these commands' run, which is their first argument now
+# Words of `train` that were flags, and what they are now that the option has a third choice.
+FLAGS = {"--flip": ("--flip", "True"), "--no-flip": ("--flip", "False")}
+TRUTHS = ("True", "False", "None")
 
 
 def as_today(args: Sequence[str]) -> list[str]:
-    """The words with `--checkpoint RUN` as the first argument RUN."""
+    """The words with `--checkpoint RUN` as the first argument RUN, and flags with their value."""
     words = list(args)
+    if words[:1] == ["train"]:
+        pairs = zip(words, [*words[1:], ""], strict=True)
+        flags = (FLAGS.get(a, (a,)) if b not in TRUTHS else (a,) for a, b in pairs)
+        words = [word for flag in flags for word in flag]
     if words[:1] and words[0] in OF_A_RUN:
         words = [part for word in words for part in _parted(word, OLD)]
         if OLD in words:

@@ -23,7 +23,7 @@ from ..training import (
     load_trained,
 )
 from ..training.config import FREE
-from ..training.plan import plan_in_words
+from ..training.plan import n_feat_for, plan_in_words
 from ..training.run_folder import CONFIG_NAME
 from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
@@ -45,8 +45,8 @@ class Train:
     images: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     out: Path | None = None
     """folder for the checkpoints, the log and the pictures; default runs/ and the data's name"""
-    n_feat: int = 64
-    """channels of the network's first level, a multiple of 8"""
+    n_feat: int | None = None
+    """channels of the network's first level, a multiple of 8; default 64, 32 for a small folder"""
     norm: Literal["batch", "group"] = "group"
     """normalisation in the network's blocks; group is fused with the activation"""
     schedule: Schedule | None = None
@@ -159,9 +159,8 @@ class Train:
         return StateDictOptions(shortcut=self.shortcut, pool_window=self.pool_window)
 
     def _trainer(self, data: ImageData | LazyData, device: torch.device) -> Trainer:
-        channels, height, _ = data.shape
         torch.manual_seed(self.training.seed)  # of the initial weights
-        model = self._model(channels, (data.context_shape or (1,))[0], height)
+        model = self._model(data)
         schedule = getattr(NoiseSchedule, self.schedule)(self.timesteps)
         about = {
             "data": self.images.record(),
@@ -174,10 +173,13 @@ class Train:
         again = restarted_by_torchrun() and trainer.folder.last_checkpoint() is not None
         return again or self.resume_from or self.resume
 
-    def _model(self, channels: int, contexts: int, height: int) -> ContextUnet:
+    def _model(self, data: ImageData | LazyData) -> ContextUnet:
         if self.init_from is None:
             quirks = {"shortcut": self.shortcut, "pool_window": self.pool_window}
-            return ContextUnet(channels, self.n_feat, contexts, height, norm=self.norm, **quirks)
+            channels, height, _ = data.shape
+            contexts = (data.context_shape or (1,))[0]
+            n_feat = self.n_feat or n_feat_for(len(data))
+            return ContextUnet(channels, n_feat, contexts, height, norm=self.norm, **quirks)
         model = load_trained(self.init_from, self._quirks).model
         print(f"weights     {self.init_from}")
         return model

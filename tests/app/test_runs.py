@@ -60,11 +60,15 @@ def test_sample_writes_into_the_run(capsys):
         assert picture.width > 50
 
 
+def table_of(trained):
+    return dx.dpmpp_2m_sde(trained.schedule, 2, clip=1.0, prediction=trained.prediction)
+
+
 def drawn_by_hand(labels, per_class):
     trained = dx.load("runs/photos")
     model = trained.model.to(memory_format=torch.channels_last)
     context = torch.tensor(labels).repeat_interleave(per_class)
-    table = dx.ddim(trained.schedule, 2)
+    table = table_of(trained)
     shape = (len(context), *trained.shape)
     return dx.sample(model, shape, table, context, guidance_scale=2.0, progress=False).images
 
@@ -96,7 +100,7 @@ def test_a_set_of_some_classes(tmp_path, capsys, kind):
             trained = dx.load("runs/photos")
             drawn = dx.sample(
                 trained.model.to(memory_format=torch.channels_last), (4, *trained.shape),
-                dx.ddim(trained.schedule, 2), torch.tensor([2, 0, 2, 0]), 2.0, progress=False,
+                table_of(trained), torch.tensor([2, 0, 2, 0]), 2.0, progress=False,
             )  # fmt: skip
             assert (part["images"] == to_levels(drawn.images)).all()
     else:

@@ -71,6 +71,20 @@ def test_the_option_that_the_run_had(before, today):
     assert as_today(before.split()) == today.split()
 
 
+@pytest.mark.parametrize(
+    ("before", "today"),
+    [
+        ("train --flip --seed 1", "train --flip True --seed 1"),
+        ("train --no-flip", "train --flip False"),
+        ("train --flip", "train --flip True"),
+        ("train --flip False --seed 1", "train --flip False --seed 1"),
+        ("sample --flip", "sample --flip"),
+    ],
+)
+def test_flags_of_before(before, today):
+    assert as_today(before.split()) == today.split()
+
+
 def test_the_nearest_name():
     assert did_you_mean("Cta", ["dog", "cat"]) == "; did you mean cat?"
     assert did_you_mean("photo", {"photos": "runs/photos"}) == "; did you mean runs/photos?"

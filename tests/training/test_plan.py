@@ -10,7 +10,7 @@ from small_runs import SCHEDULE, TinyNetwork, assert_same_run, tiny_data, tiny_t
 import diffusion_ext as dx
 from diffusion_ext.training import ImageData, Trainer, TrainingConfig, load_checkpoint
 from diffusion_ext.training.mirrored import looks_the_same_mirrored
-from diffusion_ext.training.plan import ENOUGH, plan_in_words, planned
+from diffusion_ext.training.plan import ENOUGH, FEW, plan_in_words, planned
 from diffusion_ext.training.preview import Preview, roughness
 
 
@@ -22,11 +22,11 @@ def plan(images, **options):
 @pytest.mark.parametrize(
     ("images", "batch", "steps"),
     [
-        (1, 1, 2000),  # a step an epoch
-        (12, 12, 2000),
-        (200, 32, 286 * 7),  # whole epochs
-        (450, 45, 200 * 10),
-        (1797, 100, 112 * 18),
+        (1, 1, 3000),  # a step an epoch
+        (12, 12, 3000),
+        (200, 32, 429 * 7),  # whole epochs
+        (450, 45, 300 * 10),
+        (1797, 100, 167 * 18),
         (60_000, 100, 32 * 600),  # the course's 32 epochs
     ],
 )
@@ -59,13 +59,14 @@ def test_what_the_network_predicts():
 def test_the_plan_in_words():
     given = TrainingConfig()
     lines = plan_in_words(given, dataclasses.replace(plan(200), flip=True), 200)
-    assert lines[0] == "2002 steps of 32 images, 286 epochs"
+    assert lines[0] == "3003 steps of 32 images, 429 epochs"
     assert "mirrored" in lines[1]
     assert len(lines) == 2
     lines = plan_in_words(given, plan(200, steps=100, flip=False), 200)
     assert lines[0] == "100 steps of 32 images, 14.29 epochs"
-    assert lines[1].startswith("100 steps are few: ")
+    assert lines[1].startswith("100 steps may be too few ")
     assert lines[1].endswith(f"--steps {ENOUGH}")
+    assert len(plan_in_words(given, plan(200, steps=FEW + 1, flip=False), 200)) == 1
 
 
 def test_a_run_ends_at_its_last_step_and_goes_on_from_there(tmp_path):

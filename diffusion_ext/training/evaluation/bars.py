@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ Bar = Callable[..., Iterable[Any]]  # (parts, name, unit=...) -> the parts, as t
 
 
 def bars(shown: bool) -> Bar:
-    return partial(tqdm, disable=not shown, leave=False, mininterval=0.5)
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log keeps every state
+    return partial(tqdm, disable=not shown, leave=False, mininterval=interval)
 
 
 SILENT = bars(False)
