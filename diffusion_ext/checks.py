@@ -11,6 +11,22 @@ from torch import Tensor
 
 Device: TypeAlias = torch.device | str | int
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (str, bytes, int, float, complex, np.generic, tuple, list, dict, set, type(None))
+LONGEST = 80  # characters of a value that a message shows
+
+
+def kind(value) -> str:
+    """What a value is, for a message: its type's name. A class is told from an object of it."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def shown(value) -> str:
+    """A value for a message, as Python writes it. A tensor has its dtype and shape, and what is
+    long, or no plain value, such as a network, is told by its kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} {list(value.shape)}"
+    text = repr(value) if isinstance(value, PLAIN) else ""
+    return text if text and len(text) <= LONGEST else kind(value)
 
 
 def check_floating(name: str, x) -> None:
@@ -109,18 +125,37 @@ def check_dtype(dtype) -> None:
 
 
 def as_device(device) -> torch.device:
-    """A device, as torch names it."""
+    """A device that torch finds here, as torch names it. "meta" is everywhere."""
     if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
         raise TypeError(f"device: wanted a torch device like cpu, got {type(device).__name__}")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"device: wanted a torch device like cpu, got {device!r}") from error
+    if found.type not in ("cpu", "meta") and not _is_here(found):
+        raise ValueError(
+            f"device: wanted one that torch {torch.__version__} finds on this machine, such as "
+            f"cpu, got {device!r}"
+        )
+    return found
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether torch finds the device. Nothing is started on it."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        module = torch.get_device_module(device)
+        return module.is_available() and (device.index or 0) < module.device_count()
+    except (RuntimeError, AttributeError, ImportError):  # torch was built without it
+        return False
 
 
 def numbered(device: Device) -> torch.device:
     """The device; "cuda" without an index becomes the current GPU."""
-    device = torch.device(device)
+    if isinstance(device, torch.device) and device.index is not None:
+        return device  # a tensor's own, most often
+    device = as_device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -145,13 +180,13 @@ def check_choice(name: str, value, choices: tuple) -> None:
     is not asked whether it is equal."""
     scalar = isinstance(value, (str, int, np.integer, type(None))) and not isinstance(value, bool)
     if not scalar or value not in choices:
-        raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
+        raise ValueError(f"{name}: wanted one of {choices}, got {shown(value)}")
 
 
 def check_interval(name: str, value) -> None:
     """value is (low, high), 0 <= low <= high; high may be infinite."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name}: wanted (low, high), got {value!r}")
+        raise TypeError(f"{name}: wanted (low, high), got {shown(value)}")
     check_at_least_0(name, value[0])
     if not is_infinite(value[1]):
         check_at_least_0(name, value[1])
@@ -175,17 +210,17 @@ def check_sizes(shape, wanted: str) -> tuple[int, ...]:
     except TypeError:  # arrays and tensors without axes say so only when they are iterated over
         sizes = None
     if sizes is None:
-        raise TypeError(f"shape: wanted {wanted}, got {shape!r}")
+        raise TypeError(f"shape: wanted {wanted}, got {shown(shape)}")
     shape = sizes
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in shape):
-        raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
+        raise TypeError(f"shape: wanted {wanted} of ints, got {shown(shape)}")
     if not shape or min(shape) < 0:
-        raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shape}")
+        raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shown(shape)}")
     elements = 1
     for n in shape:  # a loop, which torch.compile follows
         elements *= max(n, 1)
     if elements >= 2**60:
-        raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shape}")
+        raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shown(shape)}")
     return tuple(int(n) for n in shape)
 
 

@@ -81,7 +81,7 @@ def start(
         exported = ExportedNetwork(engine, model)
         network = CalledNetwork(exported, times, table.times.tolist(), context, batch)
     elif prepares(model) and not differentiable:
-        network = PreparedNetwork(model, times, context, x)
+        network = PreparedNetwork(model, times, context)
     else:
         network = CalledNetwork(model, times, table.times.tolist(), context, batch)
     if engine == "compile":
