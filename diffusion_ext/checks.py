@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Device: TypeAlias = torch.device | str | int
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +27,15 @@ def shown(value) -> str:
         return f"a tensor of {value.dtype} {list(value.shape)}"
     text = repr(value) if isinstance(value, PLAIN) else ""
     return text if text and len(text) <= LONGEST else kind(value)
+
+
+def networks_of(model) -> str:
+    """What a message adds where a diffusers pipeline came in a network's place: where its networks
+    are; nothing for anything else."""
+    if "DiffusionPipeline" not in (cls.__name__ for cls in type(model).__mro__):
+        return ""
+    names = [f".{name}" for name, part in vars(model).items() if isinstance(part, nn.Module)]
+    return f", a pipeline, whose networks are its {' and '.join(names)}"
 
 
 def check_floating(name: str, x) -> None:

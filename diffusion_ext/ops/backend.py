@@ -126,7 +126,6 @@ _current = _backend_from_environment()
 _kernels = torch.ops.diffusion_ext
 
 
-@contextlib.contextmanager
 def use_backend(name: str):
     """Choose what serves the ops inside the `with` block, for the whole process.
 
@@ -137,9 +136,14 @@ def use_backend(name: str):
 
     Raises: ValueError for another name.
     """
-    global _current, _kernels
     if name not in _names():
         raise ValueError(f"name: wanted one of {_names()}, got {name!r}")
+    return _using(name)
+
+
+@contextlib.contextmanager
+def _using(name: str):
+    global _current, _kernels
     before = _current, _kernels
     _current, _kernels = name, getattr(torch.ops, NAMESPACES.get(name, "diffusion_ext"))
     try:

@@ -15,6 +15,7 @@ from ..checks import (
     check_sizes,
     kind,
     moved,
+    networks_of,
     shown,
 )
 from ..nn.context_unet import UnetForward
@@ -28,8 +29,10 @@ from .stepping import Known
 def check_options(
     model, table, save_rate, guidance_scale, noise, first_step, callback, **flags: bool
 ) -> None:
-    if not callable(model) or isinstance(model, type):
-        raise TypeError(f"model: wanted a module or another callable, got {kind(model)}")
+    pipeline = networks_of(model)
+    if pipeline or not callable(model) or isinstance(model, type):
+        got = kind(model) + pipeline
+        raise TypeError(f"model: wanted a module or another callable, got {got}")
     check_table(table)
     if save_rate is not None:
         check_at_least_1("save_rate", save_rate)

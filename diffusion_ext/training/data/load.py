@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...checks import check_at_least_1
 from .arrays import load_image_array
 from .digits import load_digits
 from .emoji import load_emoji
@@ -29,8 +30,8 @@ def load_data(
 ) -> ImageData | LazyData:
     """Loads "digits", "emoji", a folder of images or an .npy/.npz, whichever `source` names.
 
-    Args: size is for emoji (default 16) and a folder (default 32); background and skip_unreadable
-        for a folder, layout for an array; see the functions below.
+    Args: size, a multiple of 4, is for emoji (default 16) and a folder (default 32); background and
+        skip_unreadable for a folder, layout for an array; see the functions below.
         labels: of an array an .npy; of a folder a CSV.
         lazy: read the images as they are needed; None: of a folder, where it is large.
         workers: processes that read ahead, where lazy.
@@ -38,6 +39,8 @@ def load_data(
 
     Raises: FileNotFoundError, ValueError; ImportError where the set's package is missing.
     """
+    if size is not None:
+        _check_size(size)
     path = Path(source)
     if str(source) == "digits":
         return load_digits()
@@ -57,3 +60,10 @@ def load_data(
             f"data: no file or folder {path}; wanted digits, emoji, a folder, .npy or .npz"
         )
     raise ValueError(f'data: wanted "digits", "emoji", a folder, .npy or .npz, got {path}')
+
+
+def _check_size(size) -> None:
+    """size is one that a network can halve twice, before it is made for the images."""
+    check_at_least_1("size", size)
+    if size % 4:
+        raise ValueError(f"size: wanted a multiple of 4, got {size}")
