@@ -130,7 +130,8 @@ def check_at_least_1(name: str, value) -> None:
 def check_dtype(dtype) -> None:
     """dtype is one that the ops know."""
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
-        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+        got = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
+        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {got}")
 
 
 def as_device(device) -> torch.device:

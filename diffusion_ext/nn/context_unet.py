@@ -212,7 +212,8 @@ class UnetForward(nn.Module):
                 )
         image = [self.in_channels, self.height, self.height]
         if x.dim() != 4 or list(x.shape[1:]) != image:
-            raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
+            wanted = ", ".join(map(str, image))
+            raise ValueError(f"x: wanted shape [B, {wanted}], got {list(x.shape)}")
         batch = x.shape[0]
         if t.numel() != 1 and list(t.shape) != [batch]:
             raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
@@ -320,7 +321,8 @@ def _check_configuration(
     for name, (value, factor) in sizes.items():
         check_int(name, value)
         if value < 1 or value % factor:
-            raise ValueError(f"{name}: wanted a positive multiple of {factor}, got {value}")
+            wanted = f"a positive multiple of {factor}" if factor > 1 else "at least 1"
+            raise ValueError(f"{name}: wanted {wanted}, got {value}")
         if value > MOST_SIZE:
             raise ValueError(f"{name}: wanted at most {MOST_SIZE}, got {value}")
     check_choice("norm", norm, NORMS)

@@ -185,7 +185,7 @@ class NoiseSchedule:
         f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], beta_max)
         if not (beta > 0).all():
-            raise ValueError(f"offset: {offset} leaves timesteps without noise")
+            raise ValueError(f"offset: wanted one that gives each timestep noise, got {offset}")
         return cls.from_betas(beta)
 
     @classmethod
@@ -242,10 +242,7 @@ def is_lasting(tensor: torch.Tensor) -> bool:
 
 def check_schedule(schedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(
-            "schedule: wanted a NoiseSchedule, such as dx.NoiseSchedule.linear() returns, "
-            f"got {kind(schedule)}"
-        )
+        raise TypeError(f"schedule: wanted a NoiseSchedule, got {kind(schedule)}")
 
 
 def _check_table(name: str, table, shape: tuple[int, ...]) -> None:

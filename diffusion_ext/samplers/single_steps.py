@@ -223,7 +223,11 @@ def _ddim_rows(x, t, t_prev, schedule, eta):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (rows.to(wide), t), row, eta > 0
     if (t_prev >= t).any():
-        raise ValueError(f"t_prev: wanted values below t's {t.tolist()}, got {t_prev.tolist()}")
+        wrong = int((t_prev >= t).nonzero()[0])
+        raise ValueError(
+            f"t_prev: wanted values below t's, got {t_prev[wrong]} for t = {t[wrong]} "
+            f"(sample {wrong})"
+        )
     table = ddim_between(schedule, t.numpy(), t_prev.numpy(), eta)
     return table.tensors(x.device, x.dtype), row, eta > 0
 

@@ -62,8 +62,10 @@ class StepTable:
             looks_back = (self.weights[:, COLUMNS.index("ah")] != 0).any()
             object.__setattr__(self, "slots", int(looks_back))
         if self.shape is None:
+            width = RowShape(max(self.slots, 1)).width
             raise ValueError(
-                f"weights: no table of {self.slots} slots has {self.weights.shape[1]} columns"
+                f"weights: wanted {width} columns for {self.slots} slots, or more where rows write "
+                f"them, got {self.weights.shape[1]}"
             )
         columns = [self.shape.next.stop - 1]
         columns += [self.shape.write(i).stop - 1 for i in range(self.shape.writes)]
@@ -113,7 +115,10 @@ class StepTable:
             return self
         unguided = replace(self.shape, guided=False)
         if self.rest is None or not self.begins[row]:
-            raise ValueError(f"first_step: no step of this table begins at row {row}")
+            before = 0 if self.rest is None else np.flatnonzero(self.begins[:row])[-1]
+            raise ValueError(
+                f"first_step: wanted a row that can begin a run, such as {before}, got {row}"
+            )
         rest = self.rest(int(self.begins[:row].sum()), unguided)
         weights = rest.weights
         if self.guidance is not None:  # of rows that may be one more; the last scales are theirs
