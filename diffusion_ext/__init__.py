@@ -8,7 +8,7 @@ from .app.information import info
 from .fusing import fuse, unfuse
 from .integrations import adapters
 from .nn import optimize_for_sampling
-from .ops import group_norm_act, philox_normal, sampler_step, use_backend
+from .ops import group_norm_act, philox_normal, use_backend
 from .samplers import (
     NoiseSchedule,
     StepTable,
@@ -38,6 +38,7 @@ from .samplers import (
     perturb,
     plms,
     sa_solver,
+    sampler_step,
     tcd,
     unipc,
 )

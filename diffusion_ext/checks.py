@@ -9,10 +9,35 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Device: TypeAlias = torch.device | str | int
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (str, bytes, int, float, complex, np.generic, tuple, list, dict, set, type(None))
+LONGEST = 80  # characters of a value that a message shows
+
+
+def kind(value) -> str:
+    """What a value is, for a message: its type's name. A class is told from an object of it."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def shown(value) -> str:
+    """A value for a message, as Python writes it. A tensor has its dtype and shape, and what is
+    long, or no plain value, such as a network, is told by its kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} {list(value.shape)}"
+    text = repr(value) if isinstance(value, PLAIN) else ""
+    return text if text and len(text) <= LONGEST else kind(value)
+
+
+def networks_of(model) -> str:
+    """What a message adds where a diffusers pipeline came in a network's place: where its networks
+    are; nothing for anything else."""
+    if "DiffusionPipeline" not in (cls.__name__ for cls in type(model).__mro__):
+        return ""
+    names = [f".{name}" for name, part in vars(model).items() if isinstance(part, nn.Module)]
+    return f", a pipeline, whose networks are its {' and '.join(names)}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -113,22 +138,42 @@ def check_at_least_1(name: str, value) -> None:
 def check_dtype(dtype) -> None:
     """dtype is one that the ops know."""
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
-        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {dtype}")
+        got = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
+        raise TypeError(f"dtype: wanted float16, bfloat16, float32 or float64, got {got}")
 
 
 def as_device(device) -> torch.device:
-    """A device, as torch names it."""
+    """A device that torch finds here, as torch names it. "meta" is everywhere."""
     if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
         raise TypeError(f"device: wanted a torch device like cpu, got {type(device).__name__}")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"device: wanted a torch device like cpu, got {device!r}") from error
+    if found.type not in ("cpu", "meta") and not _is_here(found):
+        raise ValueError(
+            f"device: wanted one that torch {torch.__version__} finds on this machine, such as "
+            f"cpu, got {device!r}"
+        )
+    return found
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether torch finds the device. Nothing is started on it."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        module = torch.get_device_module(device)
+        return module.is_available() and (device.index or 0) < module.device_count()
+    except (RuntimeError, AttributeError, ImportError):  # torch was built without it
+        return False
 
 
 def numbered(device: Device) -> torch.device:
     """The device; "cuda" without an index becomes the current GPU."""
-    device = torch.device(device)
+    if isinstance(device, torch.device) and device.index is not None:
+        return device  # a tensor's own, most often
+    device = as_device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -155,16 +200,16 @@ def check_choice(name: str, value, choices: tuple) -> None:
     if not scalar or value not in choices:
         names = tuple(sorted(choices, key=str))
         near = did_you_mean(value, filter(_is_text, names)) if _is_text(value) else ""
-        raise ValueError(f"{name}: wanted one of {names}, got {value!r}{near}")
+        raise ValueError(f"{name}: wanted one of {names}, got {shown(value)}{near}")
 
 
 def did_you_mean(name: str, known: Iterable[str] | Mapping[str, object]) -> str:
     """The end of a message that there is no such name: the known one that is nearest, if any is
     near. Args: known: the names; or what to show for each."""
-    shown = known if isinstance(known, Mapping) else {one: one for one in known}
-    folded = {one.casefold(): one for one in shown}
+    named = known if isinstance(known, Mapping) else {one: one for one in known}
+    folded = {one.casefold(): one for one in named}
     near = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"; did you mean {shown[folded[near[0]]]}?" if near else ""
+    return f"; did you mean {named[folded[near[0]]]}?" if near else ""
 
 
 def _is_text(value) -> bool:
@@ -174,7 +219,7 @@ def _is_text(value) -> bool:
 def check_interval(name: str, value) -> None:
     """value is (low, high), 0 <= low <= high; high may be infinite."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name}: wanted (low, high), got {value!r}")
+        raise TypeError(f"{name}: wanted (low, high), got {shown(value)}")
     check_at_least_0(name, value[0])
     if not is_infinite(value[1]):
         check_at_least_0(name, value[1])
@@ -198,17 +243,17 @@ def check_sizes(shape, wanted: str) -> tuple[int, ...]:
     except TypeError:  # arrays and tensors without axes say so only when they are iterated over
         sizes = None
     if sizes is None:
-        raise TypeError(f"shape: wanted {wanted}, got {shape!r}")
+        raise TypeError(f"shape: wanted {wanted}, got {shown(shape)}")
     shape = sizes
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in shape):
-        raise TypeError(f"shape: wanted {wanted} of ints, got {shape}")
+        raise TypeError(f"shape: wanted {wanted} of ints, got {shown(shape)}")
     if not shape or min(shape) < 0:
-        raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shape}")
+        raise ValueError(f"shape: wanted {wanted} of sizes >= 0, got {shown(shape)}")
     elements = 1
     for n in shape:  # a loop, which torch.compile follows
         elements *= max(n, 1)
     if elements >= 2**60:
-        raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shape}")
+        raise ValueError(f"shape: wanted {wanted} that a memory may hold, got {shown(shape)}")
     return tuple(int(n) for n in shape)
 
 

@@ -5,11 +5,9 @@ import re
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
 import diffusion_ext as dx
-from diffusion_ext import samplers
 from diffusion_ext.app import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -88,12 +86,10 @@ def test_what_tables_and_noise_say(capsys):
     assert capsys.readouterr().out == "True\n"
 
 
-def test_what_samplers_says_of_guidance():
-    schedule, labels = dx.NoiseSchedule.linear(100), torch.tensor([0, 1])
-    model = dx.nn.ContextUnet(3, n_feat=8, n_cfeat=2, height=8)
-    given = {"dx": dx, "schedule": schedule, "model": model, "labels": labels}
-    names = run("docs/samplers.md", {**given, "shape": (2, 3, 8, 8)})
-    assert names["images"].shape == (2, 3, 8, 8)
+def test_samplers_runs_from_top_to_bottom(capsys):
+    names = run("docs/samplers.md")
+    assert capsys.readouterr().out == "True\n"
+    assert names["images"].shape == (4, 3, 16, 16)
 
 
 def test_all_python_of_the_documents_is_run():
@@ -103,8 +99,9 @@ def test_all_python_of_the_documents_is_run():
     assert [page for page in have if f'run("{page}"' not in here] == []
 
 
-def test_the_samplers_that_are_added_are_ddim_and_ipndm():
-    names, schedule = run("docs/adding.md", dict(vars(samplers))), dx.NoiseSchedule.linear(100)
+def test_the_samplers_that_are_added_are_ddim_and_ipndm(capsys):
+    names, schedule = run("docs/adding.md"), dx.NoiseSchedule.linear(100)
+    assert capsys.readouterr().out == "torch.Size([2, 3, 8, 8])\n"
     for ours, theirs in (
         (names["my_sampler"](schedule, 7), dx.ddim(schedule, 7)),
         (names["my_multistep"](schedule, 7), dx.ipndm(schedule, 7, order=2)),

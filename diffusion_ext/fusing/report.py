@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 WIDTH = 96
 
 
-@dataclass
+@dataclass(repr=False)
 class FuseReport:
-    """What `fuse` did; print it.
+    """What `fuse` did, as a line where it is printed; `details` names every layer.
 
     Attributes:
         fused: (module name, how) of each norm that is fused.
@@ -30,14 +30,32 @@ class FuseReport:
     filter_bytes: int = 0
 
     def __str__(self) -> str:
-        counts = f"{len(self.fused)} fused, {len(self.left)} left as they were"
+        parts = [f"{len(self.fused)} norms fused"]
+        if self.convolutions:
+            parts.append(
+                f"{len(self.convolutions)} convolutions ours ({self._memory()} of filters)"
+            )
+        if self.contiguous:
+            parts.append(f"{self.contiguous} of them not in channels_last")
+        parts.append(f"{len(self.left)} layers left; .details() has their names and reasons")
+        return ", ".join(parts)
+
+    __repr__ = __str__
+
+    def details(self) -> str:
+        """Every norm and convolution by its name: which are fused and how, which are left and why,
+        and what the convolutions of ours want."""
+        counts = f"{len(self.fused)} norms fused, {len(self.left)} layers left as they were"
         lines = [counts, *_groups("fused", self.fused), *_groups("left", self.left)]
         if self.convolutions:
             lines += self._of_convolutions()
         return "\n".join(lines)
 
+    def _memory(self) -> str:
+        return f"{self.filter_bytes / 2**20:.3g} MiB"
+
     def _of_convolutions(self) -> Iterator[str]:
-        mebibytes = f"{self.filter_bytes / 2**20:.3g} MiB"
+        mebibytes = self._memory()
         count = len(self.convolutions)
         yield f"{count} convolutions of ours: in float32 on a CPU, where the weight or the images"
         yield "  are channels_last and a call has enough work."

@@ -10,6 +10,7 @@ from collections import Counter
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import kind, networks_of
 from ..nn.group_norm_act import GroupNormAct
 from ..nn.kept_filters import filter_bytes, forget, may_gain, packs
 from ..nn.winograd_conv2d import WinogradConv2d
@@ -46,7 +47,8 @@ def fuse(model: nn.Module) -> FuseReport:
     they are. Where no kernel serves an input (float64, another device), a fused module
     computes as before. Fuse before torch.compile. A pickle of the model needs diffusion_ext.
 
-    Returns: FuseReport of every norm and convolution; print it. Fusing again changes nothing.
+    Returns: FuseReport of every norm and convolution; print it, or its details(). Fusing again
+    changes nothing.
     Raises: TypeError unless model is a torch.nn.Module.
     """
     _check(model)
@@ -105,7 +107,7 @@ def unfuse(model: nn.Module) -> None:
 
 def _check(model) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: wanted a torch.nn.Module, got {kind(model)}{networks_of(model)}")
 
 
 def _fuse_norm(module: nn.Module) -> tuple[str | None, str | None]:

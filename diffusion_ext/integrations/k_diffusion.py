@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_choice, check_sample
+from ..checks import check_choice, check_sample, shown
 from ..ops.sampler_step import sampler_step
 from ..samplers import StepTable, grids, karras, tabulate
 from ..samplers.adams import lms_rule
@@ -219,13 +219,12 @@ class _Run:
     def __init__(self, model, x, sigmas, extra_args, callback, disable):
         check_sample("x", x)
         if not isinstance(sigmas, Tensor) or sigmas.dim() != 1:
-            got = list(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
-            raise TypeError(f"sigmas: wanted a tensor [n+1], got {got}")
+            raise TypeError(f"sigmas: wanted a tensor [n+1], got {shown(sigmas)}")
         self.model, self.x, self.given, self.extra = model, x, sigmas, extra_args or {}
         self.callback, self.disable = callback, disable
         self.sigmas = sigmas.double().cpu().numpy()
         if not (self.sigmas[:-1] > 0).all() or not (self.sigmas[-1:] >= 0).all():
-            got = self.sigmas.tolist()
+            got = shown(self.sigmas.tolist())
             raise ValueError(
                 f"sigmas: wanted numbers above 0, the last of which may be 0, got {got}"
             )
@@ -245,7 +244,7 @@ class _Run:
             ArithmeticError,
             ValueError,
         ) as error:  # roots and quotients of steps upwards, or of 0
-            got = self.sigmas.tolist()
+            got = shown(self.sigmas.tolist())
             raise ValueError(
                 f"sigmas: this sampler has no steps of this kind; wanted them descending, got {got}"
             ) from error

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_choice, check_int
+from ..checks import check_choice, check_int, shown
 from .batch_norm_act import BatchNormAct
 from .group_norm_act import GroupNormAct
+from .labels import are_labels, no_context, one_hot
 from .state_sizes import SIZES, check_fits
 from .winograd_conv2d import WinogradConv2d
 
@@ -156,7 +157,8 @@ class UnetForward(nn.Module):
         Args:
             x: [B, in_channels, height, height] noised images.
             t: [B], or one value for all (such as [1, 1, 1, 1]): timestep / T, in (0, 1].
-            c: [B, n_cfeat] context; None means no context, a vector of zeros.
+            c: [B, n_cfeat] context, or class labels, int64 [B] from 0 to n_cfeat - 1, which stand
+                for one-hot vectors; None means no context, a vector of zeros.
 
         Returns:
             [B, in_channels, height, height], in x's memory format.
@@ -168,14 +170,18 @@ class UnetForward(nn.Module):
         return self.predict(x, *self.prepare(t, c))
 
     def prepare(self, t: Tensor, c: Tensor | None = None) -> tuple[Embeddings, Embeddings]:
-        """The embeddings of times t [n] and of a context c [B, n_cfeat], in the parameters' dtype.
+        """The embeddings of times t [n] and a context c (see `forward`), in the parameters' dtype.
 
         Returns: (shift1 [n, 2·n_feat], shift2 [n, n_feat]) of the times, and
         (scale1 [B, 2·n_feat], scale2 [B, n_feat]) of the context, of one row where it is None.
         """
         dtype = next(self.parameters()).dtype
         t = t.to(dtype).reshape(-1, 1)
-        c = t.new_zeros(1, self.n_cfeat) if c is None else c.to(dtype)
+        if c is None:
+            c = t.new_zeros(1, self.n_cfeat)
+        elif are_labels(c):
+            c = one_hot("c", c, self.n_cfeat, dtype)
+        c = c.to(dtype)
         shifts = self.timeembed1(t), self.timeembed2(t)
         return shifts, (self.contextembed1(c), self.contextembed2(c))
 
@@ -201,20 +207,28 @@ class UnetForward(nn.Module):
 
     def check_input(self, x: Tensor, t: Tensor, c: Tensor | None) -> None:
         """Raises: TypeError, ValueError for arguments that are not as `forward` wants them."""
-        for name, tensor in {"x": x, "t": t, "c": c}.items():
-            if tensor is None and name == "c":
-                continue
+        for name, tensor, what in (("x", x, "images"), ("t", t, "timestep / T")):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"{name}: wanted a floating point tensor, got {found}")
+                raise TypeError(
+                    f"{name}: wanted a floating point tensor ({what}), got {shown(tensor)}"
+                )
         image = [self.in_channels, self.height, self.height]
         if x.dim() != 4 or list(x.shape[1:]) != image:
-            raise ValueError(f"x: wanted shape {['B', *image]}, got {list(x.shape)}")
+            wanted = ", ".join(map(str, image))
+            raise ValueError(f"x: wanted shape [B, {wanted}], got {list(x.shape)}")
         batch = x.shape[0]
         if t.numel() != 1 and list(t.shape) != [batch]:
             raise ValueError(f"t: wanted shape {[batch]} or one value, got {list(t.shape)}")
-        if c is not None and list(c.shape) != [batch, self.n_cfeat]:
-            raise ValueError(f"c: wanted shape {[batch, self.n_cfeat]}, got {list(c.shape)}")
+        if c is not None:
+            self.check_context(c, batch)
+
+    def check_context(self, c, batch: int, name: str = "c") -> None:
+        """Raises: TypeError, ValueError for a context that is not as `forward` wants it."""
+        vectors = isinstance(c, Tensor) and c.is_floating_point()
+        if not vectors and not are_labels(c):
+            raise TypeError(no_context(name, c, batch, self.n_cfeat))
+        if list(c.shape) != ([batch, self.n_cfeat] if vectors else [batch]):
+            raise ValueError(no_context(name, c, batch, self.n_cfeat))
 
 
 class ContextUnet(UnetForward):
@@ -320,7 +334,8 @@ def _check_configuration(
     for name, (value, factor) in sizes.items():
         check_int(name, value)
         if value < 1 or value % factor:
-            raise ValueError(f"{name}: wanted a positive multiple of {factor}, got {value}")
+            wanted = f"a positive multiple of {factor}" if factor > 1 else "at least 1"
+            raise ValueError(f"{name}: wanted {wanted}, got {value}")
         if value > MOST_SIZE:
             raise ValueError(f"{name}: wanted at most {MOST_SIZE}, got {value}")
     check_choice("norm", norm, NORMS)

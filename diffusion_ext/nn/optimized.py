@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..checks import check_dtype
+from ..checks import check_at_least_1, check_dtype, kind, networks_of, shown
 from ..ops import choices
 from ..ops.conv2d import CHANNELS
 from ..ops.layouts import layout_of
@@ -61,13 +61,14 @@ def optimize_for_sampling(
     Returns: OptimizedContextUnet. Raises: TypeError, ValueError.
     """
     if type(model) is not ContextUnet:
-        raise TypeError(f"model: wanted a ContextUnet, got {type(model).__name__}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch: wanted an int of at least 1, got {batch!r}")
+        raise TypeError(f"model: wanted a ContextUnet, got {kind(model)}{networks_of(model)}")
+    check_at_least_1("batch", batch)
     dtype = model.out[0].weight.dtype if dtype is None else dtype
     check_dtype(dtype)
     if memory_format is not None and memory_format not in LAYOUTS:
-        raise ValueError(f"memory_format: wanted one of {LAYOUTS} or None, got {memory_format!r}")
+        raise ValueError(
+            f"memory_format: wanted one of {LAYOUTS} or None, got {shown(memory_format)}"
+        )
     with torch.inference_mode(False), torch.no_grad():
         if memory_format is None:
             return _faster(model, batch, dtype)

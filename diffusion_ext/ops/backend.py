@@ -128,7 +128,6 @@ _current = _backend_from_environment()
 _kernels = torch.ops.diffusion_ext
 
 
-@contextlib.contextmanager
 def use_backend(name: str):
     """Choose what serves the ops inside the `with` block, for the whole process.
 
@@ -139,8 +138,13 @@ def use_backend(name: str):
 
     Raises: ValueError for another name.
     """
-    global _current, _kernels
     check_choice("name", name, _names())
+    return _using(name)
+
+
+@contextlib.contextmanager
+def _using(name: str):
+    global _current, _kernels
     before = _current, _kernels
     _current, _kernels = name, getattr(torch.ops, NAMESPACES.get(name, "diffusion_ext"))
     try:

@@ -206,8 +206,8 @@ def _check_columns(name, coefficients, x, slots: int, dims: int) -> None:
     if coefficients.dim() != dims or RowShape.of(coefficients.shape[-1], slots) is None:
         wanted = f"[{'n, ' * (dims - 1)}{RowShape(slots).width}]"
         raise ValueError(
-            f"{name}: wanted shape {wanted}, or the columns of a table of {slots} "
-            f"slots with writes, got {list(coefficients.shape)}"
+            f"{name}: wanted shape {wanted}, of {slots} slots, or of a table that says what they "
+            f"receive, got {list(coefficients.shape)}"
         )
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if coefficients.dtype != wanted:

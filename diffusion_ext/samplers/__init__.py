@@ -22,7 +22,7 @@ from .noising import denoising_loss, perturb
 from .rows import PREDICTIONS, Row, table_of, tabulate
 from .sa_solver import sa_solver
 from .schedules import NoiseSchedule
-from .single_steps import ddim_step, ddpm_step
+from .single_steps import ddim_step, ddpm_step, sampler_step
 from .step_table import StepTable
 from .unipc import unipc
 
@@ -41,5 +41,5 @@ __all__ = [
     "ddpm_step", "deis", "denoising_loss", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
     "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler", "euler_ancestral", "flow_euler",
     "flow_heun", "guided", "heun", "ipndm", "landed", "lcm", "lms", "perturb", "plms",
-    "sa_solver", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd", "unipc",
+    "sa_solver", "sampler_step", "slot", "spaced_timesteps", "table_of", "tabulate", "tcd", "unipc",
 ]  # fmt: skip

@@ -110,7 +110,10 @@ def ddim_inversion(
     check_schedule(schedule)
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "x0":
-        raise ValueError("prediction: 'x0' says nothing of the noise in a clean image")
+        raise ValueError(
+            "prediction: wanted 'epsilon', 'v' or 'flow', which tell the noise of a clean image, "
+            "got 'x0'"
+        )
     t = spaced_timesteps(schedule.timesteps, steps, spacing)[::-1]
     back = grids.between(schedule, np.append(0, t[:-1]), t)
     grid = replace(back, timesteps=t, times=t / schedule.timesteps)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import NoReturn
+
 import numpy as np
+
+from ..checks import check_int, shown
 
 __all__ = ["EPS", "X0", "Form", "X", "Z", "slot"]
 
@@ -12,6 +17,8 @@ class Form:
 
     Args: weights: term -> weight. The terms are "x", the sample; "x0" and "eps", what the model
         predicts of it; "z", noise; and the numbers of slots.
+
+    Forms are added, and multiplied by numbers. Raises: TypeError for what is not linear.
     """
 
     __array_ufunc__ = None  # an array times a form is this class's to say
@@ -20,22 +27,51 @@ class Form:
         self.weights = weights
 
     def __add__(self, other: Form) -> Form:
+        if not isinstance(other, Form):
+            self._refuse_to_add(other)
         terms = {**self.weights, **other.weights}
         return Form({t: self.weights.get(t, 0.0) + other.weights.get(t, 0.0) for t in terms})
 
     def __mul__(self, number) -> Form:
+        if not _is_weight(number):
+            self._refuse_to_multiply(number)
         return Form({term: weight * number for term, weight in self.weights.items()})
 
     __rmul__ = __mul__
 
     def __truediv__(self, number) -> Form:
+        if not _is_weight(number):
+            self._refuse_to_multiply(number)
         return self * (1 / number)
 
     def __neg__(self) -> Form:
         return self * -1.0
 
     def __sub__(self, other: Form) -> Form:
+        if not isinstance(other, Form):
+            self._refuse_to_add(other)
         return self + -other
+
+    def _refuse_to_add(self, other) -> NoReturn:
+        raise TypeError(
+            f"{self}: wanted another term of a row to add, like 0.5 * EPS, got {shown(other)}"
+        )
+
+    def _refuse_to_multiply(self, other) -> NoReturn:
+        got = other if isinstance(other, Form) else shown(other)
+        raise TypeError(
+            f"{self}: wanted a number to multiply it with, or an array of one for each step, for a "
+            f"row is linear, got {got}"
+        )
+
+    def _refuse_a_power(self, _) -> NoReturn:
+        raise TypeError(f"{self}: wanted only sums and multiples, for a row is linear, got a power")
+
+    __radd__ = __rsub__ = _refuse_to_add
+    __rtruediv__ = __pow__ = __rpow__ = _refuse_a_power
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{_shown_weight(w)}{_name(t)}" for t, w in self.weights.items()) or "0"
 
     def of(self, term):
         """The weight of a term."""
@@ -47,11 +83,29 @@ class Form:
         return {t for t, weight in self.weights.items() if isinstance(t, int) and np.any(weight)}
 
 
+def _is_weight(value) -> bool:
+    """Whether it is a number, or an array of them."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "buif"
+    return isinstance(value, (numbers.Real, np.bool_))
+
+
+def _name(term) -> str:
+    return f"slot({term})" if isinstance(term, int) else term.upper()
+
+
+def _shown_weight(weight) -> str:
+    if np.ndim(weight):
+        return f"[{len(weight)}] * "
+    return "" if weight == 1 else f"{weight:.4g} * "
+
+
 X, X0, EPS, Z = (Form({term: 1.0}) for term in ("x", "x0", "eps", "z"))
 
 
 def slot(number: int) -> Form:
     """What the row found in a slot, counted from 0."""
+    check_int("slot", number)
     return Form({number: 1.0})
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import check_interval
-from .step_table import StepTable
+from ..checks import check_interval, kind, shown
+from .step_table import StepTable, check_table
 
 
 def guided(
@@ -27,14 +27,13 @@ def guided(
 
     Returns: StepTable. Raises: TypeError, ValueError.
     """
-    if not isinstance(table, StepTable):
-        raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
+    check_table(table)
     scales = _scales(scale, len(table))
     if interval is not None:
         check_interval("interval", interval)
         low, high = interval
         if table.levels is None:
-            raise ValueError("interval: wanted a table that knows its noise levels")
+            raise ValueError("table: an interval wants one that knows its noise levels, got none")
         signal, sigma = table.levels[:-1].T
         scales = np.where((sigma > low * signal) & (sigma <= high * signal), scales, 1.0)
     bare = replace(table.shape, guided=False).width
@@ -42,14 +41,15 @@ def guided(
 
 
 def _scales(scale, rows: int) -> np.ndarray:
+    wanted = f"a number, or one for each of the table's {rows} rows"
     try:
         scales = np.asarray(scale)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"scale: wanted a number or {rows}: {error}") from error
+        raise TypeError(f"scale: wanted {wanted}: {error}") from error
     if scales.dtype.kind not in "iuf":
-        raise TypeError(f"scale: wanted a number or {rows}, got {type(scale).__name__}")
+        raise TypeError(f"scale: wanted {wanted}, got {kind(scale)}")
     if scales.shape not in ((), (rows,)):
-        raise ValueError(f"scale: wanted a number or {rows}, got shape {list(scales.shape)}")
+        raise ValueError(f"scale: wanted {wanted}, got shape {list(scales.shape)}")
     if not np.isfinite(scales).all():
-        raise ValueError(f"scale: wanted finite numbers, got {scale}")
+        raise ValueError(f"scale: wanted finite numbers, got {shown(scale)}")
     return np.broadcast_to(scales.astype(np.float64), rows)

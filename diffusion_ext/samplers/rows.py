@@ -15,36 +15,20 @@ dtype (in half precision the noise of the last steps would vanish).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..checks import check_choice, check_clip
-from ..ops.row_shape import MOST_SLOTS, MOST_WRITES, RowShape
+from ..ops.row_shape import RowShape
 from .forms import Form
 from .grids import Grid, Level
+from .row import Row, check_grid, check_rows, check_steps, rows_of
 from .step_table import StepTable
 
 __all__ = ["PREDICTIONS", "Row", "predictions", "table_of", "tabulate"]
 
 PREDICTIONS = ("epsilon", "v", "x0", "flow")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A call of the model and what follows from it.
-
-    Attributes:
-        at: the level of the sample that the model is given.
-        next: the next sample.
-        keep: slot -> what it receives; at most two.
-        begins: whether a step begins with it; False for the further calls of a step.
-    """
-
-    at: Level
-    next: Form
-    keep: dict[int, Form] = field(default_factory=dict)
-    begins: bool = True
 
 
 def tabulate(
@@ -64,13 +48,15 @@ def tabulate(
     Returns: StepTable of a row for each of the rule's. Raises: ValueError for more than a row can
     say, an unknown prediction, a bad clip, and levels that the rule has no step from.
     """
+    check_grid(grid)
     try:
         with np.errstate(divide="ignore", invalid="ignore"):
-            rows = list(rule(grid))
+            rows = rows_of(rule, grid)
     except (ZeroDivisionError, ValueError) as error:
         if (grid.signal > 0).all():
             raise
         raise _no_step(grid.timesteps[grid.signal == 0][0]) from error
+    check_rows(rows, len(grid))
     read = set().union(*(f.slots for row in rows for f in (row.next, *row.keep.values())))
     rows = [replace(row, keep={j: row.keep[j] for j in row.keep if j in read}) for row in rows]
     # Where a step has more than one row, each counts down, for its noise to be its own.
@@ -94,6 +80,8 @@ def table_of(grid: Grid, next: Form, *, clip: float | None, prediction: str) -> 
     Args: next: the next sample; its weights are arrays [n]. clip, prediction: as `ddim`.
     Returns: StepTable of n rows. Raises: as `tabulate`.
     """
+    check_grid(grid)
+    check_steps("next", next, len(grid))
     levels, begins = (grid.times, grid.signal, grid.sigma), np.ones(len(grid), dtype=bool)
     run = _Run(grid.timesteps, *levels, begins, grid.last, grid.train_timesteps)
     return _assembled(run, next, [], clip, prediction)
@@ -143,11 +131,6 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
         )
     forms = (next, *(form for _, form in writes))
     slots = 1 + max(set().union(*(form.slots for form in forms)), default=-1)
-    if slots > MOST_SLOTS or len(writes) > MOST_WRITES:
-        raise ValueError(
-            f"rule: wanted at most {MOST_SLOTS} slots, of which a row keeps {MOST_WRITES}, got "
-            f"{slots} and {len(writes)}"
-        )
     if shape is not None:
         slots = shape.slots
     else:
@@ -161,8 +144,12 @@ def _assembled(run, next, writes, clip, prediction, rest=None, shape=None) -> St
     for i, (goes_to, form) in enumerate(writes[: shape.writes]):
         weights[:, shape.slot(i)] = goes_to
         weights[:, shape.write(i)] = _combination(form, run, shape, clip, levels)
-    if not np.isfinite(weights).all():
-        raise _no_step(run.timesteps[~np.isfinite(weights).all(axis=1)][0])
+    finite = np.isfinite(weights).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        if (run.signal > 0).all():
+            raise ValueError(f"weights: wanted finite numbers, got others in row {row}")
+        raise _no_step(run.timesteps[row])
     signal, sigma = np.append(run.signal, run.last.signal), np.append(run.sigma, run.last.sigma)
     return StepTable(
         run.timesteps, weights, clip, run.train_timesteps, run.times,

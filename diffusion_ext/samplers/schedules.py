@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..checks import Device, check_at_least_0, check_at_least_1, check_number, numbered
+from ..checks import (
+    Device,
+    as_device,
+    check_at_least_0,
+    check_at_least_1,
+    check_number,
+    kind,
+    moved,
+    numbered,
+)
 
 __all__ = ["NoiseSchedule"]
 
@@ -64,13 +73,13 @@ class NoiseSchedule:
     def tensor(self, name: str, device: Device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A table of `values` on `device`, kept there.
 
-        Returns: [T+1] of `dtype`.
+        Returns: [T+1] of `dtype`. Raises: TypeError, ValueError for a device that is not here.
         """
         device = numbered(device)
         key = (name, device, dtype)
         if key in self._tables:
             return self._tables[key]
-        table = torch.from_numpy(self.values(name).copy()).to(device, dtype)
+        table = moved(torch.from_numpy(self.values(name).copy()), as_device(device), dtype)
         if is_lasting(table):
             self._tables[key] = table
         return table
@@ -176,7 +185,7 @@ class NoiseSchedule:
         f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], beta_max)
         if not (beta > 0).all():
-            raise ValueError(f"offset: {offset} leaves timesteps without noise")
+            raise ValueError(f"offset: wanted one that gives each timestep noise, got {offset}")
         return cls.from_betas(beta)
 
     @classmethod
@@ -233,7 +242,7 @@ def is_lasting(tensor: torch.Tensor) -> bool:
 
 def check_schedule(schedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: wanted a NoiseSchedule, got {type(schedule).__name__}")
+        raise TypeError(f"schedule: wanted a NoiseSchedule, got {kind(schedule)}")
 
 
 def _check_table(name: str, table, shape: tuple[int, ...]) -> None:

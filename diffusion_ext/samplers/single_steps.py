@@ -1,19 +1,31 @@
-"""ddpm_step and ddim_step: one step of a loop that is kept, from timestep to timestep."""
+"""One step of a loop that is kept: ddpm_step and ddim_step from timestep to timestep, sampler_step
+by a row of any sampler's table."""
 
 from __future__ import annotations
 
 import functools
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import as_timestep, check_eta, check_sample, hides_its_values
+from ..checks import (
+    as_timestep,
+    check_bool,
+    check_eta,
+    check_number,
+    check_sample,
+    hides_its_values,
+    kind,
+    shown,
+)
+from ..ops import sampler_step as step_of_tensors
 from ..ops.sampler_step import COLUMNS, apply_row
 from .first_order import ddim_between, ddpm
 from .noise import resolve_noise
 from .schedules import NoiseSchedule, check_schedule
-from .step_table import StepTable
+from .step_table import StepTable, check_table
 
 
 def ddpm_step(
@@ -43,7 +55,7 @@ def ddpm_step(
         row, needs_noise = schedule.timesteps - t, True
     else:
         row, needs_noise = _row(schedule.timesteps - t, x), t > 1
-    return _step(x, model_output, table, row, noise, seeds, needs_noise)
+    return _step(x, model_output, table, row, noise, seeds, needs_noise)[0]
 
 
 def ddim_step(
@@ -78,7 +90,123 @@ def ddim_step(
         numbers = _constant(t), _constant(t_prev), _constant(eta)
         table = schedule.constant(_ddim_tensors, *numbers, x.device, x.dtype)
         row, needs_noise = _row(0, x), eta > 0 and t_prev > 0
-    return _step(x, model_output, table, row, noise, seeds, needs_noise)
+    return _step(x, model_output, table, row, noise, seeds, needs_noise)[0]
+
+
+@overload
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    row: int | Tensor,
+    /,
+    *,
+    noise: Tensor | torch.Generator | None = None,
+    seeds: int | Tensor | None = None,
+    guidance: float = 1.0,
+    return_x0: bool = False,
+    slots: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    timesteps: Tensor,
+    row: Tensor,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    history: Tensor | None = None,
+    clip: float | None = None,
+    guidance: float = 1.0,
+    return_x0: bool = False,
+    slots: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: StepTable | Tensor,
+    timesteps: int | Tensor | None = None,
+    row: int | Tensor | None = None,
+    noise: Tensor | torch.Generator | None = None,
+    seeds: int | Tensor | None = None,
+    history: Tensor | None = None,
+    clip: float | None = None,
+    guidance: float = 1.0,
+    return_x0: bool = False,
+    slots: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step by a row of a sampler's table: sampler_step(x, model_output, table, row).
+
+        m  = m_uncond + guidance·(m_cond - m_uncond)      where model_output is [2B, *]
+        x0 = clip(kx·x + km·m)
+        x' = ax·x + am·m + a0·x0 + a_1·s_1 + ... + a_S·s_S + az·z
+
+    and up to two slots s_j take such a combination (b in place of a), of the terms as they were.
+
+    Args:
+        x: [B, *], the sample; model_output: [B, *], or [2B, *] (unconditional half first), in x's
+            dtype.
+        table: a StepTable. row: of the table, an int, or int64 [] or [B] (one per sample) on x's
+            device.
+        noise: z [B, *] or a torch.Generator; seeds: int64 [B] or an int, for z made in the kernel
+            (stream 1, step = the row's timestep). With neither, seeds are drawn from torch's
+            default generator. A row without noise uses none of them.
+        guidance: the scale of classifier-free guidance, where the rows have none of their own.
+        slots: [S, B, *], what the table remembers: table.new_slots(x) of the run's first x;
+            updated in place. None for a table without slots.
+
+    A graph may want the table as tensors, whose numbers can change:
+    sampler_step(x, model_output, coefficients, timesteps, row). All else is then as it is given:
+
+        coefficients: float32 [n, columns] (float64 for a float64 x). timesteps: int64 [n]. Both are
+            table.tensors(device, dtype). row: int64 [] or [B].
+        noise: z [B, *]; seeds: int64 [B]; with neither, z is 0.
+        history: [B, *], what s_1 is in a table of one slot; it is read only.
+        clip: x0 is clipped to [-clip, clip]; None for no clipping.
+
+    Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
+    """
+    if not isinstance(coefficients, StepTable):
+        if not isinstance(coefficients, Tensor):
+            check_table(coefficients)
+        tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, history)
+        return step_of_tensors(*tensors, clip, guidance, return_x0, slots)
+    if history is not None or clip is not None:
+        raise ValueError(
+            "history, clip: wanted None with a StepTable, which has its slots and clip"
+        )
+    table, row = coefficients, timesteps if row is None else row
+    check_sample("x", x)
+    check_number("guidance", guidance)
+    check_bool("return_x0", return_x0)
+    _check_slots(table, slots)
+    coefficients, timesteps, rows, noisy = table.steps_of(x)
+    if isinstance(row, Tensor):
+        needs_noise = any(noisy)
+    else:
+        _check_row(row, table)
+        row, needs_noise = rows[row], noisy[row]
+    table, options = (coefficients, timesteps), (table.clip, guidance, return_x0)
+    out, x0 = _step(x, model_output, table, row, noise, seeds, needs_noise, options, slots)
+    return (out, x0) if return_x0 else out
+
+
+def _check_slots(table: StepTable, slots) -> None:
+    if slots is None and not table.slots:
+        return
+    if not isinstance(slots, Tensor) or slots.dim() == 0 or len(slots) != table.slots:
+        wanted = "None with a table that has none"
+        if table.slots:
+            wanted = f"table.new_slots(x), [{table.slots}, *x.shape], made before the first step"
+        raise ValueError(f"slots: wanted {wanted}, got {shown(slots)}")
+
+
+def _check_row(row, table: StepTable) -> None:
+    if isinstance(row, bool) or not isinstance(row, (int, np.integer)):
+        raise TypeError(f"row: wanted an int, or an int64 tensor, got {kind(row)}")
+    if not 0 <= row < len(table):
+        raise ValueError(f"row: wanted from 0 to {len(table) - 1}, got {row}")
 
 
 def _ddim_rows(x, t, t_prev, schedule, eta):
@@ -95,7 +223,11 @@ def _ddim_rows(x, t, t_prev, schedule, eta):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (rows.to(wide), t), row, eta > 0
     if (t_prev >= t).any():
-        raise ValueError(f"t_prev: wanted values below t's {t.tolist()}, got {t_prev.tolist()}")
+        wrong = int((t_prev >= t).nonzero()[0])
+        raise ValueError(
+            f"t_prev: wanted values below t's, got {t_prev[wrong]} for t = {t[wrong]} "
+            f"(sample {wrong})"
+        )
     table = ddim_between(schedule, t.numpy(), t_prev.numpy(), eta)
     return table.tensors(x.device, x.dtype), row, eta > 0
 
@@ -113,8 +245,10 @@ def _ddim_rows_unread(t, t_prev, schedule, eta) -> Tensor:
     return torch.stack([columns.get(name, zero) for name in COLUMNS], dim=1)
 
 
-def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
-    """A step by a table (coefficients, timesteps) of our own and a row of it: x'.
+def _step(
+    x, model_output, table, row, noise, seeds, needs_noise, options=(None, 1.0, False), slots=None
+):
+    """(x', x0) of a step by a table (coefficients, timesteps) of our own and a row of it.
 
     The table is not asked for requires_grad, which torch.compile cannot read off a constant.
     """
@@ -122,8 +256,9 @@ def _step(x, model_output, table, row, noise, seeds, needs_noise) -> Tensor:
         noise, seeds = resolve_noise(x, noise, seeds)
     else:
         noise = seeds = None
-    tensors = (x, model_output, *table, row, noise, seeds, None)
-    return apply_row(tensors, (None, 1.0, False), (x, model_output, noise))[0]
+    tensors = (x, model_output, *table, row, noise, seeds, slots)
+    differentiable = (x, model_output, noise, slots)
+    return apply_row(tensors, options, differentiable, has_slots=slots is not None)
 
 
 def _row(number: int, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import Device, numbered
+from ..checks import Device, as_device, kind, moved, numbered
 from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
@@ -18,6 +19,9 @@ from .schedules import is_lasting
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """A sampler, ready to run: one row of coefficients for each call of the model.
+
+    `sample` runs it, and `sampler_step` takes one step by it. Its arrays are read-only, for what is
+    made of them is kept: `tensors` has them as tensors, and torch.tensor(table.times) copies one.
 
     Attributes:
         timesteps: int64 [n], the timestep of each row, which also numbers the row's noise.
@@ -33,6 +37,7 @@ class StepTable:
         begins: bool [n], whether a step begins with the row: a step may call the model twice.
         rest: rest(step, shape) -> the table from a step on, begun with empty slots; None for a
             table that no sampler made.
+        noisy: bool [n], whether a row makes anything of noise.
     """
 
     timesteps: np.ndarray
@@ -44,9 +49,9 @@ class StepTable:
     slots: int | None = None
     begins: np.ndarray | None = None
     rest: Callable[[int, RowShape], StepTable] | None = field(default=None, repr=False)
-    _tensors: dict[tuple[Any, ...], torch.Tensor] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    noisy: np.ndarray = field(init=False, repr=False)
+    _digest: str = field(init=False, repr=False)
+    _tensors: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.times is None:
@@ -57,15 +62,22 @@ class StepTable:
             looks_back = (self.weights[:, COLUMNS.index("ah")] != 0).any()
             object.__setattr__(self, "slots", int(looks_back))
         if self.shape is None:
+            width = RowShape(max(self.slots, 1)).width
             raise ValueError(
-                f"weights: no table of {self.slots} slots has {self.weights.shape[1]} columns"
+                f"weights: wanted {width} columns for {self.slots} slots, or more where rows write "
+                f"them, got {self.weights.shape[1]}"
             )
-        for name in ("timesteps", "weights", "times", "levels", "begins"):
+        columns = [self.shape.next.stop - 1]
+        columns += [self.shape.write(i).stop - 1 for i in range(self.shape.writes)]
+        object.__setattr__(self, "noisy", (self.weights[:, columns] != 0).any(axis=1))
+        for name in ("timesteps", "weights", "times", "levels", "begins", "noisy"):
             if getattr(self, name) is None:
                 continue
             frozen = getattr(self, name).copy()
             frozen.setflags(write=False)
             object.__setattr__(self, name, frozen)
+        content = hashlib.sha256(self.weights.tobytes() + self.timesteps.tobytes())
+        object.__setattr__(self, "_digest", content.hexdigest())
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -85,15 +97,9 @@ class StepTable:
         """float64 [n], the guidance scale of each row; None where a run has one for all."""
         return self.weights[:, -1] if self.shape.guided else None
 
-    @property
-    def noisy(self) -> np.ndarray:
-        """bool [n], whether a row makes anything of noise."""
-        columns = [self.shape.next.stop - 1]
-        columns += [self.shape.write(i).stop - 1 for i in range(self.shape.writes)]
-        return (self.weights[:, columns] != 0).any(axis=1)
-
     def new_slots(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Zeros [S, *x.shape] for what is remembered, each laid out as x; None for no slots."""
+        """Zeros [S, *x.shape] for what a run from x [B, *] remembers, each laid out as x; None for
+        a table without slots."""
         if not self.slots:
             return None
         like = torch.empty_like(x)
@@ -109,7 +115,10 @@ class StepTable:
             return self
         unguided = replace(self.shape, guided=False)
         if self.rest is None or not self.begins[row]:
-            raise ValueError(f"first_step: no step of this table begins at row {row}")
+            before = 0 if self.rest is None else np.flatnonzero(self.begins[:row])[-1]
+            raise ValueError(
+                f"first_step: wanted a row that can begin a run, such as {before}, got {row}"
+            )
         rest = self.rest(int(self.begins[:row].sum()), unguided)
         weights = rest.weights
         if self.guidance is not None:  # of rows that may be one more; the last scales are theirs
@@ -126,14 +135,31 @@ class StepTable:
         return self.weights.astype(np.float32)
 
     def tensors(
-        self, device: Device, dtype: torch.dtype = torch.float32
+        self, device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(coefficients [n, columns], timesteps int64 [n]) on `device`, copied there once.
 
-        The coefficients are float32, or float64 where the samples' dtype is.
+        The coefficients are float32, or float64 where the samples' dtype is. They are the table's
+        own: clone what you change. Raises: TypeError, ValueError for a device that is not here.
         """
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return self._on(device, "weights", dtype), self._on(device, "timesteps", torch.int64)
+
+    def steps_of(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """(coefficients, timesteps, rows, noisy) for steps of x: `tensors`, the number of each row
+        as an int64 [] on x's device, and whether each makes anything of noise."""
+        return self._steps_of(self._digest, x.device, x.dtype)
+
+    @torch.compiler.assume_constant_result  # as NoiseSchedule.constant, with its digest
+    def _steps_of(self, digest: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        key = (device, dtype)
+        if key in self._tensors:
+            return self._tensors[key]
+        rows = self._on(device, "_rows", torch.int64)
+        made = (*self.tensors(device, dtype), rows.unbind(), self.noisy.tolist())
+        if is_lasting(rows):
+            self._tensors[key] = made
+        return made
 
     def run_tensors(
         self, device: Device, dtype: torch.dtype
@@ -147,6 +173,10 @@ class StepTable:
         levels = None if self.levels is None else self._on(device, "levels", dtype)
         return self._on(device, "times", dtype), levels
 
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.arange(len(self))
+
     def __getstate__(self) -> dict:
         return {**vars(self), "_tensors": {}}  # a file, or a copy, is of no device
 
@@ -155,7 +185,16 @@ class StepTable:
         key = (device, name, dtype)
         if key in self._tensors:
             return self._tensors[key]
-        tensor = torch.from_numpy(getattr(self, name).copy()).to(device, dtype)
+        array = torch.from_numpy(getattr(self, name).copy())
+        tensor = moved(array, as_device(device), dtype)
         if is_lasting(tensor):
             self._tensors[key] = tensor
         return tensor
+
+
+def check_table(table) -> None:
+    if not isinstance(table, StepTable):
+        raise TypeError(
+            "table: wanted a StepTable, such as dx.ddim(schedule, steps=20) returns, "
+            f"got {kind(table)}"
+        )

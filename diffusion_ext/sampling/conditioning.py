@@ -3,61 +3,66 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..checks import moved
+from ..checks import kind, moved, shown
+from ..nn.context_unet import UnetForward
+from ..nn.labels import are_labels, no_context, one_hot
 
 
-def as_context(model, context, batch: int, device, dtype, name: str = "context"):
+def as_context(model, context, shape, device, dtype, name: str = "context"):
     """A context on the sample's device, its floats in the sample's dtype.
 
     Args:
         context: None; floats [B, ...]; int64 labels [B], which become one-hot of model.n_cfeat; or
             a dict, tuple or list of tensors [B, ...] and whatever else the model takes.
+        shape: (B, *) of the samples.
 
     Raises: TypeError, ValueError for a tensor that is not of B rows.
     """
     if context is None:
         return None
+    if isinstance(model, UnetForward):
+        model.check_context(context, shape[0], name)
     if not isinstance(context, Tensor):
         leaves = pytree.tree_leaves(context)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(
-                f"{name}: wanted a tensor, a dict, tuple or list of them, or None, "
-                f"got {type(context).__name__}"
+                f"{name}: wanted a tensor, a dict, tuple or list with tensors in it, or None, got "
+                f"{shown(context)} without one; torch.tensor(...) makes one"
             )
-        return pytree.tree_map(lambda leaf: _placed(name, leaf, batch, device, dtype), context)
-    if context.shape[:1] != (batch,):
-        raise ValueError(f"{name}: wanted {batch} rows (the batch), got {list(context.shape)}")
-    if context.dtype == torch.int64 and context.dim() == 1:
-        context = _one_hot(model, context, name)
-    elif not context.is_floating_point() or context.dim() < 2:
-        raise TypeError(
-            f"{name}: wanted floats [B, n] or int64 labels [B], "
-            f"got {context.dtype} {list(context.shape)}"
-        )
+        return pytree.tree_map(lambda leaf: _placed(name, leaf, shape, device, dtype), context)
+    _check_rows(name, context, shape)
+    if are_labels(context):
+        return moved(one_hot(name, context, _classes_of(model, name), dtype), device)
+    if not context.is_floating_point() or context.dim() < 2:
+        raise TypeError(no_context(name, context, shape[0], "n"))
     return moved(context, device, dtype)
 
 
-def _one_hot(model, labels: Tensor, name: str) -> Tensor:
+def _classes_of(model, name: str) -> int:
     classes = getattr(model, "n_cfeat", None)
     if classes is None:
-        raise TypeError(f"{name}: int labels want a model with .n_cfeat, the number of classes")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"{name}: wanted labels from 0 to {classes - 1}, "
-            f"got {int(labels.min())} to {int(labels.max())}"
+        raise TypeError(
+            f"{name}: wanted vectors, floats [B, n], got labels, for which {kind(model)} has no "
+            "n_cfeat, the number of its classes"
         )
-    return F.one_hot(labels, classes)
+    return classes
 
 
-def _placed(name: str, leaf, batch: int, device, dtype):
+def _check_rows(name: str, tensor: Tensor, shape) -> None:
+    if tensor.shape[:1] != shape[:1]:
+        raise ValueError(
+            f"{name}: wanted {shape[0]} rows, the batch of shape {tuple(shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def _placed(name: str, leaf, shape, device, dtype):
     if not isinstance(leaf, Tensor):
         return leaf
-    if leaf.shape[:1] != (batch,):
-        raise ValueError(f"{name}: wanted {batch} rows (the batch), got {list(leaf.shape)}")
+    _check_rows(name, leaf, shape)
     return moved(leaf, device, dtype if leaf.is_floating_point() else leaf.dtype)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, kind
 from ..samplers import StepTable
 from . import graphs
 from .exports import WAYS, ExportedNetwork
@@ -32,13 +32,15 @@ def check_engine(
 ) -> None:
     check_choice("engine", engine, ENGINES)
     if engine in WAYS and not isinstance(model, nn.Module):
-        raise TypeError(f"model: engine {engine!r} exports a module, got {type(model).__name__}")
+        raise TypeError(f"model: engine {engine!r} wants a torch.nn.Module, got {kind(model)}")
     if engine in RUNTIMES:
         _check_runtime(engine, device, dtype)
     if engine == "graph":
         _check_graph(device, noise)
     if differentiable and engine not in ("eager", "compile", "auto"):
-        raise ValueError(f"differentiable: engine {engine!r} has no gradients, got True")
+        raise ValueError(
+            f"differentiable: engine {engine!r} has no gradients, wanted 'eager' or 'compile'"
+        )
 
 
 def _check_runtime(engine: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -57,7 +59,7 @@ def _check_graph(device: torch.device, noise) -> None:
         raise ValueError(f"engine: 'graph' wants samples on a CUDA device, got {device}")
     if noise is not None:
         raise ValueError(
-            f"noise: engine 'graph' makes its own from the seeds, got {type(noise).__name__}"
+            f"noise: engine 'graph' makes its own of the seeds, wanted None, got {kind(noise)}"
         )
 
 
@@ -81,7 +83,7 @@ def start(
         exported = ExportedNetwork(engine, model)
         network = CalledNetwork(exported, times, table.times.tolist(), context, batch)
     elif prepares(model) and not differentiable:
-        network = PreparedNetwork(model, times, context, x)
+        network = PreparedNetwork(model, times, context)
     else:
         network = CalledNetwork(model, times, table.times.tolist(), context, batch)
     if engine == "compile":

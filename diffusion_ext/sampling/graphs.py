@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..checks import kind
 from ..ops import backend
 from .kept import keep_last
 from .stepping import InPlaceStepper
@@ -185,4 +186,4 @@ def _described(leaf) -> Hashable:
 
 
 def _name(model: Callable) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else repr(model)
+    return getattr(model, "__name__", kind(model))

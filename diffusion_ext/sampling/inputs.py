@@ -5,37 +5,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import as_device, check_bool, check_dtype, check_number, moved
+from ..checks import (
+    as_device,
+    check_at_least_1,
+    check_bool,
+    check_dtype,
+    check_int,
+    check_number,
+    check_sizes,
+    kind,
+    moved,
+    networks_of,
+    shown,
+)
+from ..nn.context_unet import UnetForward
 from ..ops import philox_normal
 from ..ops.layouts import layout_of
 from ..samplers import StepTable
+from ..samplers.step_table import check_table
 from .stepping import Known
 
 
 def check_options(
     model, table, save_rate, guidance_scale, noise, first_step, callback, **flags: bool
 ) -> None:
-    if not callable(model):
-        raise TypeError(f"model: wanted a module or another callable, got {type(model).__name__}")
-    if not isinstance(table, StepTable):
-        raise TypeError(f"table: wanted a StepTable (from ddim, ddpm), got {type(table).__name__}")
-    if save_rate is not None and (not isinstance(save_rate, int) or save_rate < 1):
-        raise ValueError(f"save_rate: wanted an int of at least 1 or None, got {save_rate!r}")
+    pipeline = networks_of(model)
+    if pipeline or not callable(model) or isinstance(model, type):
+        got = kind(model) + pipeline
+        raise TypeError(f"model: wanted a module or another callable, got {got}")
+    check_table(table)
+    if save_rate is not None:
+        check_at_least_1("save_rate", save_rate)
     check_number("guidance_scale", guidance_scale)
     if guidance_scale != 1 and table.guidance is not None:
         raise ValueError(
             f"guidance_scale: wanted 1 with a table that has scales (guided), got {guidance_scale}"
         )
-    if not isinstance(first_step, int) or not 0 <= first_step < len(table):
-        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step!r}")
+    check_int("first_step", first_step)
+    if not 0 <= first_step < len(table):
+        raise ValueError(f"first_step: wanted from 0 to {len(table) - 1}, got {first_step}")
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback: wanted a callable or None, got {type(callback).__name__}")
+        raise TypeError(f"callback: wanted a callable or None, got {kind(callback)}")
     for name, flag in flags.items():
         check_bool(name, flag)
     if noise is not None and not callable(noise) and not isinstance(noise, torch.Generator):
         raise TypeError(
-            f"noise: wanted a callable or a torch.Generator, got {type(noise).__name__}"
+            "noise: wanted a function of a step's number and its timestep, or a torch.Generator, "
+            f"got {kind(noise)} (x_T takes the noise to start from)"
         )
+
+
+def check_shape(model, shape) -> tuple[int, ...]:
+    """(B, C, H, W) as a tuple, that of the images of a model which has such sizes."""
+    shape = check_sizes(shape, "(B, C, H, W)")
+    if isinstance(model, UnetForward):
+        image = (model.in_channels, model.height, model.height)
+        if shape[1:] != image:
+            wanted = ", ".join(map(str, ("B", *image)))
+            raise ValueError(f"shape: wanted ({wanted}), of this model's images, got {shape}")
+    return shape
 
 
 def memory_format_of(model, x_T, shape) -> torch.memory_format:
@@ -63,7 +91,7 @@ def initial(x_T, shape, seeds: Tensor, dtype, device) -> Tensor:
     if x_T is None:
         return philox_normal(seeds, shape, step=0, stream=0, dtype=dtype)
     if not isinstance(x_T, Tensor):
-        raise TypeError(f"x_T: wanted a tensor or None, got {type(x_T).__name__}")
+        raise TypeError(f"x_T: wanted a tensor or None, got {kind(x_T)}")
     if x_T.shape != shape:
         raise ValueError(f"x_T: wanted shape {list(shape)}, got {list(x_T.shape)}")
     return moved(x_T, device, dtype)
@@ -76,14 +104,16 @@ def as_known(start, mask, first_step, noise: Tensor, table: StepTable) -> Known 
             raise ValueError("start: wanted an image for a mask or a first_step, got None")
         return None
     if not isinstance(start, Tensor) or start.shape != noise.shape:
-        got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
-        raise ValueError(f"start: wanted shape {list(noise.shape)}, got {got}")
+        raise ValueError(f"start: wanted a tensor {list(noise.shape)}, got {shown(start)}")
     if table.levels is None:
-        raise ValueError("start: wanted a table that knows its noise levels (StepTable.levels)")
+        raise ValueError(
+            "table: wanted one that knows its noise levels for a start, got levels=None"
+        )
     if mask is not None:
         if not isinstance(mask, Tensor) or not _broadcasts(mask, noise):
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask: wanted to broadcast to {list(noise.shape)}, got {got}")
+            raise ValueError(
+                f"mask: wanted a tensor that broadcasts to {list(noise.shape)}, got {shown(mask)}"
+            )
         mask = moved(mask, noise.device, noise.dtype)
     _, levels = table.run_tensors(noise.device, noise.dtype)
     return Known(moved(start, noise.device, noise.dtype), noise, levels, mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import Device, as_seeds, check_sizes
+from ..checks import Device, as_seeds
 from ..samplers import StepTable
 from .auto import Way, fastest
 from .conditioning import as_context, doubled
@@ -21,7 +21,7 @@ from .engines import ENGINES, check_engine
 from .engines import start as start_run
 from .evaluation import evaluation
 from .frames import Frames
-from .inputs import as_known, check_options, initial, memory_format_of, placement
+from .inputs import as_known, check_options, check_shape, initial, memory_format_of, placement
 from .stepping import NoiseSource, draws, is_guided
 
 __all__ = ["ENGINES", "SampleResult", "sample"]
@@ -119,19 +119,19 @@ def sample(
     Returns: SampleResult. Raises: TypeError, ValueError; RuntimeError where an engine cannot
     capture or export the model; ImportError where it is not installed.
     """
-    shape = check_sizes(shape, "(B, C, H, W)")
     check_options(
         model, table, save_rate, guidance_scale, noise, first_step, callback,
         differentiable=differentiable, progress=progress,
     )  # fmt: skip
+    shape = check_shape(model, shape)
     device, dtype = placement(model, x_T, device, dtype)
     check_engine(engine, model, device, dtype, noise, differentiable)
     if isinstance(noise, torch.Generator):
         noise = draws(noise, shape, dtype, device)
         x_T = noise() if x_T is None else x_T
     seeds = as_seeds(seeds, shape[0], device)
-    context = as_context(model, context, shape[0], device, dtype)
-    null_context = as_context(model, null_context, shape[0], device, dtype, "null_context")
+    context = as_context(model, context, shape, device, dtype)
+    null_context = as_context(model, null_context, shape, device, dtype, "null_context")
     table = table.starting_at(first_step)
     if is_guided(table, guidance_scale):
         if context is None:

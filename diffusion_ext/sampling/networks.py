@@ -35,12 +35,10 @@ class CalledNetwork:
 class PreparedNetwork:
     """A network that embeds all times of a run, and its context, at once.
 
-    Args: times: [n]. context: [B, n_cfeat], or [2B, n_cfeat] for guidance, or None. x: [B,*].
+    Args: times: [n]. context: [B, n_cfeat], or [2B, n_cfeat] for guidance, or None.
     """
 
-    def __init__(self, model: UnetForward, times: Tensor, context: Tensor | None, x: Tensor):
-        of_x = context[: len(x)] if isinstance(context, Tensor) else context
-        model.check_input(x, times[:1], of_x)
+    def __init__(self, model: UnetForward, times: Tensor, context: Tensor | None):
         self.call = model.predict
         self.steps, self.context = model.prepare(times, context)
 

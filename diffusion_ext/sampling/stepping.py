@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_like
+from ..checks import check_like, kind
 from ..ops import backend, reference
 from ..ops.sampler_step import sampler_step
 from ..samplers import StepTable
@@ -216,7 +216,7 @@ def runs_alone(table: StepTable) -> list[bool]:
 def check_output(output, inputs: Tensor) -> Tensor:
     """The model's output in the sample's dtype; autocast models give half precision."""
     if not isinstance(output, Tensor) or output.shape != inputs.shape:
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        got = list(output.shape) if isinstance(output, Tensor) else kind(output)
         raise ValueError(f"model: wanted an output of shape {list(inputs.shape)}, got {got}")
     return output if output.dtype == inputs.dtype else output.to(inputs.dtype)
 

@@ -132,7 +132,7 @@ def test_unfuse_restores_exactly_and_the_state_dict_never_changes(case):
     y = model(*inputs)
     report = dx.fuse(model)
     assert identity_of(model) == before[0]
-    assert str(dx.fuse(model)) == str(report)  # again: nothing to do
+    assert dx.fuse(model).details() == report.details()  # again: nothing to do
     dx.unfuse(model)
     after = identity_of(model), repr(model), [(type(m), sorted(vars(m))) for m in model.modules()]
     assert after == before
@@ -169,14 +169,17 @@ def test_a_report_says_what_and_why():
         ("6", "GroupNormAct: on the fused op already"),
         ("7", "eps is 0"),
     ]
-    first, *lines = str(report).splitlines()
-    assert first == "4 fused, 4 left as they were"
+    assert str(report) == repr(report)
+    assert str(report) == "4 norms fused, 4 layers left; .details() has their names and reasons"
+    first, *lines = report.details().splitlines()
+    assert first == "4 norms fused, 4 layers left as they were"
     assert lines[0].split() == ["fused", "1", "with", "SiLU"]
     assert lines[1].split() == ["0"]
     assert type(model[2]) is LoudNorm
     assert type(model[3]) is nn.GroupNorm
     assert dx.fuse(nn.GroupNorm(1, 2)).fused == [("(model)", "alone")]
-    assert str(dx.fuse(nn.Linear(1, 1))) == "0 fused, 0 left as they were"
+    nothing = dx.fuse(nn.Linear(1, 1)).details()
+    assert nothing == "0 norms fused, 0 layers left as they were"
 
 
 def test_hooks_see_what_they_saw():

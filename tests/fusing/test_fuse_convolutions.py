@@ -31,7 +31,11 @@ def test_results_and_gradients_are_those_of_the_original(layout):
     model, inputs = network(), [images(layout=layout)]
     fused, report = fused_copy(model)
     assert report.convolutions == ["0", "3"]
-    assert "2 convolutions of ours" in str(report)
+    assert "2 convolutions ours (0.211 MiB of filters)" in str(report)
+    assert "\n" not in str(report)
+    assert "2 convolutions of ours" in report.details()
+    contiguous = dx.fuse(network().to(memory_format=torch.contiguous_format))
+    assert ", 2 of them not in channels_last, 0 layers left" in str(contiguous)
     assert_same_results(results(fused, inputs), results(model, inputs), 1e-5)
     # What torch makes of a contiguous input with channels_last weights is channels_last.
     assert ops_of(lambda: fused(*inputs))["conv2d"] == (2 if VECTORISED else 0)
@@ -69,7 +73,7 @@ def test_what_cannot_gain_is_left_and_said(measured_thresholds):
     assert report.left == [("0", why), ("2", why), ("3", why)]
     assert report.convolutions == ["1", "4"]
     assert type(model[0]) is nn.Conv2d
-    assert "a call has enough work" in str(report)
+    assert "a call has enough work" in report.details()
 
 
 @pytest.mark.parametrize(

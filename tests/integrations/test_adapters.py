@@ -133,3 +133,79 @@ def test_a_real_diffusers_model():
     )  # fmt: skip
     images = draw(adapters.from_diffusers(unet), dx.dpmpp_2m(SCHEDULE, 4, "karras"))
     assert images.isfinite().all()
+
+
+def test_labels_of_a_network_with_classes():
+    seen = []
+
+    def unet(x, timestep, class_labels):
+        seen.append(class_labels.tolist())
+        return Said(x * 0.1)
+
+    model, labels = adapters.from_diffusers(unet, classes=3), torch.tensor([2, 0])
+    x, t = torch.randn(SHAPE), torch.rand(2)
+    draw(model, context=labels)
+    model(x, t, labels)
+    model(x, t, torch.eye(3)[labels])
+    assert seen == [[2, 0]] * 6
+    draw(model, context=labels, guidance_scale=2)
+    assert seen[-1] == [3, 3, 2, 0]
+
+
+def fused(x, t, **options):
+    return Said(x)
+
+
+CONTEXT_UNET = dx.nn.ContextUnet(3, 8, 2, 8)
+X, T, LABELS = torch.zeros(SHAPE), torch.ones(2), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: adapters.from_diffusers(CONTEXT_UNET), TypeError, "model: .* got ContextUnet, wh"),
+        (
+            lambda: adapters.from_diffusers(dx.nn.ContextUnet),
+            TypeError,
+            "model: wanted a module or another callable, got the class ContextUnet",
+        ),
+        (
+            lambda: adapters.from_guided_diffusion(adapters.from_diffusers(fused)),
+            TypeError,
+            "model: wanted a model of another library, got DiffusersModel",
+        ),
+        (lambda: adapters.from_diffusers("sd"), TypeError, "model: .* got str"),
+        (lambda: adapters.from_diffusers(fused, 0), ValueError, "timesteps: wanted at least 1"),
+        (lambda: adapters.from_diffusers(fused, classes="a"), TypeError, "classes: wanted an int"),
+        (
+            lambda: adapters.from_guided_diffusion(fused, SCHEDULE),
+            TypeError,
+            "timesteps: wanted an int, got NoiseSchedule",
+        ),
+        (lambda: adapters.from_denoiser(fused, 1000), TypeError, "schedule: wanted a NoiseSched"),
+        (lambda: adapters.from_denoiser(3, SCHEDULE), TypeError, "denoiser: wanted a module"),
+        (
+            lambda: adapters.from_diffusers(fused)(X, T, LABELS),
+            TypeError,
+            "context: wanted encoder_hidden_states, .* got labels, which want from_diffusers",
+        ),
+        (
+            lambda: adapters.from_diffusers(fused, classes=1)(X, T, LABELS),
+            ValueError,
+            "context: wanted values from 0 to 0, got 0 to 1",
+        ),
+        (
+            lambda: adapters.from_guided_diffusion(fused)(X, T, LABELS),
+            TypeError,
+            "context: wanted a dict of the model's keyword arguments, .* got a tensor of .*int64",
+        ),
+        (
+            lambda: adapters.from_denoiser(fused, SCHEDULE)(X, T, "y"),
+            TypeError,
+            "context: wanted a dict .* got 'y'",
+        ),
+    ],
+)
+def test_what_is_no_model_of_another_library(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -140,7 +140,7 @@ def test_the_rest_is_k_diffusions():
 BAD = [
     ({"x": 3}, TypeError, "x: wanted a tensor"),
     ({"sigmas": [1.0, 0.0]}, TypeError, "sigmas: wanted a tensor"),
-    ({"sigmas": torch.ones(2, 2)}, TypeError, r"sigmas: wanted a tensor .n\+1., got .2, 2."),
+    ({"sigmas": torch.ones(2, 2)}, TypeError, r"sigmas: wanted a tensor .n\+1., got .* \[2, 2\]"),
     ({"sigmas": torch.tensor([1.0, 0.0, 0.5])}, ValueError, "sigmas: wanted numbers above 0"),
     ({"sigmas": torch.tensor([1.0, -1.0])}, ValueError, "sigmas: wanted numbers above 0"),
     ({"sigmas": torch.tensor([1.0, 2.0, 0.5])}, ValueError, "sigmas: .* wanted them descending"),

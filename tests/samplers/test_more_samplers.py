@@ -257,7 +257,11 @@ BAD = [
     (lambda: dx.flow_euler(0), ValueError, "steps: wanted at least 1, got 0"),
     (lambda: dx.flow_euler(4.0), TypeError, "steps: wanted an int, got float"),
     (lambda: dx.flow_euler(4, shift=0), ValueError, "shift: wanted a number above 0, got 0"),
-    (lambda: dx.ddim_inversion(SCHEDULE, 5, prediction="x0"), ValueError, "prediction: 'x0' says"),
+    (
+        lambda: dx.ddim_inversion(SCHEDULE, 5, prediction="x0"),
+        ValueError,
+        "prediction: wanted 'epsilon', 'v'",
+    ),
     (
         lambda: dx.euler(SCHEDULE.zero_terminal_snr(), 5, prediction="v"),
         ValueError,

@@ -17,6 +17,8 @@ def steps(device):
     """Every kind of timestep: of the host, of the device, one or one for each sample."""
     x = torch.ones(4, 3, 8, 8, device=device)
     each = torch.tensor([5, 6, 7, 8], device=device)
+    for row in (5, each[0], each):
+        yield dx.sampler_step(x, 0.5 * x, dx.ddpm(SCHEDULE), row, seeds=3)
     for t in (5, each[0], each):
         yield dx.ddpm_step(x, 0.5 * x, t, SCHEDULE, seeds=3)
         yield dx.perturb(x, t, SCHEDULE, seeds=3)[0]
@@ -34,6 +36,10 @@ def test_a_step_waits_for_nothing():
         dx.ddim_step(x, x, 9, each, SCHEDULE)
         dx.ddpm_step(x, x, each, SCHEDULE, seeds=3)
         dx.denoising_loss(x, x, torch.tensor([5, 6, 7, 8]), SCHEDULE, seeds=torch.arange(4))
+        table = dx.dpmpp_2m_sde(SCHEDULE, 4)  # whose first step takes it to the GPU
+        slots = table.new_slots(x)
+        for i in range(4):
+            x = dx.sampler_step(x, x, table, i, seeds=3, slots=slots)
     for ours, theirs in zip(warm, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
 

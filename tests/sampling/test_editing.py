@@ -129,9 +129,9 @@ IMAGE = torch.zeros(SHAPE)
         ({"first_step": 3}, "start: wanted an image for a mask or a first_step, got None"),
         ({"mask": torch.ones(1, 1, 8, 8)}, "start: wanted an image for a mask"),
         ({"start": IMAGE, "first_step": 5}, "first_step: wanted from 0 to 4, got 5"),
-        ({"start": IMAGE[:1]}, r"start: wanted shape \[2, 3, 8, 8\], got \[1, 3, 8, 8\]"),
-        ({"start": IMAGE, "mask": torch.ones(8, 8)}, "mask: wanted to broadcast"),
-        ({"start": IMAGE, "mask": torch.ones(1, 2, 8, 8)}, "mask: wanted to broadcast"),
+        ({"start": IMAGE[:1]}, r"start: wanted a tensor \[2, 3, 8, 8\], got .* \[1, 3, 8, 8\]"),
+        ({"start": IMAGE, "mask": torch.ones(8, 8)}, "mask: wanted a tensor that broadcasts"),
+        ({"start": IMAGE, "mask": torch.ones(1, 2, 8, 8)}, "mask: wanted a tensor that broadcasts"),
     ],
 )
 def test_bad_input(options, message):

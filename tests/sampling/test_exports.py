@@ -280,7 +280,9 @@ def test_openvino_leaves_no_signal_stack_in_memory_that_is_given_back():
 
 @every_way
 def test_bad_input(way):
-    with pytest.raises(TypeError, match=f"model: engine '{way}' exports a module, got function"):
+    with pytest.raises(
+        TypeError, match=f"model: engine '{way}' wants a torch.nn.Module, got function"
+    ):
         draw(lambda x, t, c: x, engine=way)
     with pytest.raises(ValueError, match=f"differentiable: engine '{way}' has no gradients"):
         draw(Network(), engine=way, differentiable=True)

@@ -96,8 +96,16 @@ def test_a_later_start_keeps_the_scales():
 
 BAD = [
     (lambda: dx.guided(3, 2.0), TypeError, "table: wanted a StepTable"),
-    (lambda: dx.guided(TABLE, [1.0, 2.0]), ValueError, "scale: wanted a number or 8"),
-    (lambda: dx.guided(TABLE, "2"), TypeError, "scale: wanted a number or 8"),
+    (
+        lambda: dx.guided(TABLE, [1.0, 2.0]),
+        ValueError,
+        "scale: wanted a number, or one for each of the table's 8 rows",
+    ),
+    (
+        lambda: dx.guided(TABLE, "2"),
+        TypeError,
+        "scale: wanted a number, or one for each of the table's 8 rows",
+    ),
     (lambda: dx.guided(TABLE, np.nan), ValueError, "scale: wanted finite numbers"),
     (lambda: dx.guided(TABLE, 2.0, 1.0), TypeError, "interval: wanted .low, high."),
     (lambda: dx.guided(TABLE, 2.0, (2.0, 1.0)), ValueError, "interval: wanted low <= high"),

@@ -73,7 +73,14 @@ def test_a_model_that_is_watched_is_called(monkeypatch, change):
 
 
 def test_shapes_are_checked_before_the_run():
-    with pytest.raises(ValueError, match=r"x: wanted shape \['B', 3, 8, 8\], got \[2, 3, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"shape: wanted \(B, 3, 8, 8\), .* got \(2, 3, 4, 4\)"):
         draw(unet(), shape=(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"c: wanted shape \[2, 3\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"context: wanted .* floats \[2, 3\], got .* \[2, 4\]"):
         draw(unet(), context=torch.randn(2, 4))
+    with pytest.raises(TypeError, match=r"context: wanted .* floats \[2, 3\], got dict"):
+        draw(unet(), context={"c": torch.randn(2, 3)})
+
+
+def test_a_shape_without_its_batch_is_not_the_contexts_fault():
+    with pytest.raises(ValueError, match=r"shape: wanted \(B, 3, 8, 8\), .* got \(3, 8, 8\)"):
+        draw(unet(), shape=(3, 8, 8), context=torch.randn(2, 3))

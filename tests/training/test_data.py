@@ -104,8 +104,8 @@ def test_npz_with_context_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("array", "layout", "message"),
     [
-        (np.zeros((2, 3, 3, 3), np.uint8), "auto", "does not tell its layout; declare it"),
-        (np.zeros((2, 8, 6, 3), np.uint8), "auto", "does not tell its layout; declare it"),
+        (np.zeros((2, 3, 3, 3), np.uint8), "auto", "layout: wanted 'NHWC' or 'NCHW' .* got 'auto'"),
+        (np.zeros((2, 8, 6, 3), np.uint8), "auto", "layout: wanted 'NHWC' or 'NCHW' .* got 'auto'"),
         (np.zeros((2, 8, 6, 3), np.uint8), "NHWC", r"images: wanted shape \[N, C, S, S\], got"),
         (np.zeros((2, 8, 6), np.uint8), "auto", r"images: wanted shape .* got \[2, 1, 8, 6\]"),
         (np.zeros((8, 8), np.uint8), "auto", r"wanted an array \[N, S, S\].*got \(8, 8\)"),
@@ -130,10 +130,10 @@ def test_bad_arrays(tmp_path, array, layout, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros(3, int), r"contexts: wanted labels \[2\] or vectors \[2, n_cfeat\].*\[3\]"),
-        (np.zeros((3, 2, 2)), r"contexts: wanted labels .* got shape \[3, 2, 2\]"),
-        (np.array([0, -1]), r"contexts: wanted labels 0, 1, \.\.\., got torch.int64"),
-        (np.array([0.5, 1.0]), r"contexts: wanted labels 0, 1, \.\.\., got torch.float64"),
+        (np.zeros(3, int), r"labels: wanted labels \[2\] or vectors \[2, n_cfeat\].*\[3\]"),
+        (np.zeros((3, 2, 2)), r"labels: wanted labels .* got shape \[3, 2, 2\]"),
+        (np.array([0, -1]), r"labels: wanted labels 0, 1, \.\.\., got torch.int64"),
+        (np.array([0.5, 1.0]), r"labels: wanted labels 0, 1, \.\.\., got torch.float64"),
     ],
 )
 def test_bad_labels(tmp_path, labels, message):

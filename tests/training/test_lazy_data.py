@@ -299,3 +299,17 @@ def test_emoji():
     assert "CC BY-SA 4.0" in data.notes[0]
     with pytest.raises(ValueError, match="size: wanted at least 8, got 4"):
         load_data("emoji", 4)
+
+
+@pytest.mark.parametrize("source", ["emoji", "."])
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (30, ValueError, "size: wanted a multiple of 4, got 30"),
+        (0, ValueError, "size: wanted at least 1, got 0"),
+        (16.0, TypeError, "size: wanted an int, got float"),
+    ],
+)
+def test_a_size_is_refused_by_its_own_name(source, size, error, message):
+    with pytest.raises(error, match=message):
+        load_data(source, size)

@@ -56,7 +56,9 @@ class FusedScheduler:
         Raises: TypeError, ValueError for other seeds, and without noise="counter".
         """
         if self.noise != "counter":
-            raise ValueError('set_seeds: wanted a scheduler with noise="counter"')
+            raise ValueError(
+                f'noise: set_seeds wants a scheduler with noise="counter", got {self.noise!r}'
+            )
         if seeds is not None:
             as_seeds(seeds, seeds.numel() if isinstance(seeds, Tensor) else 1, torch.device("cpu"))
         self._seeds = seeds

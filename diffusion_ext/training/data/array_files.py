@@ -14,20 +14,21 @@ from ...ops.memory import memory_available
 FLOAT_BYTES = 4  # of each value, once it is an image
 
 
-def check_array_file(path: Path, fits_in_memory: bool) -> None:
+def check_array_file(path: Path, fits_in_memory: bool, name: str = "data") -> None:
     """A file whose arrays are as long as their headers say.
 
     Args: fits_in_memory: their values, and as float32 too, have to fit into free memory.
+        name: what errors call the file.
     Raises: ValueError for another file, or one that does not fit.
     """
     try:
         needed = _needed_of_npz(path) if zipfile.is_zipfile(path) else _needed_of_npy(path)
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"data: cannot read the array {path}: {error}") from error
+        raise ValueError(f"{name}: cannot read the array {path}: {error}") from error
     free = memory_available()
     if fits_in_memory and needed > free:
         raise ValueError(
-            f"data: {path} wants {needed / 2**30:.3g} GiB of memory, of which {free / 2**30:.3g} "
+            f"{name}: {path} wants {needed / 2**30:.3g} GiB of memory, of which {free / 2**30:.3g} "
             "are free; --lazy True reads an .npy as needed"
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...checks import check_choice, did_you_mean
 from .array_files import check_array_file
@@ -36,11 +37,11 @@ def load_image_array(
     """
     pixels, contexts = read_arrays(Path(path))
     if labels is not None:
-        contexts = read_arrays(Path(labels))[0]
+        contexts = read_arrays(Path(labels), name="labels")[0]
     pixels = _to_nchw(pixels, layout)
     check_numbers(pixels)
     if contexts is not None:
-        contexts = checked_contexts(torch.from_numpy(contexts), len(pixels), 0)
+        contexts = contexts_of_array(contexts, len(pixels))
     if not pixels.size:
         return ImageData(torch.from_numpy(pixels), contexts)  # its error
     limits = parse_range(value_range) or recognised_range(pixels)
@@ -48,30 +49,39 @@ def load_image_array(
     return ImageData(images, contexts, notes=(described(pixels, *limits),))
 
 
-def check_numbers(pixels: np.ndarray) -> None:
+def check_numbers(array: np.ndarray, name: str = "data") -> None:
     """Raises: ValueError for what is not real numbers."""
-    if pixels.dtype != np.bool_ and not np.issubdtype(pixels.dtype, np.number):
-        raise ValueError(f"data: wanted numbers, got an array of {pixels.dtype}")
-    if np.iscomplexobj(pixels):
-        raise ValueError(f"data: wanted real numbers, got {pixels.dtype}")
+    if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"{name}: wanted numbers, got an array of {array.dtype}")
+    if np.iscomplexobj(array):
+        raise ValueError(f"{name}: wanted real numbers, got {array.dtype}")
 
 
-def read_arrays(path: Path, mmap: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """(images, labels or None) of an .npy, which is mapped where mmap, or an .npz."""
+def contexts_of_array(labels: np.ndarray, count: int) -> Tensor:
+    """The contexts, float32 [count, n], of labels or vectors. Raises: ValueError."""
+    check_numbers(labels, "labels")
+    return checked_contexts(torch.from_numpy(labels), count, 0, "labels")
+
+
+def read_arrays(
+    path: Path, mmap: bool = False, name: str = "data"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(images, labels or None) of an .npy, which is mapped where mmap, or an .npz. Errors call the
+    file by `name`."""
     if not path.exists():
-        raise FileNotFoundError(f"data: no file {path}")
-    check_array_file(path, fits_in_memory=not mmap)
+        raise FileNotFoundError(f"{name}: no file {path}")
+    check_array_file(path, fits_in_memory=not mmap, name=name)
     try:
         loaded = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"data: cannot read the array {path}: {error}") from error
+        raise ValueError(f"{name}: cannot read the array {path}: {error}") from error
     if isinstance(loaded, np.ndarray):
         return loaded, None
     with loaded:
         if "images" not in loaded:
             names = sorted(loaded.files)
-            near = "".join(did_you_mean(name, ["images"]) for name in names)
-            raise ValueError(f"data: wanted an array `images` in {path}, got {names}{near}")
+            near = "".join(did_you_mean(one, ["images"]) for one in names)
+            raise ValueError(f"{name}: wanted an array `images` in {path}, got {names}{near}")
         return loaded["images"], loaded.get("labels")
 
 
@@ -103,5 +113,8 @@ def find_layout(shape: tuple[int, ...], layout: str) -> str:
     if second == third and first <= MAX_CHANNELS:
         possible.append("NCHW")
     if len(possible) != 1:
-        raise ValueError(f"data: the shape {shape} does not tell its layout; declare it")
+        raise ValueError(
+            f"layout: wanted 'NHWC' or 'NCHW' for an array {shape}, whose sizes do not tell, got "
+            "'auto'"
+        )
     return possible[0]

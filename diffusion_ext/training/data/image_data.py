@@ -112,14 +112,17 @@ def _checked_images(images: Tensor) -> Tensor:
     return images.float()
 
 
-def checked_contexts(contexts: Tensor, count: int, classes: int) -> Tensor:
+def checked_contexts(contexts: Tensor, count: int, classes: int, name: str = "contexts") -> Tensor:
     if contexts.ndim < 1 or len(contexts) != count:
         raise ValueError(
-            f"contexts: wanted labels [{count}] or vectors [{count}, n_cfeat], "
+            f"{name}: wanted labels [{count}] or vectors [{count}, n_cfeat], "
             f"got shape {list(contexts.shape)}"
         )
     if contexts.ndim > 1:
         return contexts.float()
     if contexts.is_floating_point() or contexts.min() < 0:
-        raise ValueError(f"contexts: wanted labels 0, 1, ..., got {contexts.dtype} {contexts[:5]}")
+        found = contexts[:5].tolist()
+        raise ValueError(
+            f"{name}: wanted labels 0, 1, ..., got {contexts.dtype}, the first {found}"
+        )
     return F.one_hot(contexts.long(), max(classes, int(contexts.max()) + 1)).float()

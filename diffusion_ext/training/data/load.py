@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...checks import did_you_mean
+from ...checks import check_at_least_1, did_you_mean
 from .arrays import load_image_array
 from .digits import load_digits
 from .emoji import load_emoji
@@ -32,8 +32,8 @@ def load_data(
 ) -> ImageData | LazyData:
     """Loads "digits", "emoji", a folder of images or an .npy/.npz, whichever `source` names.
 
-    Args: size is for emoji (default 16) and a folder (default 32); background and skip_unreadable
-        for a folder, layout for an array; see the functions below.
+    Args: size, a multiple of 4, is for emoji (default 16) and a folder (default 32); background and
+        skip_unreadable for a folder, layout for an array; see the functions below.
         labels: of an array an .npy; of a folder a CSV.
         lazy: read the images as they are needed; None: of a folder, where it is large.
         workers: processes that read ahead, where lazy.
@@ -41,6 +41,8 @@ def load_data(
 
     Raises: FileNotFoundError, ValueError; ImportError where the set's package is missing.
     """
+    if size is not None:
+        _check_size(size)
     path = Path(source)
     if str(source) == "digits":
         return load_digits()
@@ -69,3 +71,10 @@ def _files_beside(path: Path) -> dict[str, str | Path]:
     """Folders and arrays by their names; none where the path's own folder is missing."""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     return {file.name: file for file in beside if file.is_dir() or file.suffix in ARRAYS}
+
+
+def _check_size(size) -> None:
+    """size is one that a network can halve twice, before it is made for the images."""
+    check_at_least_1("size", size)
+    if size % 4:
+        raise ValueError(f"size: wanted a multiple of 4, got {size}")

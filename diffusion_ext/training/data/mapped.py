@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arrays import check_numbers, find_layout, read_arrays
-from .image_data import checked_contexts
+from .arrays import check_numbers, contexts_of_array, find_layout, read_arrays
 from .lazy import LazyData, Source
 from .value_range import parse_range, recognised_range, to_unit_range
 
@@ -47,11 +46,10 @@ class MappedArray:
         self.shape = self._to_chw(self._pixels[0]).shape
         seen = self._pixels[:: max(len(self._pixels) // SEEN, 1)]
         self._range = parse_range(value_range) or recognised_range(seen)
-        self._labels = None if labels is None else read_arrays(labels)[0]
+        self._labels = None if labels is None else read_arrays(labels, name="labels")[0]
         features = 0
         if self._labels is not None:
-            contexts = checked_contexts(torch.from_numpy(self._labels), len(self._pixels), 0)
-            features = contexts.shape[1]
+            features = contexts_of_array(self._labels, len(self._pixels)).shape[1]
         self.class_names = tuple(map(str, range(features)))
 
     def __len__(self) -> int:
