@@ -19,7 +19,9 @@ from diffusion_ext.training.evaluation import features
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "set.npz", 300)
-    assert run(None, "train", "--data", images, "--out", folder / "run", *TINY).returncode == 0
+    short = ["--epochs", 2, "--samples-every", 0]
+    train = ["train", "--data", images, "--out", folder / "run", *TINY, *short]
+    assert run(None, *train).returncode == 0
     return folder / "run"
 
 
