@@ -7,10 +7,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .config import TrainingConfig
-from .sharding import laid_as
+from .sharding import is_cut, laid_as
 
 # Those that want a closure, sparse gradients or matrices alone are left out.
 _OTHERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -38,7 +37,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     known = inspect.signature(build).parameters.keys() - {"params", "lr"}
     for name in config.optimizer_options.keys() - known:
         raise ValueError(f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}")
-    cut = any(isinstance(parameter, DTensor) for parameter in parameters)
+    cut = any(is_cut(parameter) for parameter in parameters)
     can_fuse = "fused" in known and (not cut or build.__name__ in FUSED_WHEN_CUT)
     fused = {"fused": True} if can_fuse else {}
     try:
