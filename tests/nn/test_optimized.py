@@ -228,7 +228,9 @@ def test_no_gradients_and_inference_mode():
         assert torch.equal(ours(x, t, c), y)
 
 
-@pytest.mark.parametrize(("seconds", "faster"), [((1, 2), FORMATS[0]), ((2, 1), FORMATS[1])])
+@pytest.mark.parametrize(
+    ("seconds", "faster"), [((1.0, 2.0), FORMATS[0]), ((2.0, 1.0), FORMATS[1])]
+)
 def test_the_faster_memory_format_is_kept_and_remembered(monkeypatch, seconds, faster):
     def timed(forward, device):
         network, x = forward.func, forward.args[0]
@@ -250,7 +252,7 @@ def test_the_faster_memory_format_is_kept_and_remembered(monkeypatch, seconds, f
         "optimize_for_sampling, ContextUnet, batch 5, torch.float32",
         str(faster),
     )
-    monkeypatch.setattr(measuring, "seconds", lambda *_: 1)
+    monkeypatch.setattr(measuring, "seconds", lambda *_: 1.0)
     assert dx.optimize_for_sampling(model, batch=6).memory_format == FORMATS[0]
 
 
