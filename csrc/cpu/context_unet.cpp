@@ -57,23 +57,22 @@ Tensor max_pool(const Tensor& x_) {
   const int64_t height = x.height / 2, width = x.width / 2;
   const Tensor y_ = new_images(x_, x.batch, x.channels, height, width);
   float* y = static_cast<float*>(y_.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, x.batch * height * width, x.grain(), [&](int64_t begin, int64_t end) {
-        on_best_isa([&]() DX_KERNEL {
-          for (int64_t p = begin; p < end; ++p) {
-            const int64_t row = p / width * 2 % x.height + p / (width * height) * x.height;
-            const float* from = x.data + (row * x.width + p % width * 2) * x.channels;
-            const float* below = from + x.width * x.channels;
+  share_work(x.batch * height * width, x.grain(), [&](int64_t begin, int64_t end) {
+    on_best_isa([&]() DX_KERNEL {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t row = p / width * 2 % x.height + p / (width * height) * x.height;
+        const float* from = x.data + (row * x.width + p % width * 2) * x.channels;
+        const float* below = from + x.width * x.channels;
 #pragma omp simd
-            for (int64_t c = 0; c < x.channels; ++c) {
-              float most = from[c];
-              for (const float other : {from[c + x.channels], below[c], below[c + x.channels]})
-                most = other > most || other != other ? other : most;
-              y[p * x.channels + c] = most;
-            }
-          }
-        });
-      });
+        for (int64_t c = 0; c < x.channels; ++c) {
+          float most = from[c];
+          for (const float other : {from[c + x.channels], below[c], below[c + x.channels]})
+            most = other > most || other != other ? other : most;
+          y[p * x.channels + c] = most;
+        }
+      }
+    });
+  });
   return y_;
 }
 
@@ -106,7 +105,7 @@ void modulate(const Tensor& x_, const Tensor& scale_, const Tensor& shift_) {
   const Tensor scale = as_contiguous(scale_), shift = as_contiguous(shift_);
   float* y = static_cast<float*>(x_.mutable_data_ptr());
   const int64_t of_image = x.height * x.width;
-  torch::stable::parallel_for(0, x.batch * of_image, x.grain(), [&](int64_t begin, int64_t end) {
+  share_work(x.batch * of_image, x.grain(), [&](int64_t begin, int64_t end) {
     on_best_isa([&]() DX_KERNEL {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t b = p / of_image * x.channels;

@@ -117,7 +117,7 @@ Tensor conv2d_filters(const Tensor& weight, bool transposed) {
   const int64_t of_out = weight.stride(of.first), of_in = weight.stride(of.second);
   const int64_t of_row = weight.stride(2), of_column = weight.stride(3);
   const int64_t panel = dx::panel(), taps_of_block = transposed ? 1 : taps;
-  torch::stable::parallel_for(0, blocks * taps, 1, [&](int64_t begin, int64_t end) {
+  share_work(blocks * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t k = (transposed ? n % blocks : n / taps) * kColumns;
       const int64_t tap = transposed ? n / blocks : n % taps;

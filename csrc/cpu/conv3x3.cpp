@@ -103,7 +103,7 @@ DX_INLINE void transform_filters(const Weight& w, int64_t c, int64_t k, int64_t 
 // All of them.
 void transform_all(const Weight& w, float* u) {
   const int64_t panel = dx::panel();
-  torch::stable::parallel_for(0, column_blocks(w.out) * w.in, 16, [&](int64_t begin, int64_t end) {
+  share_work(column_blocks(w.out) * w.in, 16, [&](int64_t begin, int64_t end) {
     on_best_isa([&]() DX_KERNEL {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t k = n / w.in * kColumns;

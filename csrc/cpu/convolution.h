@@ -16,6 +16,7 @@
 #include "../math/activation.h"
 #include "products.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace dx {
 
@@ -144,7 +145,7 @@ void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
   };
   const std::unique_ptr<float, Free> scratch(
       static_cast<float*>(::operator new(threads * own * sizeof(float), std::align_val_t(64))));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  share_work(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
         body(i, scratch.get() + thread * own);

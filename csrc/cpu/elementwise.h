@@ -10,6 +10,7 @@
 #include "blocks.h"
 #include "normals.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace dx {
 
@@ -32,7 +33,7 @@ void for_each_tile(const Batch& batch, const Body& body) {
   const int64_t tile = tile_of(batch);
   const int64_t tiles = (batch.per_sample() + tile - 1) / tile;
   const int64_t grain = std::max<int64_t>(kGrain / std::min(tile, batch.per_sample()), 1);
-  torch::stable::parallel_for(0, batch.samples * tiles, grain, [&](int64_t first, int64_t last) {
+  share_work(batch.samples * tiles, grain, [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[]> scratch(new float[tile + kTile]);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % tiles * tile;

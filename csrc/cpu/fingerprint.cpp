@@ -5,6 +5,7 @@
 #include "../common.h"
 #include "blocks.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace dx {
 namespace {
@@ -80,7 +81,7 @@ uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers) {
   if (sampling.all()) return hash_of_all(data, filters * numbers);
   const int64_t of_part = std::max<int64_t>(kPart / sampling.taken, 1);
   std::vector<uint64_t> parts((filters + of_part - 1) / of_part);
-  torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+  share_work(parts.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       parts[p] = hash_of_filters(data, sampling, p * of_part, std::min(filters, (p + 1) * of_part));
   });

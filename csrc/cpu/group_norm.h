@@ -9,6 +9,7 @@
 
 #include "../ops/group_norm_act.h"
 #include "simd.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace dx {
@@ -118,7 +119,7 @@ void for_each_chunk(const Slab& slab, bool on_threads, const Body& body) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
   };
   if (on_threads)
-    torch::stable::parallel_for(0, slab.chunks(), 1, range);
+    share_work(slab.chunks(), 1, range);
   else
     range(0, slab.chunks());
 }
@@ -147,7 +148,7 @@ void for_each_slab(const GroupNorm& g, const Body& body) {
     for (int64_t i = begin; i < end; ++i) body(Slab(g, i), on_threads);
   };
   if (on_threads) return range(0, slabs);
-  torch::stable::parallel_for(0, slabs, std::max<int64_t>(16384 / elements, 1), range);
+  share_work(slabs, std::max<int64_t>(16384 / elements, 1), range);
 }
 
 // What normalises the channels of a slab (math/group_norm_act.h), an array [width] of each member

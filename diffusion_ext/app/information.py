@@ -40,7 +40,8 @@ class Info:
         lines.append("  float64 and other devices are served by the torch reference")
         if self.choices:
             lines.append(f"  what was measured to be fastest here ({choices.folder()})")
-            lines += [f"    {choice.of}\n      {choice}" for choice in self.choices]
+            for choice in self.choices:
+                lines += [f"    {choice.of}", f"      {choice}", f"      {choice.how}"]
         return "\n".join(lines)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import check_at_least_1, check_dtype, kind, networks_of, shown
-from ..ops import choices
+from ..ops import choices, measuring
 from ..ops.conv2d import CHANNELS
 from ..ops.layouts import layout_of
 from .context_unet import (
@@ -29,7 +31,7 @@ from .one_call import OneCall
 
 EMBEDDINGS = ("timeembed1", "timeembed2", "contextembed1", "contextembed2")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-FORWARDS = 3  # that are timed, of which the fastest counts
+TURN = 0.02  # seconds for which a memory format is timed, at least once, in each round
 
 
 def optimize_for_sampling(
@@ -244,16 +246,15 @@ def _faster(model: ContextUnet, batch: int, dtype: torch.dtype) -> OptimizedCont
     networks = {
         name: OptimizedContextUnet(model, batch, dtype, layout) for name, layout in layouts.items()
     }
-    seconds = {name: _seconds(network, batch, device) for name, network in networks.items()}
-    taken = min(seconds, key=seconds.get)
-    choices.keep(of, detail, device, taken, seconds, {})
+    forwards = {name: partial(_forwards, network, batch) for name, network in networks.items()}
+    measured = measuring.measure(forwards, device, TURN)
+    taken = min(measured.seconds, key=measured.seconds.get)
+    choices.keep(of, detail, device, taken, measured)
     return networks[taken]
 
 
-def _seconds(network: OptimizedContextUnet, batch: int, device: torch.device) -> float:
-    """Of a forward, the fastest of some."""
+def _forwards(network: OptimizedContextUnet, batch: int) -> measuring.Calls:
     like, side = network.timeembed1.model[0].weight, network.height
     x, times = like.new_zeros(batch, network.in_channels, side, side), like.new_ones(1)
     x = x.contiguous(memory_format=network.memory_format)
-    network(x, times)  # the first one makes and chooses what later ones keep
-    return min(choices.seconds(lambda: network(x, times), device) for _ in range(FORWARDS))
+    return itertools.repeat(partial(network, x, times))

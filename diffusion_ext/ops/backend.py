@@ -77,12 +77,23 @@ for _device, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
     if (_reason := _load()) is not None:
         missing[_device] = _reason
 
+
+def constant_to_compile(function: Callable) -> Callable:
+    """Decorates what torch.compile shall call once, while it compiles, for a constant.
+
+    It does what torch.compiler.assume_constant_result does. That one imports torch._dynamo, for
+    which every program would wait 0.9 s, also those that compile nothing.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 # Index of a GPU -> whether the CUDA library was compiled for it; asked when it is first used, since
 # that starts CUDA in this process.
 _code: dict[int, bool] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compile
 def has_code(index: int) -> bool:
     """Whether the CUDA library, which is loaded, was compiled for the GPU `index`.
 

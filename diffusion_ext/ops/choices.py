@@ -13,88 +13,98 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ..version import __version__
 from . import backend
+from .measuring import Measured
 
 KIND = {"family": "cpu family", "model": "model"}  # of a processor, in /proc/cpuinfo
+STARTED = time.time()  # this process
 # What a file that holds no choice raises.
 DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
 PACKAGES = ("torch", "onnxruntime", "openvino")  # whose versions change what is fastest
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One choice and what it was made from.
+class Choice(Measured):
+    """One choice and the measurement that it was made from.
 
     Attributes:
         of: what was chosen for, in words. detail: all else that it depends on, as a digest.
         machine: where: device, processor, threads, versions ... .
-        taken: the way that was chosen. seconds: way -> of one call.
-        failed: way -> why it cannot run.
+        taken: the way that was chosen.
     """
 
     of: str
     detail: str
     machine: dict[str, str | int]
     taken: str
-    seconds: dict[str, float]
-    failed: dict[str, str]
 
     def __str__(self) -> str:
         ways = sorted(self.seconds, key=lambda way: (way != self.taken, self.seconds[way]))
         times = [f"{way} {1e3 * self.seconds[way]:.3g} ms" for way in ways]
         return "; ".join([*times, *(f"{way}: {why}" for way, why in self.failed.items())])
 
+    @property
+    def how(self) -> str:
+        """When and how it was measured, in words, and whether a file keeps it."""
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.when))
+        told = (
+            f"measured {day} in {self.took:.3g} s, {self.rounds} rounds; the best turns of a way "
+            f"differ by {self.spread:.0%}, no core for {self.waited:.0%} of the time"
+        )
+        return f"{told}; in doubt, so no file keeps it" if self.doubt else told
+
+
+# Of this process: file -> the choice that it does not hold, since that is in doubt.
+_doubted: dict[pathlib.Path, Choice] = {}
+
 
 def find(of: str, detail: str, device: torch.device) -> Choice | None:
-    """The choice that was made of this, in this or another process on this machine."""
+    """The choice that was made of this, in this or another process on this machine.
+
+    Where DIFFUSION_EXT_MEASURE is "again", only one of this process counts.
+    """
+    since = STARTED if _again() else 0.0
     with contextlib.suppress(*DAMAGED):
         choice = _read(_file(of, digest(detail), machine(device)))
-        if (choice.of, choice.machine) == (of, machine(device)):
+        if (choice.of, choice.machine) == (of, machine(device)) and choice.when >= since:
             return choice
     return None
 
 
-def keep(
-    of: str,
-    detail: str,
-    device: torch.device,
-    taken: str,
-    seconds: Mapping[str, float],
-    failed: Mapping[str, str],
-) -> Choice:
-    """Remember it, where a file can be written."""
-    times = {way: float(s) for way, s in seconds.items()}
-    choice = Choice(of, digest(detail), machine(device), taken, times, dict(failed))
+def _again() -> bool:
+    told = os.environ.get("DIFFUSION_EXT_MEASURE", "")
+    if told not in ("", "again"):
+        warnings.warn(f"DIFFUSION_EXT_MEASURE: wanted 'again', got {told!r}", stacklevel=4)
+    return told == "again"
+
+
+def keep(of: str, detail: str, device: torch.device, taken: str, measured: Measured) -> Choice:
+    """Remember it where a file can be written and the measurement leaves no doubt."""
+    choice = Choice(
+        **asdict(measured), of=of, detail=digest(detail), machine=machine(device), taken=taken
+    )
     file = _file(choice.of, choice.detail, choice.machine)
+    if choice.doubt:
+        _doubted[file] = choice
+        return choice
+    _doubted.pop(file, None)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         _write(file, json.dumps(asdict(choice), indent=1))
     return choice
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """That a call takes, after all that was asked of the device before it is done."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def all_of_this_machine() -> Iterator[Choice]:
-    """Every choice that would be taken here and now, in the order of their names."""
-    found = []
+    """Every choice that would be taken here and now, and those of this process that are in doubt,
+    in the order of their names."""
+    found = [choice for file, choice in _doubted.items() if file.parent == folder()]
     for file in folder().glob("*.json"):
         # AssertionError, RuntimeError: torch's, of a device that is not here.
         with contextlib.suppress(*DAMAGED, AssertionError, RuntimeError):
@@ -166,7 +176,8 @@ def _read(file: pathlib.Path) -> Choice:
     """Raises: what DAMAGED says, for a file that holds no choice."""
     choice = Choice(**json.loads(file.read_text()))
     texts = choice.of, choice.detail, choice.taken, *choice.failed.values()
-    numbers = choice.seconds[choice.taken], *choice.seconds.values()
+    numbers = choice.seconds[choice.taken], *choice.seconds.values(), choice.when, choice.took
+    numbers += choice.spread, choice.waited, float(choice.rounds)
     kinds = [(text, str) for text in texts] + [(number, float) for number in numbers]
     if not all(isinstance(value, kind) for value, kind in kinds):
         raise TypeError(f"{file} holds no choice")

@@ -21,6 +21,7 @@ from ..checks import (
     moved,
     numbered,
 )
+from ..ops.backend import constant_to_compile
 
 __all__ = ["NoiseSchedule"]
 
@@ -117,7 +118,7 @@ class NoiseSchedule:
 
     # torch 2.10 and 2.11 take no schedule as an argument of such a function, only as the object of
     # a method, and no torch looks whether that is still the same: the digest tells.
-    @torch.compiler.assume_constant_result
+    @constant_to_compile
     def _constant(self, digest: str, make: Callable[..., Any], *arguments: Any) -> Any:
         return make(self, *arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,14 +20,15 @@ from ..fusing import fuse
 from ..nn import optimize_for_sampling
 from ..nn.context_unet import ContextUnet
 from ..nn.optimized import OptimizedContextUnet
-from ..ops import backend, choices
+from ..ops import backend, choices, measuring
 from . import graphs
 from .exports import tracing
 from .kept import digest_of_weights, keep_last
 from .networks import watched
 from .runtimes import RUNTIMES, missing
 
-SECONDS, CALLS = 0.5, (2, 20)  # that a way is timed for, and its calls: at least, at most
+TURN = 0.1  # seconds for which a way is timed in each round
+SLOW = ("openvino", "onnxruntime", "compile")  # to make; the quickest first
 GAIN = 1.05  # what a way must gain over those before it, which need less of all else
 KEPT = 4  # ways of a model that are kept, the last ones used
 
@@ -147,33 +149,50 @@ def _chosen(model, x: Tensor, kind: str, makers: dict, calls, progress: bool) ->
     if known is not None and known.taken in makers:
         with contextlib.suppress(Exception):  # then the clock says what is left
             return makers[known.taken]()
-    best, seconds, failed = None, {}, {}
-    bar = tqdm(makers, "measuring engines", unit="way", disable=None if progress else True)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        for name in bar:
+    ways: dict[str, Way] = {}
+
+    def begun(name: str) -> measuring.Calls:
+        ways[name] = makers[name]()
+        return calls(ways[name])
+
+    turns = {name: partial(begun, name) for name in sorted(makers, key=_slowness)}
+    forked = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+    with forked, _told(list(turns), progress) as trying:
+        measured = measuring.measure(turns, x.device, TURN, trying)
+    taken = _worth_it(list(makers), measured.seconds)
+    choice = choices.keep(of, detail, x.device, taken, measured)
+    if progress:
+        print(f"engine: {taken}; {choice.how}", file=sys.stderr, flush=True)
+    return ways[taken]
+
+
+def _slowness(name: str) -> int:
+    return SLOW.index(name) + 1 if name in SLOW else 0
+
+
+def _worth_it(order: list[str], seconds: dict[str, float]) -> str:
+    """The last one in this order that gains enough over those before it."""
+    first, *others = (name for name in order if name in seconds)
+    for name in others:
+        first = name if seconds[first] > GAIN * seconds[name] else first
+    return first
+
+
+@contextlib.contextmanager
+def _told(names: list[str], progress: bool) -> Iterator[Callable[[str], object]]:
+    """Called with each way: it shows in a bar on a terminal, a log has a line at the beginning."""
+    if progress and not sys.stderr.isatty():
+        print(
+            f"measuring engines, for half a minute: {', '.join(names)}", file=sys.stderr, flush=True
+        )
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=len(names), desc="measuring engines", unit="way", disable=hidden) as bar:
+
+        def show(name: str) -> None:
+            bar.update()
             bar.set_postfix_str(name)
-            try:
-                way = makers[name]()
-                seconds[name] = _seconds(calls(way), x.device)
-            except Exception as error:
-                if name == "eager":  # the model's own
-                    raise
-                failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                continue
-            if best is None or seconds[best.name] > GAIN * seconds[name]:
-                best = way
-    choices.keep(of, detail, x.device, best.name, seconds, failed)
-    return best
 
-
-def _seconds(calls: Iterator[Callable[[], None]], device: torch.device) -> float:
-    """Of one call, the least of some, after a first one that makes what later ones keep."""
-    choices.seconds(next(calls), device)
-    least, most = CALLS
-    times: list[float] = []
-    while len(times) < least or (len(times) < most and sum(times) < SECONDS):
-        times.append(choices.seconds(next(calls), device))
-    return min(times)
+        yield show
 
 
 def _calls(begin: Callable[[Way], object], rows: range, way: Way) -> Iterator[Callable[[], None]]:

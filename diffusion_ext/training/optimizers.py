@@ -7,11 +7,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..checks import did_you_mean
 from .config import TrainingConfig
-from .sharding import laid_as
+from .sharding import is_cut, laid_as
 
 # Those that want a closure, sparse gradients or matrices alone are left out.
 _OTHERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -45,7 +44,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             f"optimizer_options: {build.__name__} has {sorted(known)}, got {name!r}"
             f"{did_you_mean(name, known)}"
         )
-    cut = any(isinstance(parameter, DTensor) for parameter in parameters)
+    cut = any(is_cut(parameter) for parameter in parameters)
     can_fuse = "fused" in known and (not cut or build.__name__ in FUSED_WHEN_CUT)
     fused = {"fused": True} if can_fuse else {}
     try:

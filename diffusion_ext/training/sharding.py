@@ -1,12 +1,14 @@
-"""Networks beyond one device's memory: each process holds a part of each tensor (torch's FSDP2)."""
+"""Networks beyond one device's memory: each process holds a part of each tensor (torch's FSDP2).
+
+What of torch does this takes 0.7 s to import, so it is imported where a network is cut.
+"""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .processes import Processes
 
@@ -23,6 +25,8 @@ class Shards:
     """
 
     def __init__(self, network: nn.Module, output, device: torch.device, processes: Processes):
+        from torch.distributed.device_mesh import init_device_mesh
+
         self.mesh = init_device_mesh(device.type, (processes.count,))
         called: set[nn.Module] = set()
         watch = nn.modules.module.register_module_forward_pre_hook(lambda m, _: called.add(m))
@@ -36,6 +40,8 @@ class Shards:
 
     def cut(self, network: nn.Module) -> None:
         """Makes DTensors of the parameters of the network, or of a copy of it."""
+        from torch.distributed.fsdp import fully_shard
+
         for name in self.units:
             fully_shard(network.get_submodule(name), mesh=self.mesh)
         fully_shard(network, mesh=self.mesh)
@@ -61,14 +67,25 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _class_of_torch(module: str, name: str) -> type | tuple[()]:
+    """One of torch.distributed's, or () where nobody has imported it: nothing is of it then."""
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, _class_of_torch("tensor", "DTensor"))
+
+
 def class_name(network: nn.Module) -> str:
     """The user's, of which a cut network's class is made."""
-    return next(c.__name__ for c in type(network).__mro__ if not issubclass(c, FSDPModule))
+    cut = _class_of_torch("fsdp", "FSDPModule")
+    return next(c.__name__ for c in type(network).__mro__ if not issubclass(c, cut))
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which elementwise work may go on with."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
@@ -76,7 +93,7 @@ def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]
     they may be too large for a device. Every process has to ask."""
     gathered = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if is_cut(tensor) else tensor
         if processes.first:
             gathered[name] = full.cpu()
     return gathered
@@ -84,7 +101,9 @@ def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]
 
 def laid_as(value: Tensor, target: Tensor) -> Tensor:
     """A new tensor of value's numbers, cut and laid out as target."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+    if is_cut(target) and not is_cut(value):
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(target.device)
         return distribute_tensor(value, target.device_mesh, target.placements)
     return torch.empty_like(target, requires_grad=False).copy_(value)

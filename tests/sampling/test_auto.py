@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import sys
 import weakref
 
 import pytest
@@ -11,7 +13,7 @@ from engine_models import TABLES, Network, draw, unet
 from torch import nn
 
 import diffusion_ext as dx
-from diffusion_ext.ops import choices
+from diffusion_ext.ops import choices, measuring
 from diffusion_ext.sampling import auto, runtimes
 
 pytestmark = pytest.mark.usefixtures("small_work_counts")
@@ -21,7 +23,8 @@ OURS = {
     "ContextUnet": ["eager", "trace", "optimized", "optimized, trace"],
     "optimized": ["eager", "trace"],
 }
-OTHERS = ["compile", *(name for name in runtimes.PACKAGES if not runtimes.missing(name))]
+HERE = [name for name in ("openvino", "onnxruntime") if not runtimes.missing(name)]
+OTHERS = [*HERE, "compile"]  # in the order in which they are tried
 
 
 def clock(monkeypatch, seconds, default=1.0):
@@ -30,14 +33,12 @@ def clock(monkeypatch, seconds, default=1.0):
 
     def calls(begin, rows, way):
         timed.append(way.name)
-        yield begin(way)
-
-    def of(calls, device):
-        next(calls)
-        return seconds.get(timed[-1], default)
+        begin(way)
+        yield from itertools.repeat(way.name)
 
     monkeypatch.setattr(auto, "_calls", calls)
-    monkeypatch.setattr(auto, "_seconds", of)
+    monkeypatch.setattr(measuring, "seconds", lambda way, device: seconds.get(way, default))
+    monkeypatch.setattr(measuring, "waited", lambda: 0.0)
     return timed
 
 
@@ -218,12 +219,51 @@ def test_the_callers_noise_and_callback_are_the_runs_own(monkeypatch):
     assert called == [0, 1, 2, 3, 4]
 
 
-def test_the_clock():
-    """As it is, of steps that take no time: at least 2 and at most 20 after the first."""
-    steps = []
-    seconds = auto._seconds(iter([lambda: steps.append(1)] * 100), torch.device("cpu"))
-    assert len(steps) == 1 + auto.CALLS[1]
-    assert 0 <= seconds < 1
+def test_a_measurement_in_doubt_serves_this_process_alone(monkeypatch):
+    timed = clock(monkeypatch, {"trace": 0.5})
+    waited = itertools.count()  # a second more whenever it is asked for
+    monkeypatch.setattr(measuring, "waited", lambda: float(next(waited)))
+    model = Network()
+    for _ in range(2):
+        assert draw(model, engine="auto").engine == "trace"
+    assert len(timed) == len(OURS["any"] + OTHERS)
+    assert not list(choices.folder().glob("*"))
+    assert "in doubt, so no file keeps it" in str(dx.info())
+    clock(monkeypatch, {"fused": 0.5})
+    assert draw(Network(), engine="auto").engine == "fused"  # a model that was not measured
+    assert "in doubt" not in str(dx.info())
+
+
+def test_one_option_measures_again(monkeypatch):
+    clock(monkeypatch, {"trace": 0.5})
+    with monkeypatch.context() as before:  # in another process
+        before.setattr(measuring.time, "time", lambda: choices.STARTED - 100)
+        assert draw(Network(), engine="auto").engine == "trace"
+    timed = clock(monkeypatch, {"fused": 0.5})
+    assert draw(Network(), engine="auto").engine == "trace"
+    monkeypatch.setenv("DIFFUSION_EXT_MEASURE", "again")
+    for _ in range(2):
+        assert draw(Network(), engine="auto").engine == "fused"
+    assert len(timed) == len(OURS["any"] + OTHERS)
+    monkeypatch.setenv("DIFFUSION_EXT_MEASURE", "yes")
+    with pytest.warns(UserWarning, match="DIFFUSION_EXT_MEASURE: wanted 'again', got 'yes'"):
+        assert draw(Network(), engine="auto").engine == "fused"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_told(monkeypatch, capsys, terminal):
+    clock(monkeypatch, {"trace": 0.5})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    options = {"table": TABLES["ddim"], "engine": "auto"}
+    dx.sample(Network(), (2, 3, 8, 8), **options)
+    told = capsys.readouterr().err
+    assert ("measuring engines, for half a minute: eager, trace, fused" in told) == (not terminal)
+    assert ("measuring engines:" in told) == terminal  # the bar
+    assert "engine: trace; measured 20" in told
+    dx.sample(Network(), (2, 3, 8, 8), **options)
+    assert "engine" not in capsys.readouterr().err  # nothing was measured
+    dx.sample(Network(), (3, 3, 8, 8), progress=False, **options)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.compiles
