@@ -92,7 +92,8 @@ def _of_weights(weights: Weights, name: str, options: StateDictOptions) -> Train
     about = weights.about
     given = {"shortcut": options.shortcut, "pool_window": options.pool_window}
     given = {option: value for option, value in given.items() if value is not None}
-    model = context_unet_of(weights, name, **(({} if about else _of_course(weights, name)) | given))
+    quirks = {} if about else _of_course(weights, name)
+    model = context_unet_of(weights, name, **(quirks | given))
     numbers = [str(i) for i in range(model.n_cfeat)]
     try:
         return TrainedModel(
