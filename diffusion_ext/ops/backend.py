@@ -139,7 +139,7 @@ _current = _backend_from_environment()
 _kernels = torch.ops.diffusion_ext
 
 
-def use_backend(name: str):
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose what serves the ops inside the `with` block, for the whole process.
 
     Args:
