@@ -18,7 +18,6 @@ from .plan import steps_per_epoch
 from .sharding import class_name
 
 UNTIMED, TIMED = 2, (3, 2.0)  # steps that warm up; steps and seconds at least, of a forecast
-NOISE = 0.05  # of a picture, that an eye sees
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -131,12 +130,8 @@ def progress_line(
     if run.progress.skipped:
         parts.append(f"{run.progress.skipped} of {run.steps} steps skipped")
     if noise is not None:
-        parts.append(f"samples {noise_in_words(noise)}")
+        parts.append(f"samples {noise:.0%} noise")
     if run.steps < config.steps and speed:
         images = len(run.images) / steps_per_epoch(config, len(run.images))  # of a step
         parts.append(f"{tqdm.format_interval((config.steps - run.steps) * images / speed)} left")
     return "  ".join([*parts, f"{speed:.0f} images/s"])
-
-
-def noise_in_words(share: float) -> str:
-    return f"{share:.0%} noise" if share >= NOISE else "without noise"

@@ -122,7 +122,7 @@ def test_the_lines_of_a_run(tmp_path, capsys):
     ]
     told = [line.split("  samples ")[1].split("  ")[0] for line in lines if "samples" in line]
     assert len(told) == 2
-    assert all(words == "without noise" or words.endswith("% noise") for words in told)
+    assert all(words.endswith("% noise") for words in told)
 
 
 def test_how_long_it_will_take_is_said_after_the_first_steps(tmp_path, monkeypatch, capsys):
