@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..training import ImageData, LazyData, load_data
+from ..training.run_folder import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,17 @@ class DataOptions:
     def of_record(cls, record: dict) -> DataOptions:
         paths = {k: Path(record[k]) for k in ("labels", "cache") if record.get(k)}
         return cls(**{**record, **paths})
+
+
+def record_of(folder: Path, name: str) -> dict:
+    """What config.json tells of a run of `train`. Args: name: of the argument, for its errors.
+
+    Raises: FileNotFoundError; ValueError for the run of a Trainer, which knows of no files.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{name}: wanted {file}, which `train` writes; there is none")
+    record = json.loads(file.read_text())
+    if "data" not in record:
+        raise ValueError(f"{name}: {file} does not tell where the data came from, as `train` does")
+    return record

@@ -23,10 +23,9 @@ from ..training.evaluation import Evaluation, RealImages, evaluate, train_judge
 from ..training.evaluation.bars import bars
 from ..training.learner import Learner
 from ..training.preview import visible
-from ..training.run_folder import CONFIG_NAME
 from ..training.validation import Validation
 from ..training.weights_files import file_of
-from .data_options import DataOptions
+from .data_options import DataOptions, record_of
 from .places import RUN, RunPath, device_of
 from .report import write_report
 from .sample_set import RECORD_NAME, read_samples
@@ -64,7 +63,7 @@ class Evaluate(SamplerOptions):
         path = file_of(self.run_folder)
         checkpoint, trained = load_checkpoint(path), load_trained(path)
         config = TrainingConfig(**checkpoint.training)
-        data = _data_of(path.parent)
+        data = DataOptions.of_record(record_of(path.parent, "run_folder")["data"]).load()
         kept, held = split(len(data), config)
         real = _real_images(data, kept, held)
         start = time.perf_counter()
@@ -125,17 +124,6 @@ class Evaluate(SamplerOptions):
             )
             drawn.append(result.images.float().cpu())
         return torch.cat(drawn)
-
-
-def _data_of(folder: Path):
-    """The data that a run was trained on, as its config.json tells."""
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"run_folder: wanted {file}, which `train` writes; there is none")
-    config = json.loads(file.read_text())
-    if "data" not in config:
-        raise ValueError(f"run_folder: {file} does not tell where the data came from")
-    return DataOptions.of_record(config["data"]).load()
 
 
 def _real_images(data, kept: np.ndarray, held: np.ndarray) -> RealImages:

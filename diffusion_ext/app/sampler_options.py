@@ -8,12 +8,13 @@ from typing import Literal
 
 from ..samplers import SAMPLERS, SPACINGS, StepTable, ddpm, flow_euler, flow_heun
 from ..training import TrainedModel
+from ..training.preview import FEW_STEPS
 
 FLOW_SAMPLERS = {"flow_euler": flow_euler, "flow_heun": flow_heun}
 Sampler = Literal[("ddpm", *SAMPLERS, *FLOW_SAMPLERS)]
 Spacing = Literal[SPACINGS]
-STEPS, FEW_STEPS = 25, 10
-# docs/samplers.md: the best images for their calls, of networks that `train` trained.
+STEPS = 25
+# The preview's: docs/samplers.md has it measured on networks that `train` trained.
 RECOMMENDED = {"sampler": "dpmpp_2m_sde", "clip": 1.0}
 
 

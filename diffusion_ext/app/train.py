@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,14 +19,15 @@ from ..training import (
     StateDictOptions,
     Trainer,
     TrainingConfig,
+    load_checkpoint,
     load_trained,
 )
 from ..training.config import FREE
 from ..training.plan import n_feat_for, plan_in_words
-from ..training.run_folder import CONFIG_NAME
+from ..training.run_folder import RunFolder
 from ..training.torchrun import joined, restarted_by_torchrun
 from .curves import save_loss_curve
-from .data_options import DataOptions
+from .data_options import DataOptions, record_of
 from .places import device_of
 
 Schedule = Literal["linear", "cosine", "course"]
@@ -104,19 +104,17 @@ class Train:
     def recorded(self) -> Train:
         """The command of the run in the folder, as its config.json tells.
 
-        Raises: FileNotFoundError, where there is none.
+        Raises: FileNotFoundError, where there is none; ValueError for one that Python began.
         """
-        file = self.folder / CONFIG_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"resume: no run in {self.folder}, which has no {CONFIG_NAME}")
-        record = json.loads(file.read_text())
+        record = record_of(self.folder, "resume")
         model = record["model"]
         known = {name: model[name] for name in OF_MODEL if name in model}
+        options = record.get("options") or {"schedule": _schedule_in(self.folder)}
         return Train(
             images=DataOptions.of_record(record["data"]),
             training=TrainingConfig(**record["training"]),
             timesteps=record["timesteps"],
-            **{"out": self.folder, **known, **record.get("options", {})},
+            **{"out": self.folder, **known, **options},
         )
 
     def _going_on(self, before: Train) -> Train:
@@ -127,13 +125,14 @@ class Train:
         for name, (was, now) in _changes(before, self).items():
             if name not in FREE | MOVABLE:
                 raise ValueError(
-                    f"{name}: the run in {self.folder} has {was} and goes on with it, got {now}; "
-                    "a new run wants a folder of its own, --out"
+                    f"{name}: the run in {self.folder} has {was}, which stays, got {now}; a new "
+                    "run wants a folder of its own, --out"
                 )
-        training = self.training
-        if training.epochs != before.training.epochs and training.steps == before.training.steps:
-            training = replace(training, steps=None)  # the new length is in epochs
-        return replace(self, training=training)
+        given = {n for n in ("steps", "epochs") if n in _changes(before, self)}
+        if len(given) != 1:
+            return self
+        (other,) = {"steps", "epochs"} - given  # the length of before
+        return replace(self, training=replace(self.training, **{other: None}))
 
     def _like_its_start(self) -> Train:
         """This command, with the schedule and the prediction that it leaves open.
@@ -191,9 +190,16 @@ def _name_of(schedule: NoiseSchedule) -> str:
         if np.array_equal(named.alpha_bar, schedule.alpha_bar):
             return name
     raise ValueError(
-        "schedule: the network of --init-from has one of its own; wanted --schedule "
-        f"{', '.join(get_args(Schedule))}"
+        f"schedule: wanted one of {', '.join(get_args(Schedule))}; the network has one of its own"
     )
+
+
+def _schedule_in(folder: Path) -> str:
+    """Of a run whose config.json does not tell it, as those of earlier versions do not."""
+    last = RunFolder(folder).last_checkpoint()
+    if last is None or last.is_dir():
+        return "linear"  # that version's default
+    return _name_of(load_checkpoint(last).schedule)
 
 
 def _changes(before: Train, now: Train) -> dict[str, tuple[Any, Any]]:

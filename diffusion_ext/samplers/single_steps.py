@@ -176,10 +176,16 @@ def sampler_step(
         raise ValueError(
             "history, clip: wanted None with a StepTable, which has its slots and clip"
         )
-    table, row = coefficients, timesteps if row is None else row
+    if row is not None:
+        raise TypeError(
+            "sampler_step: wanted x, model_output, a StepTable and one row, got two rows"
+        )
+    table, row = coefficients, timesteps
     check_sample("x", x)
     check_number("guidance", guidance)
     check_bool("return_x0", return_x0)
+    if guidance != 1 and table.guidance is not None:
+        raise ValueError(f"guidance: wanted 1 with a table that has its own, got {guidance}")
     _check_slots(table, slots)
     coefficients, timesteps, rows, noisy = table.steps_of(x)
     if isinstance(row, Tensor):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..checks import Device, as_device, kind, moved, numbered
+from ..ops.backend import constant_to_compile
 from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
@@ -150,7 +151,7 @@ class StepTable:
         as an int64 [] on x's device, and whether each makes anything of noise."""
         return self._steps_of(self._digest, x.device, x.dtype)
 
-    @torch.compiler.assume_constant_result  # as NoiseSchedule.constant, with its digest
+    @constant_to_compile  # as NoiseSchedule.constant, with its digest
     def _steps_of(self, digest: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         key = (device, dtype)
         if key in self._tensors:
@@ -179,6 +180,10 @@ class StepTable:
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_tensors": {}}  # a file, or a copy, is of no device
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # what an older version's state lacks
 
     def _on(self, device, name: str, dtype: torch.dtype) -> torch.Tensor:
         device = numbered(device)

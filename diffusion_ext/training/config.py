@@ -81,7 +81,8 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """the optimizer's, before lr_schedule"""
     lr_schedule: LearningRateSchedule = "linear"
-    """how the learning rate falls: linear by the epoch towards 0, cosine by the step, constant"""
+    """how the learning rate falls: linear towards 0, by the epoch, and by the step where the run
+    ends within one; cosine, by the step; constant"""
     warmup: int = 0
     """steps in which the learning rate rises from 0"""
     clip_gradient: float | None = None

@@ -54,9 +54,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """At a step of a planned run, counted from 0."""
+    """At a step of a planned run, counted from 0.
+
+    The linear one falls by the epoch, as the course's; by the step in a run that ends within one.
+    """
     if config.lr_schedule == "linear":
-        factor = 1 - step // steps_per_epoch * steps_per_epoch / config.steps
+        every = 1 if config.steps % steps_per_epoch else steps_per_epoch
+        factor = 1 - step // every * every / config.steps
     elif config.lr_schedule == "cosine":
         factor = (1 + math.cos(math.pi * step / config.steps)) / 2
     else:

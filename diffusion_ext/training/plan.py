@@ -19,16 +19,21 @@ PARTS = 8  # of a run, after each of which there are samples and a checkpoint
 
 
 def planned(config: TrainingConfig, data: ImageData | LazyData, images: int) -> TrainingConfig:
-    """config without a None that is the plan's: `steps` is then the length of the run, whatever
-    `epochs` says.
+    """config without a None that is the plan's: `steps` is then the length of the run, and `epochs`
+    None.
 
-    Args: images: of the data, those that are trained on.
+    Args: images: of the data, those that are trained on. Raises: ValueError for two lengths.
     """
-    size = config.batch_size or min(max(images // BATCHES, LEAST_BATCH), BATCH, images)
+    if config.steps and config.epochs:
+        raise ValueError(f"steps: wanted it or epochs, got {config.steps} and {config.epochs}")
+    size = config.batch_size
+    if size is None:
+        batches = -(-images // min(max(images // BATCHES, LEAST_BATCH), BATCH))
+        size = -(-images // batches)  # no small one is left over
     per_epoch = steps_per_epoch(replace(config, batch_size=size), images)
     epochs = config.epochs or max(EPOCHS, -(-ENOUGH // per_epoch))
     steps = config.steps or epochs * per_epoch
-    config = replace(config, steps=steps, batch_size=size)
+    config = replace(config, steps=steps, epochs=None, batch_size=size)
     part = epochs_of_a_part(config, images, PARTS)
     flip = config.flip
     course = config.noising == "course"
@@ -71,7 +76,8 @@ def plan_in_words(given: TrainingConfig, plan: TrainingConfig, images: int) -> l
     """What a run is going to do, in lines, with what was planned that was not given."""
     batch, in_epochs = plan.batch_size * plan.accumulate, plan.steps / steps_per_epoch(plan, images)
     steps = counted(plan.steps, "step")
-    lines = [f"{steps} of {counted(batch, 'image')}, {in_epochs:.4g} epochs"]
+    epochs = "1 epoch" if in_epochs == 1 else f"{in_epochs:.4g} epochs"
+    lines = [f"{steps} of {counted(batch, 'image')}, {epochs}"]
     if plan.flip and given.flip is None:
         lines.append("half of the images are mirrored: they look alike; --flip False leaves it out")
     if plan.steps <= FEW:

@@ -13,7 +13,7 @@ from ..sampling import sample
 from ..sampling.pictures import sample_grid
 from .config import TrainingConfig
 
-STEPS, FLOW_STEPS = 10, 25  # docs/samplers.md: what images are best by
+FEW_STEPS, FLOW_STEPS = 10, 25  # docs/samplers.md: what images are best by
 GUIDANCE = 2.0
 COLUMNS, ROWS = 10, 4
 LOOKED_AT = 200  # images of the data, for how rough they are themselves
@@ -23,7 +23,7 @@ def table_for(schedule: NoiseSchedule, prediction: str) -> StepTable:
     """The sampler of images in [-1, 1] that suits what a network predicts."""
     if prediction == "flow":
         return flow_euler(FLOW_STEPS, clip=1.0)
-    steps = min(STEPS, schedule.timesteps)
+    steps = min(FEW_STEPS, schedule.timesteps)
     return dpmpp_2m_sde(schedule, steps, clip=1.0, prediction=prediction)
 
 

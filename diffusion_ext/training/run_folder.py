@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,6 +46,23 @@ class RunFolder:
         self._config = config
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / CONFIG_NAME, json.dumps(config, indent=2).encode())
+
+    def config(self) -> dict:
+        """What config.json tells; {} where there is none."""
+        try:
+            return json.loads((self.path / CONFIG_NAME).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def best_loss(self, step: int) -> float:
+        """On the images held out, of best.safetensors; infinite where there is none, or one of a
+        later step than this."""
+        try:
+            best = load_checkpoint(self.best)
+        except (OSError, ValueError):
+            return math.inf
+        known = best.validation_losses and best.steps <= step
+        return best.validation_losses[-1] if known else math.inf
 
     def last_checkpoint(self) -> Path | None:
         """A file, or the folder of a cut network's, which is there until the run has ended."""

@@ -113,8 +113,14 @@ def _of_course(weights: Weights, name: str) -> dict[str, Any]:
 
 def _schedule(tables: dict[str, list[float]] | None, options: StateDictOptions) -> NoiseSchedule:
     """Of the tables that a file has, if any, where the options do not choose another."""
-    if tables and options.schedule is None and options.timesteps is None:
-        return NoiseSchedule(**{n: np.array(table, np.float64) for n, table in tables.items()})
+    if tables and options.schedule is None:
+        own = NoiseSchedule(**{n: np.array(table, np.float64) for n, table in tables.items()})
+        if options.timesteps not in (None, own.timesteps):
+            raise ValueError(
+                f"timesteps: wanted {own.timesteps}, those of the file's schedule, or another "
+                f"schedule beside them, got {options.timesteps}"
+            )
+        return own
     return getattr(NoiseSchedule, options.schedule or "course")(options.timesteps or 500)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import did_you_mean
+from ..checks import did_you_mean, shown
 from ..samplers.schedules import NoiseSchedule
 
 MOST_LISTED = 20  # classes, in a message
@@ -43,19 +45,21 @@ class TrainedModel:
             raise ValueError(f"shape: {kind} has no in_channels and height, which would tell it")
         return channels, side, side
 
-    def labels(self, classes: str | int | Iterable[str | int]) -> Tensor:
+    def labels(self, classes: str | int | Iterable[str | int] | Tensor) -> Tensor:
         """The numbers of classes, as `sample` takes them for its context.
 
         Args: classes: names, or numbers from 0; a name that is a number is taken for a name first.
         Returns: int64 [n], one for each. Raises: ValueError for a class that there is not.
         """
-        classes = [classes] if isinstance(classes, (str, int)) else classes
+        classes = classes.tolist() if isinstance(classes, (Tensor, np.ndarray)) else classes
+        classes = [classes] if isinstance(classes, (str, Integral)) else classes
         return torch.tensor([self._number_of(one) for one in classes], dtype=torch.int64)
 
     def _number_of(self, one: str | int) -> int:
         names = self.class_names
         if not names:
-            raise ValueError(f"classes: this network has none, got {one!r}")
+            raise ValueError(f"classes: this network has none, got {shown(one)}")
+        one = int(one) if isinstance(one, Integral) else one
         if one in names:
             return names.index(str(one))
         if str(one).isdecimal() and int(one) < len(names):
@@ -64,5 +68,5 @@ class TrainedModel:
         rest = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
         raise ValueError(
             f"classes: wanted {', '.join(listed)}{rest}, or a number from 0 to {len(names) - 1}, "
-            f"got {one}{did_you_mean(str(one), names)}"
+            f"got {one}{did_you_mean(one, names) if isinstance(one, str) else ''}"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checks import counted
 from ..samplers.schedules import NoiseSchedule
 from .checkpoints import TENSOR_GROUPS, Checkpoint
 from .clock import Clock
@@ -26,7 +27,7 @@ from .interrupts import Interrupts, exit_by
 from .learner import Learner
 from .logs import LossMeter, RunLog
 from .loss_watch import LossWatch
-from .plan import EPOCHS, batches_per_epoch, epochs_of_a_part, planned
+from .plan import batches_per_epoch, epochs_of_a_part, planned
 from .preview import Preview
 from .processes import Processes
 from .progress import Progress
@@ -37,6 +38,7 @@ from .steps import Steps
 from .torchrun import started_by_torchrun
 from .validation import Validation
 
+VALIDATIONS = 32  # times that the loss held out is measured in a run, and no more than every epoch
 SAVE = 1  # a wish of a process; the others are the numbers of signals, which are larger
 
 
@@ -105,7 +107,8 @@ class Trainer:
         self.progress = Progress()
         self.about = about or {}
         self._watch = LossWatch(data.name_of, self.folder.last)
-        self._validate_every = epochs_of_a_part(self.config, len(self.images), EPOCHS)
+        self._validate_every = epochs_of_a_part(self.config, len(self.images), VALIDATIONS)
+        self._least_held_out = math.inf  # of the checkpoints so far
         self._pace = Pace()
         self._clock = Clock(self.config.checkpoint_minutes)
 
@@ -202,8 +205,9 @@ class Trainer:
             self.restore(self.folder.load(self.learner.likeness(), path), path)
         elif there := self.folder.last_checkpoint():
             raise FileExistsError(f"{there} is there already: resume it, or choose another folder")
-        if self.processes.first:
-            self.folder.write_config(description(self))
+        if self.processes.first:  # what a run of `train` said stays, where Python goes on with it
+            before = self.folder.config() if resume else {}
+            self.folder.write_config({**before, **description(self)})
 
     @property
     def _ended(self) -> bool:
@@ -240,31 +244,34 @@ class Trainer:
         which then stays open, for a longer run to go on with."""
         whole = self._epoch_is_over
         self._watch.settle()
-        loss, held_out = self._mean_loss(), math.nan
+        loss, held_out = self._mean_loss(whole), math.nan
         if whole:
             self.progress.end_epoch(loss)
         if len(self.validation):
             if self._due(self._validate_every) or self._due(self.config.checkpoint_every):
                 held_out = self._validation_loss(log)
             self.validation_losses.extend([held_out] * whole)
-        if self.epoch == 1 and progress and isinstance(self.data, LazyData):
+        if self.epoch == whole and progress and isinstance(self.data, LazyData):  # the first
             for line in self.data.left_out():
                 tqdm.write(line)
         noise = None
         if self.config.samples_every and self._due(self.config.samples_every):
             noise = self._preview(log)
         if self._due(self.config.checkpoint_every):
-            self._save(log, best=whole and self._is_best())
+            best = whole and held_out <= self._least_held_out
+            self._least_held_out = held_out if best else self._least_held_out
+            self._save(log, best)
             if progress:
                 tqdm.write(progress_line(self, loss, held_out, noise, self._pace.take()))
 
-    def _mean_loss(self) -> float:
-        """Of the epoch that is open. Raises: FloatingPointError where no image was trained."""
+    def _mean_loss(self, whole: bool) -> float:
+        """Of the epoch that is open. Raises: FloatingPointError where a whole one trained nothing."""
         loss = self.progress.over(self.processes, self.device).mean_loss
-        if math.isnan(loss):
+        if math.isnan(loss) and whole:
+            skipped = counted(self.progress.skipped, "step")
             raise FloatingPointError(
-                f"epoch {self.epoch + 1} trained no image: {self.progress.skipped} steps were "
-                f"skipped, and other images cannot be read. {self.folder.last()}"
+                f"epoch {self.epoch + 1} trained no image: {skipped} skipped, and other "
+                f"images cannot be read. {self.folder.last()}"
             )
         return loss
 
@@ -309,12 +316,6 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.epoch % every == 0 or self._ended
 
-    def _is_best(self) -> bool:
-        """Whether no earlier checkpoint had a lower loss on the images held out."""
-        *earlier, last = self.validation_losses or [math.nan]
-        every = self.config.checkpoint_every
-        return last <= min(earlier[every - 1 :: every], default=math.inf)
-
     def checkpoint(self) -> Checkpoint:
         """The state of the run; of several processes, each has to ask. Where they have parts of the
         network, the first one gets it whole, and the others nothing of it."""
@@ -344,5 +345,6 @@ class Trainer:
         check_same_run(checkpoint, self.model, self.config, self.schedule)
         self.learner.restore(checkpoint)
         self.progress = Progress.of(checkpoint, self.device, self.processes.first)
+        self._least_held_out = self.folder.best_loss(checkpoint.steps)
         if self.processes.first:
             self.folder.go_on_from(checkpoint.steps, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checks import did_you_mean
+from ..checks import did_you_mean, shown
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 SUFFIXES = (".pt", ".pth", ".safetensors")  # of weights alone; checkpoints have the last one
@@ -17,8 +17,10 @@ def file_of(path: str | Path) -> Path:
     """The file of a run's weights.
 
     Args: path: the folder of a run, or a file itself.
-    Raises: FileNotFoundError, which names the run or the file that may have been meant.
+    Raises: TypeError; FileNotFoundError, which names the run or the file that may have been meant.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"run: wanted the path of a run or of weights, got {shown(path)}")
     path = Path(path)
     if is_weights(path):
         return _named_by(path)
