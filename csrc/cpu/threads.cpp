@@ -23,6 +23,8 @@ constexpr Clock::duration kNoticed = std::chrono::milliseconds(1);
 // A caller works alone for up to so many times what it lost, so that it loses a small part of its
 // time where it tries the others again.
 constexpr int kMostTimes = 32;
+// What stops a thread for longer is no program that shares its core: a debugger, a machine asleep.
+constexpr Clock::duration kMostCost = std::chrono::milliseconds(100);
 
 // The other threads, as a caller has met them lately.
 struct Others {
@@ -36,7 +38,7 @@ struct Others {
     if (lost == Clock::duration()) {
       times = std::max(times / 2, 1);
     } else {
-      cost = lost, until = Clock::now() + times * lost;
+      cost = std::min(lost, kMostCost), until = Clock::now() + times * cost;
       times = std::min(times * 2, kMostTimes);
     }
   }

@@ -265,7 +265,7 @@ class Trainer:
                 tqdm.write(progress_line(self, loss, held_out, noise, self._pace.take()))
 
     def _mean_loss(self, whole: bool) -> float:
-        """Of the epoch that is open. Raises: FloatingPointError where a whole one trained nothing."""
+        """Of the epoch that is open. Raises: FloatingPointError where a whole one had no image."""
         loss = self.progress.over(self.processes, self.device).mean_loss
         if math.isnan(loss) and whole:
             skipped = counted(self.progress.skipped, "step")

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+import diffusion_ext as dx
 from diffusion_ext.app import cli
-from diffusion_ext.training import load_checkpoint
+from diffusion_ext.training import Trainer, TrainingConfig, load_checkpoint, load_data
 
 SMALL = ["--n-feat", "8", "--timesteps", "20", "--batch-size", "4", "--steps", "6"]
 
@@ -67,12 +68,12 @@ def test_from_one_of_the_checkpoints(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "5"], "batch_size: the run in {} has 4 and goes on with it, got 5; "),
-        (["--n-feat", "16"], "n_feat: the run in {} has 8 and goes on with it, got 16; "),
-        (["--schedule", "linear"], "schedule: the run in {} has cosine and goes on with it, got"),
-        (["--timesteps", "30"], "timesteps: the run in {} has 20 and goes on with it, got 30; "),
-        (["--size", "16"], "size: the run in {} has None and goes on with it, got 16; "),
-        (["--prediction", "flow"], "prediction: the run in {} has v and goes on with it, got flow"),
+        (["--batch-size", "5"], "batch_size: the run in {} has 4, which stays, got 5; "),
+        (["--n-feat", "16"], "n_feat: the run in {} has 8, which stays, got 16; "),
+        (["--schedule", "linear"], "schedule: the run in {} has cosine, which stays, got"),
+        (["--timesteps", "30"], "timesteps: the run in {} has 20, which stays, got 30; "),
+        (["--size", "16"], "size: the run in {} has None, which stays, got 16; "),
+        (["--prediction", "flow"], "prediction: the run in {} has v, which stays, got flow"),
     ],
 )
 def test_what_a_run_has_to_keep(run, capsys, change, message):
@@ -94,7 +95,45 @@ def test_the_data_may_have_moved(run, photos, capsys):
 
 def test_a_folder_without_a_run(tmp_path, capsys):
     assert cli.main(["train", "--out", str(tmp_path), "--resume"]) == 2
-    assert f"resume: no run in {tmp_path}, which has no config.json" in capsys.readouterr().err
+    file = tmp_path / "config.json"
+    assert f"resume: wanted {file}, which `train` writes; there is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_of_an_earlier_version(photos, tmp_path, schedule):
+    """Its config.json has no options, and its length in epochs."""
+    out = tmp_path / "old"
+    train = ["train", "--data", str(photos), "--out", str(out), "--schedule", schedule]
+    assert cli.main([*train, *SMALL, "--prediction", "epsilon"]) == 0
+    record = json.loads((out / "config.json").read_text())
+    del record["options"], record["training"]["steps"], record["training"]["timestep_sampling"]
+    record["training"] |= {"epochs": 2, "timestep_sampling": "logit-normal"}
+    (out / "config.json").write_text(json.dumps(record))
+    assert cli.main(["train", "--out", str(out), "--resume", "--epochs", "3"]) == 0
+    assert steps(out) == 9
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "10"]) == 0
+    assert steps(out) == 10
+
+
+def test_a_run_that_python_goes_on_with_stays_trains(run):
+    """What config.json says of the data stays in it."""
+    before = json.loads((run / "config.json").read_text())
+    data = load_data(before["data"]["data"])
+    model = dx.nn.ContextUnet(**{n: before["model"][n] for n in before["model"] if n != "class"})
+    config = TrainingConfig(**before["training"] | {"steps": 7})
+    schedule = dx.NoiseSchedule.cosine(20)
+    Trainer(model, schedule, data, run, config).fit(resume=True, progress=False)
+    assert cli.main(["train", "--out", str(run), "--resume", "--steps", "8"]) == 0
+    assert steps(run) == 8
+
+
+def test_a_run_that_python_began(run, capsys):
+    record = json.loads((run / "config.json").read_text())
+    del record["data"]
+    (run / "config.json").write_text(json.dumps(record))
+    for command in (["train", "--resume", "--out"], ["evaluate"]):
+        assert cli.main([*command, str(run)]) == 2
+        assert "does not tell where the data came from" in capsys.readouterr().err
 
 
 def test_a_network_to_start_from_tells_what_it_predicts(run, photos, tmp_path, capsys):

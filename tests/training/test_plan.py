@@ -10,6 +10,7 @@ from small_runs import SCHEDULE, TinyNetwork, assert_same_run, tiny_data, tiny_t
 import diffusion_ext as dx
 from diffusion_ext.training import ImageData, Trainer, TrainingConfig, load_checkpoint
 from diffusion_ext.training.mirrored import looks_the_same_mirrored
+from diffusion_ext.training.optimizers import learning_rate
 from diffusion_ext.training.plan import ENOUGH, FEW, plan_in_words, planned
 from diffusion_ext.training.preview import Preview, roughness
 
@@ -24,8 +25,10 @@ def plan(images, **options):
     [
         (1, 1, 3000),  # a step an epoch
         (12, 12, 3000),
-        (200, 32, 429 * 7),  # whole epochs
+        (33, 17, 1500 * 2),  # no batch of one is left over
+        (200, 29, 429 * 7),  # whole epochs
         (450, 45, 300 * 10),
+        (999, 91, 273 * 11),
         (1797, 100, 167 * 18),
         (60_000, 100, 32 * 600),  # the course's 32 epochs
     ],
@@ -42,10 +45,12 @@ def test_the_length_of_a_run(images, batch, steps):
 
 def test_what_is_given_stays():
     found = plan(200, epochs=3, batch_size=50, checkpoint_every=2, samples_every=0, flip=True)
-    assert (found.steps, found.epochs, found.batch_size) == (12, 3, 50)
+    assert (found.steps, found.epochs, found.batch_size) == (12, None, 50)
     assert (found.checkpoint_every, found.samples_every, found.flip) == (2, 0, True)
     assert plan(200, steps=11, batch_size=50, accumulate=2).steps == 11
     assert plan(200, epochs=3, batch_size=50, accumulate=3).steps == 6  # 4 batches are 2 steps
+    with pytest.raises(ValueError, match="steps: wanted it or epochs, got 5 and 3"):
+        plan(200, epochs=3, steps=5)
     again = plan(200, epochs=3)
     assert planned(again, ImageData(torch.zeros(200, 1, 4, 4)), 200) == again
 
@@ -59,11 +64,11 @@ def test_what_the_network_predicts():
 def test_the_plan_in_words():
     given = TrainingConfig()
     lines = plan_in_words(given, dataclasses.replace(plan(200), flip=True), 200)
-    assert lines[0] == "3003 steps of 32 images, 429 epochs"
+    assert lines[0] == "3003 steps of 29 images, 429 epochs"
     assert "mirrored" in lines[1]
     assert len(lines) == 2
     lines = plan_in_words(given, plan(200, steps=100, flip=False), 200)
-    assert lines[0] == "100 steps of 32 images, 14.29 epochs"
+    assert lines[0] == "100 steps of 29 images, 14.29 epochs"
     assert lines[1].startswith("100 steps may be too few ")
     assert lines[1].endswith(f"--steps {ENOUGH}")
     assert len(plan_in_words(given, plan(200, steps=FEW + 1, flip=False), 200)) == 1
@@ -85,6 +90,46 @@ def test_a_run_ends_at_its_last_step_and_goes_on_from_there(tmp_path):
     longer = tiny_trainer(tmp_path / "parts", TrainingConfig(steps=8, **options))
     longer.fit(resume=True, progress=False)
     assert_same_run(whole, longer)
+
+
+def test_the_learning_rate_of_a_run_that_ends_within_an_epoch():
+    """It falls by the step; by the epoch, as the course's, in one of whole epochs."""
+    whole, short = plan(400, steps=8, batch_size=100), plan(400, steps=2, batch_size=100)
+    rates = [learning_rate(whole, step, 4) for step in range(8)]
+    assert rates == pytest.approx([1e-3] * 4 + [0.5e-3] * 4)
+    assert [learning_rate(short, step, 4) for step in range(2)] == pytest.approx([1e-3, 0.5e-3])
+
+
+def test_a_last_step_that_is_skipped_costs_nothing(tmp_path, monkeypatch):
+    run = tiny_trainer(tmp_path, TrainingConfig(steps=4, batch_size=4, skip_bad_steps=True))
+    noised = run.learner.objective.noised
+
+    def bad_in_the_last(x0, t, seeds):
+        x_t = noised(x0, t, seeds)
+        return x_t * torch.nan if run.steps == 3 else x_t
+
+    monkeypatch.setattr(run.learner.objective, "noised", bad_in_the_last)
+    run.fit(progress=False)
+    assert (run.steps, run.progress.skipped) == (4, 1)
+    assert load_checkpoint(run.checkpoint_path).steps == 4
+
+
+def test_the_best_checkpoint_stays_known(tmp_path, monkeypatch):
+    """Whatever is measured, and however often checkpoints come after a resumption."""
+
+    def fit(steps, every, losses, **resume):
+        config = TrainingConfig(
+            steps=steps, batch_size=10, checkpoint_every=every, validation=0.2, samples_every=0
+        )
+        run = tiny_trainer(tmp_path, config)
+        left = iter(losses)
+        monkeypatch.setattr(run.validation, "loss", lambda *_: next(left))
+        run.fit(progress=False, **resume)
+        return load_checkpoint(tmp_path / "best.safetensors").steps
+
+    assert fit(2, 1, [0.5, 0.6]) == 1
+    assert fit(5, 4, [0.1, 0.55, 0.4], resume=True) == 5  # of step 3 there was no checkpoint
+    assert fit(6, 1, [0.45], resume=True) == 5
 
 
 def test_a_run_shorter_than_an_epoch(tmp_path):
