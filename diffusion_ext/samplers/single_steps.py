@@ -167,20 +167,19 @@ def sampler_step(
 
     Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
     """
-    if not isinstance(coefficients, StepTable):
-        if not isinstance(coefficients, Tensor):
-            check_table(coefficients)
-        tensors = (x, model_output, coefficients, timesteps, row, noise, seeds, history)
-        return step_of_tensors(*tensors, clip, guidance, return_x0, slots)
+    if isinstance(coefficients, Tensor):
+        return step_of_tensors(
+            x, model_output, coefficients, timesteps, row,
+            noise, seeds, history, clip, guidance, return_x0, slots,
+        )  # fmt: skip
+    check_table(coefficients)
     if history is not None or clip is not None:
         raise ValueError(
             "history, clip: wanted None with a StepTable, which has its slots and clip"
         )
-    if row is not None:
-        raise TypeError(
-            "sampler_step: wanted x, model_output, a StepTable and one row, got two rows"
-        )
-    table, row = coefficients, timesteps
+    if timesteps is not None and row is not None:
+        raise ValueError("timesteps, row: wanted the row alone with a StepTable, got both")
+    table, row = coefficients, timesteps if row is None else row
     check_sample("x", x)
     check_number("guidance", guidance)
     check_bool("return_x0", return_x0)

@@ -16,6 +16,15 @@ from ..ops.row_shape import RowShape
 from ..ops.sampler_step import COLUMNS
 from .schedules import is_lasting
 
+# What a table is made of: each array's axes, and its rows beyond the table's n.
+ARRAYS = {
+    "timesteps": (1, 0),
+    "weights": (2, 0),
+    "times": (1, 0),
+    "levels": (2, 1),
+    "begins": (1, 0),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
@@ -55,12 +64,14 @@ class StepTable:
     _tensors: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        _check_arrays(self)
         if self.times is None:
             object.__setattr__(self, "times", self.timesteps / self.train_timesteps)
         if self.begins is None:
             object.__setattr__(self, "begins", np.ones(len(self.timesteps), dtype=bool))
         if self.slots is None:
-            looks_back = (self.weights[:, COLUMNS.index("ah")] != 0).any()
+            ah = COLUMNS.index("ah")
+            looks_back = (self.weights[:, ah : ah + 1] != 0).any()
             object.__setattr__(self, "slots", int(looks_back))
         if self.shape is None:
             width = RowShape(max(self.slots, 1)).width
@@ -71,7 +82,7 @@ class StepTable:
         columns = [self.shape.next.stop - 1]
         columns += [self.shape.write(i).stop - 1 for i in range(self.shape.writes)]
         object.__setattr__(self, "noisy", (self.weights[:, columns] != 0).any(axis=1))
-        for name in ("timesteps", "weights", "times", "levels", "begins", "noisy"):
+        for name in (*ARRAYS, "noisy"):
             if getattr(self, name) is None:
                 continue
             frozen = getattr(self, name).copy()
@@ -195,6 +206,19 @@ class StepTable:
         if is_lasting(tensor):
             self._tensors[key] = tensor
         return tensor
+
+
+def _check_arrays(table: StepTable) -> None:
+    for name, (axes, more) in ARRAYS.items():
+        array = getattr(table, name)
+        if array is None and name not in ("timesteps", "weights"):
+            continue
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name}: wanted an array of numpy, got {kind(array)}")
+        rows = len(table.timesteps) + more
+        if array.ndim != axes or len(array) != rows:
+            wanted = f"[{rows}]" if axes == 1 else f"[{rows}, columns]"
+            raise ValueError(f"{name}: wanted shape {wanted}, got {list(array.shape)}")
 
 
 def check_table(table) -> None:

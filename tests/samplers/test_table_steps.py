@@ -131,6 +131,11 @@ BAD = [
     (step(table=MULTISTEP, slots=X[None].double()), TypeError, "slots: wanted x's dtype"),
     (step(clip=1.0), ValueError, "history, clip: wanted None with a StepTable"),
     (step(history=X), ValueError, "history, clip: wanted None with a StepTable"),
+    (
+        lambda: dx.sampler_step(X, OUTPUT, TABLE, TABLE.tensors()[1], torch.tensor(0)),
+        ValueError,
+        "timesteps, row: wanted the row alone with a StepTable, got both",
+    ),
     (step(guidance="2"), TypeError, "guidance: wanted a number, got str"),
     (step(return_x0=1), TypeError, "return_x0: wanted True or False"),
     (step(table=NOISY, noise=X, seeds=1), ValueError, "noise, seeds: wanted one of them"),
@@ -152,3 +157,25 @@ def test_a_tables_arrays_are_read_only_and_its_tensors_are_torchs():
     assert coefficients.tolist() == TABLE.coefficients.tolist()
     assert timesteps.tolist() == TABLE.timesteps.tolist()
     assert torch.tensor(TABLE.times).tolist() == TABLE.times.tolist()  # without a warning
+
+
+def table(**arrays):
+    arrays = {"timesteps": np.array([2, 1]), "weights": np.zeros((2, 7))} | arrays
+    return lambda: dx.StepTable(clip=None, train_timesteps=100, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (table(timesteps=[2, 1]), TypeError, "timesteps: wanted an array of numpy, got list"),
+        (table(weights=torch.zeros(2, 7)), TypeError, "weights: wanted an array .* got Tensor"),
+        (table(weights=np.zeros((3, 7))), ValueError, r"weights: wanted shape \[2, columns\], got"),
+        (table(weights=np.zeros((2, 3))), ValueError, "weights: wanted 7 columns for 0 slots.* 3$"),
+        (table(times=np.zeros(3)), ValueError, r"times: wanted shape \[2\], got \[3\]"),
+        (table(levels=np.zeros((2, 2))), ValueError, r"levels: wanted shape \[3, columns\]"),
+    ],
+)
+def test_what_is_no_table(call, error, message):
+    assert len(table()()) == 2
+    with pytest.raises(error, match=message):
+        call()
