@@ -182,9 +182,8 @@ def _worth_it(order: list[str], seconds: dict[str, float]) -> str:
 def _told(names: list[str], progress: bool) -> Iterator[Callable[[str], object]]:
     """Called with each way: it shows in a bar on a terminal, a log has a line at the beginning."""
     if progress and not sys.stderr.isatty():
-        print(
-            f"measuring engines, for half a minute: {'; '.join(names)}", file=sys.stderr, flush=True
-        )
+        told = f"measuring engines, once, for up to a minute: {'; '.join(names)}"
+        print(told, file=sys.stderr, flush=True)
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=len(names), desc="measuring engines", unit="way", disable=hidden) as bar:
 
