@@ -41,28 +41,8 @@ def sampler_step(
     return_x0: bool = False,
     slots: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Apply a row of a `StepTable`: x' and, where asked, the data prediction x0.
-
-        m  = m_uncond + guidance·(m_cond - m_uncond)      where model_output is [2B, *]
-        x0 = clip(kx·x + km·m)
-        x' = ax·x + am·m + a0·x0 + a_1·s_1 + ... + a_S·s_S + az·z
-
-    and up to two slots s_j take such a combination (b in place of a), of the terms as they were.
-
-    Args:
-        x: [B, *], the sample; model_output: [B, *], or [2B, *] (unconditional half first), in x's
-            dtype.
-        coefficients: float32 [n, columns] (float64 for a float64 x); timesteps: int64 [n].
-        row: int64, [] or [B] (one per sample).
-        noise: z [B, *], or seeds: int64 [B] for z made in the kernel (stream 1, step = the row's
-            timestep); with neither, z is 0. No noise is made where its weights are 0.
-        history: [B, *], what s_1 is in a table of one slot; it is read only.
-        clip: x0 is clipped to [-clip, clip].
-        guidance: the scale of classifier-free guidance, where the rows have none of their own.
-        slots: [S, B, *], what the table remembers, from `StepTable.new_slots`; updated in place.
-
-    Returns: x' [B, *], or (x', x0) with return_x0. Raises: TypeError, ValueError.
-    """
+    """A step by a row of a table's tensors: the second form of dx.sampler_step
+    (samplers/single_steps.py), which says what it does and takes."""
     check_clip(clip)
     check_number("guidance", guidance)
     check_bool("return_x0", return_x0)

@@ -17,6 +17,7 @@ SEEDS = torch.tensor([5, 6])
 X, OUTPUT = torch.randn(SHAPE), torch.randn(SHAPE)
 TABLE, MULTISTEP = dx.ddim(SCHEDULE, 4), dx.dpmpp_2m(SCHEDULE, 4)
 NOISY = dx.ddpm(SCHEDULE)
+GUIDED = dx.guided(TABLE, 2.0)
 
 
 def model(x, t, c=None):
@@ -136,6 +137,7 @@ BAD = [
         ValueError,
         "timesteps, row: wanted the row alone with a StepTable, got both",
     ),
+    (step(table=GUIDED, guidance=2.0), ValueError, "guidance: wanted 1 with a table that has its"),
     (step(guidance="2"), TypeError, "guidance: wanted a number, got str"),
     (step(return_x0=1), TypeError, "return_x0: wanted True or False"),
     (step(table=NOISY, noise=X, seeds=1), ValueError, "noise, seeds: wanted one of them"),

@@ -82,6 +82,20 @@ def test_options_choose_another_schedule_than_the_file(run, tmp_path):
     assert found.model.options["shortcut"] == "scaled"
 
 
+def test_another_number_of_steps_wants_another_schedule(run, tmp_path):
+    path = tmp_path / "model.pth"
+    save_state_dict(dx.load(run.folder.path), path)
+    with pytest.raises(ValueError, match="timesteps: wanted 20, those of the file's schedule, or"):
+        dx.load(path, StateDictOptions(timesteps=100))
+    assert_is(dx.load(path, StateDictOptions(timesteps=20)), run)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, TinyNetwork()])
+def test_what_is_no_path(wrong):
+    with pytest.raises(TypeError, match="run: wanted the path of a run or of weights, got"):
+        dx.load(wrong)
+
+
 def test_a_network_alone_tells_its_options(tmp_path):
     network = dx.nn.ContextUnet(1, 8, 2, 28, shortcut="random", pool_window=7)
     save_state_dict(network, tmp_path / "model.safetensors")
@@ -106,6 +120,9 @@ def test_labels(run):
     assert found.labels([3, "3", 0]).tolist() == [3, 3, 0]
     assert found.labels("7").tolist() == [2]  # a name
     assert found.labels([]).dtype == torch.int64
+    for numbers in (torch.tensor([1, 0]), np.array([1, 0]), [np.int64(1), 0]):
+        assert found.labels(numbers).tolist() == [1, 0]
+    assert found.labels(np.int64(3)).tolist() == [3]
     for wrong in (4, -1, "4"):
         with pytest.raises(ValueError, match="7, cat, dog, elk, or a number from 0 to 3, got"):
             found.labels(wrong)
