@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...checks import did_you_mean
-from ...ops import choices
+from ...ops import measuring
 from ...ops.memory import peak_memory
 from ...training.weights_files import weights_near
 from .context_unet import context_unet
@@ -96,10 +96,10 @@ def _serve(connection: Connection, request: Request) -> None:
 def timed(part: Part, seconds: float, device: torch.device) -> list[float]:
     """Seconds of one use, for each of the calls that fit; at least one. A call before them, if it
     is short, finds the caches as the other ways have left them."""
-    once = choices.seconds(part.call, device)
+    once = measuring.seconds(part.call, device)
     if once >= seconds:
         return [once / part.per_call]
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        times.append(choices.seconds(part.call, device) / part.per_call)
+        times.append(measuring.seconds(part.call, device) / part.per_call)
     return times
