@@ -42,11 +42,12 @@ class SamplerOptions:
 
     def chosen(self, trained: TrainedModel) -> SamplerOptions:
         """These options, with those that are left open as they suit a network."""
-        default = {"sampler": "ddim", "steps": STEPS}
+        most = trained.schedule.timesteps
+        default = {"sampler": "ddim", "steps": min(STEPS, most)}
         if trained.prediction == "flow":
-            default["sampler"] = "flow_euler"
+            default = {"sampler": "flow_euler", "steps": STEPS}
         elif self.sampler is None and trained.config.get("noising") == "standard":
-            default = RECOMMENDED | {"steps": min(FEW_STEPS, trained.schedule.timesteps)}
+            default = RECOMMENDED | {"steps": min(FEW_STEPS, most)}
         open_ones = {name: v for name, v in default.items() if getattr(self, name) is None}
         return replace(self, **open_ones)
 
