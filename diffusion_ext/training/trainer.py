@@ -269,6 +269,7 @@ class Trainer:
         loss = self.progress.over(self.processes, self.device).mean_loss
         if math.isnan(loss) and whole:
             skipped = counted(self.progress.skipped, "step")
+            skipped += " was" if self.progress.skipped == 1 else " were"
             raise FloatingPointError(
                 f"epoch {self.epoch + 1} trained no image: {skipped} skipped, and other "
                 f"images cannot be read. {self.folder.last()}"
