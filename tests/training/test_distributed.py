@@ -30,7 +30,7 @@ def test_any_number_of_processes_trains_the_same(tmp_path, images, alone, count)
     assert done.returncode == 0, done.stderr
     (assert_same_weights if count == 1 else assert_close_weights)(alone, tmp_path)
     assert done.stdout.count("training on 33 images 3x8x8 and 4 held out") == 1
-    assert done.stdout.count("epoch 4/4") == 1
+    assert done.stdout.count("step 12/12") == 1
     rows, expected = (read_log(folder / "log.csv") for folder in (tmp_path, alone))
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
@@ -53,7 +53,7 @@ def test_two_nodes(tmp_path, images, alone):
     nodes = [begin(1, *train, options=meet) for _ in range(2)]
     outputs = [node.communicate(timeout=100)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sum("epoch 4/4" in output for output in outputs) == 1
+    assert sum("step 12/12" in output for output in outputs) == 1
     assert_close_weights(alone, tmp_path)
 
 

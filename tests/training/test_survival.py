@@ -240,7 +240,7 @@ def test_resumed_where_an_epoch_was_trained_but_not_ended(tmp_path, monkeypatch,
     again = tiny_trainer(tmp_path / "parts", config)
     again.fit(resume=True)
     assert_same_run(whole, again)
-    assert "epoch 2/4  loss" in capsys.readouterr().out
+    assert "step 4/8  loss" in capsys.readouterr().out
 
 
 def test_two_runs_into_one_folder(tmp_path, images):
