@@ -93,7 +93,10 @@ class Train:
                 data = self.images.load()
             trainer = self._trainer(data, device)
             if processes.first:
-                told = [f"{name:<12}{now}, before {was}" for name, (was, now) in changes.items()]
+                told = [
+                    f"{name:<12}{now}" + (f", before {was}" if was is not None else "")
+                    for name, (was, now) in changes.items()
+                ]
                 plan = plan_in_words(self.training, trainer.config, len(trainer.images))
                 print(*data.notes, *told, _described(trainer), *plan, sep="\n")
             losses = trainer.fit(resume=self._resumed(trainer))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL import Image
 
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
 from .processes import Processes
@@ -155,11 +159,16 @@ class RunFolder:
         if self.checkpoint.exists():
             _link(self.checkpoint, self.path / EARLIER.format(self._step))
 
-    def picture(self, step: int) -> Path:
-        """Where the samples after a step go."""
-        folder = self.path / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"step-{step:06d}.png"
+    def save_picture(self, picture: Image.Image, step: int) -> None:
+        """The samples after a step; one that cannot be written is a warning: the weights matter
+        more."""
+        content, path = io.BytesIO(), self.path / "samples" / f"step-{step:06d}.png"
+        picture.save(content, "PNG")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content.getvalue())
+        except OSError as error:
+            warnings.warn(f"samples: {path} cannot be written: {error}", stacklevel=3)
 
 
 def _is_whole(path: Path) -> bool:

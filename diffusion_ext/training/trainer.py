@@ -294,7 +294,7 @@ class Trainer:
         samples = self.preview.samples(self.ema_model, self.device)
         if self.processes.first:
             picture = self.preview.picture(samples)
-            picture.save(self.folder.picture(self.steps))
+            self.folder.save_picture(picture, self.steps)
             log.picture("samples", np.asarray(picture), self.steps)
         return self.preview.noise_in(samples)
 

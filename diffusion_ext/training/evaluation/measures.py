@@ -62,7 +62,7 @@ class Nearest:
 def nearest(images: Tensor, others: Tensor, bar: Bar = SILENT) -> Nearest:
     """The nearest of others [M,C,S,S] to each of images [N,C,S,S], by the distance of pixels."""
     found = [d.min(1) for d in _distances(images.flatten(1), others.flatten(1), bar)]
-    size = images[0].numel()
+    size = images.shape[1:].numel()
     distance = torch.cat([f.values for f in found]) / size**0.5
     return Nearest(distance, torch.cat([f.indices for f in found]))
 
