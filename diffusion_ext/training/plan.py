@@ -10,8 +10,8 @@ from .data import ImageData, LazyData
 from .mirrored import looks_the_same_mirrored
 
 EPOCHS, BATCH = 32, 100  # the course's
-ENOUGH = 3000  # steps that give recognisable pictures of small folders, and
-FEW = 1000  # those up to which they do not: docs/getting-started.md has the pictures
+ENOUGH = 3000  # steps that gave the pictures of docs/getting-started.md
+FEW = 1000  # steps after which 200 drawn shapes were blobs still
 SMALL = 1000  # images; fewer are a small folder
 BATCHES, LEAST_BATCH = 10, 32  # an epoch of a small folder has so many batches, of so many images
 N_FEAT, SMALL_N_FEAT = 64, 32
@@ -48,8 +48,8 @@ def planned(config: TrainingConfig, data: ImageData | LazyData, images: int) -> 
 
 
 def n_feat_for(images: int) -> int:
-    """Channels of a ContextUnet's first level: half as many, which train in a third of the time,
-    are enough for a small folder."""
+    """Channels of a ContextUnet's first level: half as many, which train in less than half the
+    time, gave recognisable pictures of small folders (docs/getting-started.md)."""
     return SMALL_N_FEAT if images < SMALL else N_FEAT
 
 

@@ -61,9 +61,9 @@ class Preview:
         """The share of the samples' roughness, from 0 to 1, that the data has not."""
         if self._rough is None:
             chosen = np.linspace(0, len(self.data) - 1, min(len(self.data), LOOKED_AT))
-            (batch,) = self.data.batches([chosen.round().astype(np.int64)], torch.device("cpu"))
+            (batch,) = self.data.batches([chosen.round().astype(np.int64)], samples.device)
             self._rough = roughness(batch.images)
-        excess = roughness(samples.float().cpu().clamp(-1, 1)) - self._rough
+        excess = roughness(samples.float().clamp(-1, 1)) - self._rough
         return min(max(excess / max(1 - self._rough, 1e-3), 0.0), 1.0)
 
     @property

@@ -288,14 +288,15 @@ class Trainer:
 
     def _preview(self, log: RunLog) -> float | None:
         """A picture of samples, in the folder and in the log. Returns: how much of them is noise;
-        None in the processes that do not draw."""
+        None in a process beside the first."""
         if not (self.processes.first or self.learner.sharded):  # which takes all of them
             return None
         samples = self.preview.samples(self.ema_model, self.device)
-        if self.processes.first:
-            picture = self.preview.picture(samples)
-            self.folder.save_picture(picture, self.steps)
-            log.picture("samples", np.asarray(picture), self.steps)
+        if not self.processes.first:
+            return None
+        picture = self.preview.picture(samples)
+        self.folder.save_picture(picture, self.steps)
+        log.picture("samples", np.asarray(picture), self.steps)
         return self.preview.noise_in(samples)
 
     def _save(self, log: RunLog, best: bool = False) -> None:
