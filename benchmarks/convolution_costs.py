@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from diffusion_ext.ops.conv2d import (
-    CAPABILITY,
     CHANNELS,
+    CPU_CAPABILITY,
     POINTS,
     conv2d,
     direct_filters,
@@ -114,10 +114,10 @@ def main() -> None:
             print(f"{i} of {len(every)} shapes", flush=True)
     times = {"DIRECT": np.array(direct), "WINOGRAD": np.array(winograd)}
     terms = {"DIRECT": [s.of_direct() for s in every], "WINOGRAD": [s.of_winograd() for s in every]}
-    print(f"{cpu_name()}, kernels for {CAPABILITY}; nanoseconds of each term, and of a call:")
+    print(f"{cpu_name()}, kernels for {CPU_CAPABILITY}; nanoseconds of each term, and of a call:")
     for name in times:
         factors = ", ".join(f"{factor:.3g}" for factor in fitted(terms[name], times[name]))
-        print(f'{name:8} "{CAPABILITY}": ({factors})')
+        print(f'{name:8} "{CPU_CAPABILITY}": ({factors})')
     chosen = [
         winograd_is_faster(s.batch, s.side, s.side, s.channels, s.out_channels) for s in every
     ]

@@ -53,8 +53,26 @@ py::array_t<float> box_muller(const Words& words) {
   py::array_t<float> out({words.shape(0), py::ssize_t{2}});
   const auto w = words.unchecked<2>();
   auto z = out.mutable_unchecked<2>();
-  for (py::ssize_t i = 0; i < words.shape(0); ++i)
-    dx::box_muller(w(i, 0), w(i, 1), z(i, 0), z(i, 1));
+  dx::on_best_isa([&]() DX_KERNEL {
+    for (py::ssize_t i = 0; i < words.shape(0); ++i)
+      dx::box_muller(w(i, 0), w(i, 1), z(i, 0), z(i, 1));
+  });
+  return out;
+}
+
+using Numbers = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// [n], three times, to a*b + c [n] in one rounding, by the way that the kernels take.
+Numbers fma_of_arrays(const Numbers& a, const Numbers& b, const Numbers& c) {
+  if (a.ndim() != 1 || b.ndim() != 1 || b.size() != a.size())
+    throw py::value_error("a, b: wanted one shape [n]");
+  if (c.ndim() != 1 || c.size() != a.size()) throw py::value_error("c: wanted a's shape [n]");
+  Numbers out(a.size());
+  const float *x = a.data(), *y = b.data(), *z = c.data();
+  float* to = out.mutable_data();
+  dx::on_best_isa([&]() DX_KERNEL {
+    for (py::ssize_t i = 0; i < a.size(); ++i) to[i] = dx::fma(x[i], y[i], z[i]);
+  });
   return out;
 }
 
@@ -95,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return dx::name_of(dx::best_isa()); },
       "The instruction set that the CPU kernels use: baseline, avx2 or avx512.");
+  m.attr("has_fma") = dx::has_fma;
   m.def(
       "fingerprint",
       [](uintptr_t address, int64_t filters, int64_t numbers) {
@@ -107,6 +126,10 @@ PYBIND11_MODULE(_C, m) {
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),
         "Two normals from two words: uint32 [n, 2] to float32 [n, 2].");
+  m.def(
+      "fma", &fma_of_arrays, py::arg("a"), py::arg("b"), py::arg("c"),
+      "a*b + c of float32 [n] with one rounding, as every op computes it whose bits are promised:\n"
+      "by the processor's instruction, or without one by float64.");
   m.def("group_norm_plan", &group_norm_plan, py::arg("shape"), py::arg("groups"),
         py::arg("element_size"), py::kw_only(), py::arg("channels_last") = false,
         py::arg("backward") = false, py::arg("aligned") = true, py::arg("multiprocessors") = 132,

@@ -113,7 +113,7 @@ void modulate(const Tensor& x_, const Tensor& scale_, const Tensor& shift_) {
         const float* to = data_of<float>(shift) + (shift.size(0) == 1 ? 0 : b);
         float* pixel = y + p * x.channels;
 #pragma omp simd
-        for (int64_t c = 0; c < x.channels; ++c) pixel[c] = fma(by[c], pixel[c], to[c]);
+        for (int64_t c = 0; c < x.channels; ++c) pixel[c] = multiply_add(by[c], pixel[c], to[c]);
       }
     });
   });

@@ -41,7 +41,7 @@ DX_INLINE void multiply(const float* __restrict v, int64_t channels, const float
     for (int r = 0; r < R; ++r)
 #pragma omp simd
       for (int i = 0; i < K; ++i)
-        sums[r][i] = fma(v[t * channels + r], m[t * stride + i], sums[r][i]);
+        sums[r][i] = multiply_add(v[t * channels + r], m[t * stride + i], sums[r][i]);
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < K; ++i) u[r * stride + i] = sums[r][i];

@@ -27,7 +27,7 @@ DX_INLINE Moments moments(const float* __restrict x, int64_t count, float shift)
       sum_lanes<2>(count, [&](int64_t i, Lanes<2>& lanes, int64_t lane) DX_KERNEL {
         const float d = x[i] - shift;
         lanes[0][lane] += d;
-        lanes[1][lane] = fma(d, d, lanes[1][lane]);
+        lanes[1][lane] = multiply_add(d, d, lanes[1][lane]);
       });
   return {first, second};
 }
@@ -113,7 +113,7 @@ DX_INLINE void add_column(const float* __restrict x, int64_t stride, int64_t pix
     for (int64_t i = 0; i < count; ++i) {
       const float d = x[r * stride + i] - shift[i];
       one[i] += d;
-      two[i] = fma(d, d, two[i]);
+      two[i] = multiply_add(d, d, two[i]);
     }
   for (int64_t i = 0; i < count; ++i) first[i] = one[i], second[i] = two[i];
 }
@@ -181,8 +181,8 @@ template <Act act, bool post>
 DX_INLINE float apply(float centre, float slope, float intercept, float scale, float shift,
                       float x) {
   float derivative;
-  const float a = activate<act>(fma(x - centre, slope, intercept), derivative);
-  return post ? fma(a, scale, shift) : a;
+  const float a = activate<act>(multiply_add(x - centre, slope, intercept), derivative);
+  return post ? multiply_add(a, scale, shift) : a;
 }
 
 // y of pixels' channels k, k + 1, ... .

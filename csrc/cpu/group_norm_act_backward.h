@@ -31,8 +31,8 @@ struct Numbers {
   DX_INLINE Element differentiate(int64_t i, float x, float dy) const {
     Element e;
     float derivative;
-    e.xhat = fma(x - centre[i], rstd[i], residual[i]);
-    e.act = activate<activation>(fma(gain[i], e.xhat, offset[i]), derivative);
+    e.xhat = multiply_add(x - centre[i], rstd[i], residual[i]);
+    e.act = activate<activation>(multiply_add(gain[i], e.xhat, offset[i]), derivative);
     e.dy = dy;
     e.da = dy * post_scale[i] * derivative;
     return e;
@@ -45,10 +45,10 @@ constexpr int kFewSums = kDaXhat + 1;
 template <int K>
 DX_INLINE void add(const Element& e, float (*sums)[kLanes], int64_t lane) {
   sums[kDa][lane] += e.da;
-  sums[kDaXhat][lane] = fma(e.da, e.xhat, sums[kDaXhat][lane]);
+  sums[kDaXhat][lane] = multiply_add(e.da, e.xhat, sums[kDaXhat][lane]);
   if constexpr (K == kSums) {
     sums[kDy][lane] += e.dy;
-    sums[kDyAct][lane] = fma(e.dy, e.act, sums[kDyAct][lane]);
+    sums[kDyAct][lane] = multiply_add(e.dy, e.act, sums[kDyAct][lane]);
     sums[kXhat][lane] += e.xhat;
   }
 }
@@ -205,8 +205,9 @@ struct DaAgain {
 template <class Da>
 DX_INLINE void write_element(const Channels& ch, const Correction& correction, int64_t k, float x,
                              float dy, float& dx, const Da& da_of) {
-  const float of_statistics = fma(x - ch.centre[k], correction.second[k], correction.first[k]);
-  dx = fma(ch.slope[k], da_of(ch, k, x, dy, dx), -of_statistics);
+  const float of_statistics =
+      multiply_add(x - ch.centre[k], correction.second[k], correction.first[k]);
+  dx = multiply_add(ch.slope[k], da_of(ch, k, x, dy, dx), -of_statistics);
 }
 
 template <class Da>

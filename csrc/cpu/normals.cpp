@@ -41,10 +41,11 @@ DX_INLINE void philox_block(const NormalKey& key, uint64_t first, WordBlock r) {
 
 DX_INLINE void box_muller_block(const WordBlock r, NormalBlock z) {
   for (int k = 0; k < 4; k += 2)
+#pragma omp simd
     for (int i = 0; i < kCounters; ++i) box_muller(r[k][i], r[k + 1][i], z[k][i], z[k + 1][i]);
 }
 
-void normal_blocks(const NormalKey& key, uint64_t first, int64_t blocks, float* out) {
+DX_INLINE void normal_blocks(const NormalKey& key, uint64_t first, int64_t blocks, float* out) {
   for (int64_t b = 0; b < blocks; ++b, first += kCounters, out += kBlock) {
     WordBlock r;
     NormalBlock z;
@@ -126,6 +127,7 @@ DX_AVX512_KERNEL inline void interleave_avx512(const NormalBlock z, int first, f
 
 DX_AVX512_KERNEL void normal_blocks_avx512(const Uniform& u, uint64_t first, int64_t blocks,
                                            float* out) {
+  promise_fma(true);
   const __m512i even = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
   const __m512i odd = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
   for (int64_t b = 0; b < blocks; ++b, first += kCounters, out += kBlock) {
@@ -165,6 +167,7 @@ DX_AVX2_KERNEL inline void interleave_avx2(const NormalBlock z, int first, float
 
 DX_AVX2_KERNEL void normal_blocks_avx2(const Uniform& u, uint64_t first, int64_t blocks,
                                        float* out) {
+  promise_fma(true);
   const __m256i even = _mm256_set_epi64x(5, 1, 4, 0), odd = _mm256_set_epi64x(7, 3, 6, 2);
   for (int64_t b = 0; b < blocks; ++b, first += kCounters, out += kBlock) {
     alignas(32) WordBlock r;
@@ -194,7 +197,7 @@ void best_normal_blocks(const NormalKey& key, uint64_t first, int64_t blocks, fl
   if (best_isa() == Isa::avx512) return normal_blocks_avx512(uniform, first, blocks, out);
   if (best_isa() == Isa::avx2) return normal_blocks_avx2(uniform, first, blocks, out);
 #endif
-  normal_blocks(key, first, blocks, out);
+  run_baseline([&]() DX_KERNEL { normal_blocks(key, first, blocks, out); });
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ struct Cpu {
           float buffers[4][kBlock];
           const float *x = view(x0 + at, buffers[0], count), *z = noise_at(i, count, buffers[1]);
           float* out = place(x_t + at, buffers[2]);
+#pragma omp simd
           for (int64_t k = 0; k < count; ++k) out[k] = perturb_sample(signal, sigma, x[k], z[k]);
           keep(out, x_t + at, count);
           if (target == nullptr) return;
@@ -31,6 +32,7 @@ struct Cpu {
             return;
           }
           float* v = place(target + at, buffers[3]);
+#pragma omp simd
           for (int64_t k = 0; k < count; ++k) v[k] = velocity(signal, sigma, x[k], z[k]);
           keep(v, target + at, count);
         });

@@ -34,7 +34,7 @@ constexpr int kWidth = 1, kRows = 4;
 inline Vector zero() { return 0.0f; }
 inline Vector load(const float* p) { return *p; }
 inline Vector broadcast(float x) { return x; }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return fma(a, b, c); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 inline void store(float* p, Vector v) { *p = v; }
 #include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET

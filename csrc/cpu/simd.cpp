@@ -39,4 +39,8 @@ Isa best_isa() {
   return isa;
 }
 
+#if defined(DX_FMA_IS_CHOSEN)
+const bool has_fma = best_isa() != Isa::baseline;
+#endif
+
 }  // namespace dx

@@ -39,15 +39,32 @@ const char* name_of(Isa isa);
 #define DX_AVX512_KERNEL __attribute__((target(DX_AVX512)))
 #define DX_AVX2_KERNEL __attribute__((target(DX_AVX2)))
 
+// Tells the compiler that this processor has an fma instruction, or has none: of fma()'s two ways
+// it then keeps one. Every function of kernels begins with it.
+DX_INLINE void promise_fma(bool there) {
+  if (has_fma != there) __builtin_unreachable();
+}
+
 template <class Kernel>
 DX_AVX512_KERNEL void run_avx512(const Kernel& kernel) {
+  promise_fma(true);
   kernel();
 }
 template <class Kernel>
 DX_AVX2_KERNEL void run_avx2(const Kernel& kernel) {
+  promise_fma(true);
   kernel();
 }
 #endif
+
+// For the least that the compiler was told of the processors.
+template <class Kernel>
+void run_baseline(const Kernel& kernel) {
+#if defined(DX_X86) && defined(DX_FMA_IS_CHOSEN)
+  promise_fma(false);
+#endif
+  kernel();
+}
 
 template <class Kernel>
 void on_best_isa(const Kernel& kernel) {
@@ -56,7 +73,7 @@ void on_best_isa(const Kernel& kernel) {
   if (isa == Isa::avx512) return run_avx512(kernel);
   if (isa == Isa::avx2) return run_avx2(kernel);
 #endif
-  kernel();
+  run_baseline(kernel);
 }
 
 // Calls f with each bool as a constant, so that the compiler has a loop for each combination.

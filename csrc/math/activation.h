@@ -34,16 +34,18 @@ DX_INLINE float exp(float x) {
 #else
   x = within_exp(x);
   // exp(x) = 2^n 2^f with f in [-1/2, 1/2]; adding and subtracting 1.5 * 2^23 rounds n to an
-  // integer.
+  // integer. Where an fma would be a call, x - n ln 2 is taken in two parts, of which the first is
+  // exact (Cody & Waite 1980).
   const float magic = 12582912.0f, log2_e = 1.442695041f;
-  const float shifted = fma(x, log2_e, magic);
-  const float f = fma(x, log2_e, magic - shifted);
+  const float shifted = multiply_add(x, log2_e, magic), n = shifted - magic;
+  const float f =
+      has_fma ? fma(x, log2_e, -n) : ((x - n * 6.93359375e-01f) + n * 2.121944400e-04f) * log2_e;
   float p = 1.326472639e-03f;
-  p = fma(p, f, 9.671513032e-03f);
-  p = fma(p, f, 5.550733750e-02f);
-  p = fma(p, f, 2.402224208e-01f);
-  p = fma(p, f, 6.931469776e-01f);
-  p = fma(p, f, 1.0f);
+  p = multiply_add(p, f, 9.671513032e-03f);
+  p = multiply_add(p, f, 5.550733750e-02f);
+  p = multiply_add(p, f, 2.402224208e-01f);
+  p = multiply_add(p, f, 6.931469776e-01f);
+  p = multiply_add(p, f, 1.0f);
   return float_of(bits_of(p) + (bits_of(shifted) << 23));  // n is added to the exponent
 #endif
 }
@@ -63,13 +65,13 @@ DX_INLINE float sigmoid(float x) { return reciprocal(1.0f + exp(-x)); }
 // The normal distribution's integral to a, and density exp(-a^2/2) (without the 1/sqrt(2 pi)).
 DX_INLINE float normal_cdf(float a, float& density) {
   density = exp(-0.5f * a * a);
-  const float t = reciprocal(fma(2.828427125e-01f, fabsf(a), 1.0f));
+  const float t = reciprocal(multiply_add(2.828427125e-01f, fabsf(a), 1.0f));
   float g = -2.021183179e-01f;  // erfc(x) = exp(-x^2) t g(t), t = 1/(1 + 0.4 x), x = |a|/sqrt(2)
-  g = fma(g, t, 7.169376346e-01f);
-  g = fma(g, t, -3.838863399e-01f);
-  g = fma(g, t, 4.790154487e-01f);
-  g = fma(g, t, 1.574088664e-01f);
-  g = fma(g, t, 2.326426728e-01f);
+  g = multiply_add(g, t, 7.169376346e-01f);
+  g = multiply_add(g, t, -3.838863399e-01f);
+  g = multiply_add(g, t, 4.790154487e-01f);
+  g = multiply_add(g, t, 1.574088664e-01f);
+  g = multiply_add(g, t, 2.326426728e-01f);
   const float tail = 0.5f * density * t * g;  // half of erfc(x), to 2e-8
   return a < 0.0f ? tail : 1.0f - tail;
 }
@@ -85,27 +87,28 @@ DX_INLINE float activate(float a, float& derivative) {
     return a < 0.0f ? 0.0f : a;  // a NaN stays one
   } else if constexpr (act == Act::silu) {
     const float s = sigmoid(a);
-    derivative = fma(a * s, 1.0f - s, s);
+    derivative = multiply_add(a * s, 1.0f - s, s);
     return a * s;
   } else if constexpr (act == Act::gelu) {
     float density;
     const float cdf = normal_cdf(a, density);
-    derivative = fma(3.989422804e-01f * a, density, cdf);
+    derivative = multiply_add(3.989422804e-01f * a, density, cdf);
     return a * cdf;
   } else if constexpr (act == Act::mish) {
     // a tanh(log(1 + e^a)) = a n / (n + 2), n = e^a (e^a + 2): both sides of the fraction by
     // e^(-2a) where a > 0, so that nothing overflows.
     const bool above = a > 0.0f;
     const float u = exp(-fabsf(a)), u2 = u * u;
-    const float n = above ? fma(2.0f, u, 1.0f) : fma(2.0f, u, u2);
+    const float n = above ? multiply_add(2.0f, u, 1.0f) : multiply_add(2.0f, u, u2);
     const float over = reciprocal(n + (above ? 2.0f * u2 : 2.0f)), t = n * over;
-    derivative = fma(a, 4.0f * over * over * ((above ? u2 : u) * (1.0f + u)), t);
+    derivative = multiply_add(a, 4.0f * over * over * ((above ? u2 : u) * (1.0f + u)), t);
     return a * t;
   } else {
     // 0.5 (1 + tanh(y)) = sigmoid(2y), y = sqrt(2/pi) (a + 0.044715 a^3)
     const float a2 = a * a;
-    const float s = sigmoid(1.595769122f * fma(0.044715f * a2, a, a));
-    derivative = fma(a * s * (1.0f - s), fma(2.140644490e-01f, a2, 1.595769122f), s);
+    const float s = sigmoid(1.595769122f * multiply_add(0.044715f * a2, a, a));
+    derivative =
+        multiply_add(a * s * (1.0f - s), multiply_add(2.140644490e-01f, a2, 1.595769122f), s);
     return a * s;
   }
 }

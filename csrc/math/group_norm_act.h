@@ -46,9 +46,9 @@ struct Channel {
     rstd = rstd_;
     residual = -(shifted.low + mean.low) * rstd;
     gain = p.weight * one_scale;
-    offset = fma(p.bias, one_scale, p.shift);
+    offset = multiply_add(p.bias, one_scale, p.shift);
     slope = gain * rstd;
-    intercept = fma(gain, residual, offset);
+    intercept = multiply_add(gain, residual, offset);
     post_scale = p.post_scale;
     post_shift = p.post_shift;
   }
@@ -56,11 +56,11 @@ struct Channel {
   template <Act activation>
   DX_INLINE float forward(float x) const {
     float derivative;
-    const float y = activate<activation>(fma(x - centre, slope, intercept), derivative);
-    return fma(y, post_scale, post_shift);
+    const float y = activate<activation>(multiply_add(x - centre, slope, intercept), derivative);
+    return multiply_add(y, post_scale, post_shift);
   }
 
-  DX_INLINE float normalise(float x) const { return fma(x - centre, rstd, residual); }
+  DX_INLINE float normalise(float x) const { return multiply_add(x - centre, rstd, residual); }
 };
 
 // What the backward needs of an element: xhat, act(a) and da.
@@ -72,7 +72,7 @@ struct Derivative {
     Derivative d;
     float derivative;
     d.xhat = c.normalise(x);
-    d.act = activate<activation>(fma(c.gain, d.xhat, c.offset), derivative);
+    d.act = activate<activation>(multiply_add(c.gain, d.xhat, c.offset), derivative);
     d.da = dy * c.post_scale * derivative;
     return d;
   }
@@ -88,7 +88,7 @@ struct GroupMeans {
 
 // dx, of which rstd (S1/M + xhat S2/M) is the part that the statistics have in it.
 DX_INLINE float input_gradient(const Channel& c, const GroupMeans& means, float xhat, float da) {
-  return fma(c.slope, da, -c.rstd * fma(xhat, means.da_xhat, means.da));
+  return multiply_add(c.slope, da, -c.rstd * multiply_add(xhat, means.da_xhat, means.da));
 }
 
 // The gradients of a channel's parameters in one sample.

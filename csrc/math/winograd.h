@@ -31,14 +31,14 @@ DX_INLINE void winograd_filter(const double (&g)[kFilterSide], double (&u)[kTile
 
 // B^T d
 DX_INLINE void winograd_input(const float (&d)[kTileIn], float (&v)[kTileIn]) {
-  const float even_a = fma(-2.0f, d[2], d[4]), odd_a = fma(-2.0f, d[1], d[3]);
-  const float even_b = fma(-0.5f, d[2], d[4]), odd_b = fma(-0.5f, d[1], d[3]);
-  v[0] = fma(-2.5f, d[2], d[0] + d[4]);
-  v[1] = fma(float(kPointA), odd_a, even_a);
-  v[2] = fma(float(-kPointA), odd_a, even_a);
-  v[3] = fma(float(kPointB), odd_b, even_b);
-  v[4] = fma(float(-kPointB), odd_b, even_b);
-  v[5] = fma(-2.5f, d[3], d[1] + d[5]);
+  const float even_a = multiply_add(-2.0f, d[2], d[4]), odd_a = multiply_add(-2.0f, d[1], d[3]);
+  const float even_b = multiply_add(-0.5f, d[2], d[4]), odd_b = multiply_add(-0.5f, d[1], d[3]);
+  v[0] = multiply_add(-2.5f, d[2], d[0] + d[4]);
+  v[1] = multiply_add(float(kPointA), odd_a, even_a);
+  v[2] = multiply_add(float(-kPointA), odd_a, even_a);
+  v[3] = multiply_add(float(kPointB), odd_b, even_b);
+  v[4] = multiply_add(float(-kPointB), odd_b, even_b);
+  v[5] = multiply_add(-2.5f, d[3], d[1] + d[5]);
 }
 
 // A^T m
@@ -47,20 +47,20 @@ DX_INLINE void winograd_output(const float (&m)[kTileIn], float (&y)[kTileOut]) 
   const float even_b = m[3] + m[4], odd_b = float(kPointB) * (m[3] - m[4]);
   y[0] = m[0] + (even_a + even_b);
   y[1] = odd_a + odd_b;
-  y[2] = fma(0.5f, even_a, 2.0f * even_b);
-  y[3] = fma(0.5f, odd_a, fma(2.0f, odd_b, m[5]));
+  y[2] = multiply_add(0.5f, even_a, 2.0f * even_b);
+  y[3] = multiply_add(0.5f, odd_a, multiply_add(2.0f, odd_b, m[5]));
 }
 
 // The gradient of g is G^T [sum of (B^T d B) * (A dy A^T)] G. These are A dy and, in float64, G^T
 // u.
 DX_INLINE void winograd_output_gradient(const float (&dy)[kTileOut], float (&m)[kTileIn]) {
-  const float even_a = fma(0.5f, dy[2], dy[0]), odd_a = fma(0.5f, dy[3], dy[1]);
-  const float even_b = fma(2.0f, dy[2], dy[0]), odd_b = fma(2.0f, dy[3], dy[1]);
+  const float even_a = multiply_add(0.5f, dy[2], dy[0]), odd_a = multiply_add(0.5f, dy[3], dy[1]);
+  const float even_b = multiply_add(2.0f, dy[2], dy[0]), odd_b = multiply_add(2.0f, dy[3], dy[1]);
   m[0] = dy[0];
-  m[1] = fma(float(kPointA), odd_a, even_a);
-  m[2] = fma(float(-kPointA), odd_a, even_a);
-  m[3] = fma(float(kPointB), odd_b, even_b);
-  m[4] = fma(float(-kPointB), odd_b, even_b);
+  m[1] = multiply_add(float(kPointA), odd_a, even_a);
+  m[2] = multiply_add(float(-kPointA), odd_a, even_a);
+  m[3] = multiply_add(float(kPointB), odd_b, even_b);
+  m[4] = multiply_add(float(-kPointB), odd_b, even_b);
   m[5] = dy[3];
 }
 

@@ -12,6 +12,7 @@ from ..ops import backend, choices
 from ..version import __version__
 
 OPS = ("sampler_step", "perturb", "denoising_loss", "philox_normal", "group_norm_act")
+ANY_BITS = ("group_norm_act",)  # the ops whose bits are no promise
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,29 @@ def info() -> Info:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    served = {device: _served(device) for device in ("cpu", "cuda")}
-    chosen = tuple(choices.all_of_this_machine())
-    return Info(versions, _build(), {op: dict(served) for op in OPS}, chosen)
+    served = {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in OPS}
+    return Info(versions, _build(), served, tuple(choices.all_of_this_machine()))
 
 
-def _served(device: str) -> str:
+def _served(op: str, device: str) -> str:
     if backend.current_backend() == "reference":
         return "reference: chosen by use_backend or DIFFUSION_EXT_BACKEND"
     if device in backend.missing:
         return f"reference: {backend.missing[device]}"
     if device == "cuda":
         return _served_by_cuda()
+    return _served_by_cpu(op)
+
+
+def _served_by_cpu(op: str) -> str:
     from .. import _C
 
-    return f"native ({_C.cpu_capability()}, {torch.get_num_threads()} threads)"
+    unit = backend.CPU_CAPABILITY
+    if op in ANY_BITS and backend.OUTDONE:
+        better = torch.backends.cpu.get_cpu_capability()
+        return f"reference: torch uses {better} here, and our kernels {unit}"
+    without = "" if _C.has_fma or op in ANY_BITS else ", fma by float64"
+    return f"native ({unit}{without}, {torch.get_num_threads()} threads)"
 
 
 def _served_by_cuda() -> str:

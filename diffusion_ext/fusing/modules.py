@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.kept_filters import convolved
 from ..nn.winograd_conv2d import WinogradConv2d
-from ..ops.backend import serves
+from ..ops.backend import serves_faster
 from ..ops.group_norm_act import group_norm_act_unchecked
 from ..ops.reference import ACTIVATIONS
 from .activations import act_of, passes
@@ -186,7 +186,7 @@ def fused_op(
 
     These, and the kernel's own, are all the checks of a call: the op's would double them.
     """
-    if not isinstance(x, Tensor) or not serves(x) or x.layout is not torch.strided:
+    if not isinstance(x, Tensor) or not serves_faster(x) or x.layout is not torch.strided:
         return None
     kind = norm.kind
     if kind.act != "identity":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import serves
+from ..ops.backend import serves_faster
 from ..ops.group_norm_act import with_statistics
 from ..ops.reference import ACTIVATIONS
 
@@ -28,7 +28,7 @@ class BatchNormAct(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        fused = self.training and x.is_cpu and serves(x) and pixels.is_contiguous()
+        fused = self.training and x.is_cpu and serves_faster(x) and pixels.is_contiguous()
         fused = fused and not x.is_contiguous()  # of one channel or pixel: torch's strides
         if not fused or x.numel() <= x.shape[1]:  # one value: torch's error
             return ACTIVATIONS[self.act](super().forward(x))

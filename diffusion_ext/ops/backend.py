@@ -116,6 +116,20 @@ def why_no_code(index: int) -> str:
     )
 
 
+def _cpu_capability() -> str:
+    if "cpu" in missing:
+        return "baseline"
+    from .._C import cpu_capability
+
+    return cpu_capability()
+
+
+# The vector unit that our kernels on the CPU use, and whether torch's own use a better one: where
+# the compiler could build ours for the least of processors only (MSVC), or where
+# DIFFUSION_EXT_CPU_CAPABILITY lowers them.
+CPU_CAPABILITY = _cpu_capability()
+OUTDONE = CPU_CAPABILITY == "baseline" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
 native_devices = tuple(device for device in ("cpu", "cuda") if device not in missing)
 _on_cpu, _on_cuda = ("cpu" in native_devices, "cuda" in native_devices)
 
@@ -198,6 +212,12 @@ def serves(x: Tensor) -> bool:
         and not recorded()
         and (x.is_cpu or has_code(x.get_device()))  # last: torch.jit.trace cannot write it down
     )
+
+
+def serves_faster(x: Tensor) -> bool:
+    """The same for an op whose bits are no promise: not on a CPU where torch's own kernels use a
+    better vector unit than ours."""
+    return serves(x) and not (OUTDONE and x.is_cpu)
 
 
 def recorded() -> bool:

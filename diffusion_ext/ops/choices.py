@@ -134,9 +134,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
     if device.type == "cpu":
         facts |= {"processor": processor(), "threads": torch.get_num_threads()}
         if "cpu" not in backend.missing:
-            from .._C import cpu_capability
-
-            facts["instructions"] = cpu_capability()
+            facts["instructions"] = backend.CPU_CAPABILITY
     elif device.type == "cuda":
         facts["processor"] = torch.cuda.get_device_name(device)
     return facts | _versions()

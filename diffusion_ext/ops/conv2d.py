@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernel, kernels, missing, register_fake, serves
+from .backend import CPU_CAPABILITY, kernel, kernels, register_fake, serves
 from .group_norm_act import ACTIVATIONS
 
-if "cpu" not in missing:
-    from .._C import cpu_capability
-
-CAPABILITY = "baseline" if "cpu" in missing else cpu_capability()
-VECTORISED = CAPABILITY != "baseline"
+VECTORISED = CPU_CAPABILITY != "baseline"
 
 CHANNELS = 16  # Winograd's algorithm takes inputs of a multiple of so many channels
 TILE = 4  # side of the outputs that it computes together
@@ -43,13 +39,13 @@ def winograd_is_faster(
     batch: int, height: int, width: int, channels: int, out_channels: int
 ) -> bool:
     """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
-    if channels % CHANNELS or CAPABILITY not in WINOGRAD:
+    if channels % CHANNELS or CPU_CAPABILITY not in WINOGRAD:
         return False
     filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
     tiles = tiles_of(batch, height, width)
-    product, byte = DIRECT[CAPABILITY]
+    product, byte = DIRECT[CPU_CAPABILITY]
     direct = 9 * filters * (product * batch * height * width + 4 * byte)
-    product, byte, lane = WINOGRAD[CAPABILITY]
+    product, byte, lane = WINOGRAD[CPU_CAPABILITY]
     winograd = POINTS * filters * (product * tiles + 4 * byte)
     return winograd + lane * tiles * (channels + out_channels) < direct
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_floating, check_number
 from . import reference
-from .backend import kernel, kernels, needs_grad, recorded, register_fake, serves
+from .backend import kernel, kernels, needs_grad, recorded, register_fake, serves_faster
 from .layouts import layout_of_norm
 
 # The kernels take an activation as its index here (csrc/math/activation.h has the same order).
@@ -56,7 +56,7 @@ def group_norm_act(
         shape, x = x.shape, x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         return group_norm_act(x, num_groups, weight, bias, eps, act, *modulation).reshape(shape)
     args = (x, num_groups, weight, bias, eps, act, *modulation)
-    if serves(x):
+    if serves_faster(x):
         return group_norm_act_unchecked(*args)
     # Other runtimes know a GroupNorm of torch's, and have a kernel for it.
     normalise = _group_norm_of_torch if recorded() else None

@@ -42,7 +42,7 @@ def test_costs_are_found_again():
     assert np.allclose(convolution_costs.fitted(terms, times), wanted, rtol=1e-6)
 
 
-@pytest.mark.skipif(convolution_costs.CAPABILITY == "baseline", reason="no kernel of ours")
+@pytest.mark.skipif(convolution_costs.CPU_CAPABILITY == "baseline", reason="no kernel of ours")
 def test_a_sweep(monkeypatch, capsys):
     monkeypatch.setattr(convolution_costs, "CHANNEL_PAIRS", ((16, 16), (16, 32)))
     monkeypatch.setattr(convolution_costs, "IMAGES", ((1, 4), (2, 4), (1, 8), (1, 16)))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from diffusion_ext.ops.backend import kernels
 from diffusion_ext.ops.conv2d import (
-    CAPABILITY,
+    CPU_CAPABILITY,
     conv2d,
     direct_filters,
     winograd_filters,
@@ -139,7 +139,7 @@ def test_an_infinity_and_a_nan_stay():
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@pytest.mark.skipif(CAPABILITY == "baseline", reason="no kernel of ours")
+@pytest.mark.skipif(CPU_CAPABILITY == "baseline", reason="no kernel of ours")
 def test_the_algorithm_that_is_chosen():
     assert winograd_is_faster(1, 64, 64, 128, 128)
     assert winograd_is_faster(32, 8, 8, 128, 128)
