@@ -12,6 +12,11 @@
 #define DX_X86 1
 #endif
 
+#if defined(__clang__)
+// Loops for processors without fma call exact_fma, and only GCC vectorises those.
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
+
 #if defined(__GNUC__)
 #define DX_KERNEL __attribute__((always_inline))
 #define DX_APART __attribute__((noinline))
