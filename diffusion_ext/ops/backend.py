@@ -21,6 +21,7 @@ from ..checks import check_choice
 
 # Backend -> the torch.ops namespace of its kernels. "reference", which is torch itself, has none.
 NAMESPACES = {"native": "diffusion_ext"}
+CPU_CAPABILITIES = ("baseline", "neon", "avx2", "avx512")
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The folder that the package was imported from, whatever its files are links to.
@@ -117,6 +118,13 @@ def why_no_code(index: int) -> str:
 
 
 def _cpu_capability() -> str:
+    told = os.environ.get("DIFFUSION_EXT_CPU_CAPABILITY", "")
+    if told not in ("", *CPU_CAPABILITIES):
+        warnings.warn(
+            f"DIFFUSION_EXT_CPU_CAPABILITY: wanted one of {CPU_CAPABILITIES}, got {told!r}; using "
+            "the processor's best",
+            stacklevel=2,
+        )
     if "cpu" in missing:
         return "baseline"
     from .._C import cpu_capability

@@ -101,6 +101,9 @@ def test_environment_chooses_the_backend():
     assert chosen.split() == ["reference"]
     warned = python(code, ROOT, DIFFUSION_EXT_BACKEND="cuda")
     assert "DIFFUSION_EXT_BACKEND: wanted one of ('native', 'reference'), got 'cuda'" in warned
+    warned = python(code, ROOT, DIFFUSION_EXT_CPU_CAPABILITY="AVX2")
+    assert "DIFFUSION_EXT_CPU_CAPABILITY: wanted one of ('baseline', " in warned
+    assert "got 'AVX2'; using the processor's best" in warned
 
 
 USE = (
