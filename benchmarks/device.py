@@ -14,7 +14,7 @@ import torch
 
 import diffusion_ext as dx
 from diffusion_ext.ops.choices import processor
-from diffusion_ext.ops.conv2d import CAPABILITY
+from diffusion_ext.ops.conv2d import CPU_CAPABILITY
 
 LIBRARIES = ("numpy", "diffusers", "openvino", "onnxruntime", "apex", "liger-kernel")
 
@@ -74,7 +74,7 @@ def facts(device: str) -> dict[str, str]:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        **({} if cuda else {"instructions": CAPABILITY}),  # of our kernels
+        **({} if cuda else {"instructions": CPU_CAPABILITY}),  # of our kernels
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "driver": of_nvidia_smi("driver_version") if cuda else "none",
