@@ -25,8 +25,8 @@ import sysconfig
 from setuptools import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
-CXX_FLAGS = shlex.split((ROOT / "csrc" / "flags.txt").read_text())
-NVCC_FLAGS = shlex.split((ROOT / "csrc" / "flags_cuda.txt").read_text())
+CXX_FLAGS = shlex.split((ROOT / "csrc" / "flags.txt").read_text(encoding="utf-8"))
+NVCC_FLAGS = shlex.split((ROOT / "csrc" / "flags_cuda.txt").read_text(encoding="utf-8"))
 
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 from toolkit import Toolkit  # noqa: E402
@@ -56,7 +56,7 @@ def write_facts(root: pathlib.Path = ROOT) -> None:
     """Into a file of the package, which wheels carry."""
     record = root / "diffusion_ext" / "_build.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(facts, indent=1) + "\n")
+    record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def sources(folder: str, suffix: str) -> list[str]:

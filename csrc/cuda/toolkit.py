@@ -12,7 +12,7 @@ PORTABLE = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 def ask(*command: str | pathlib.Path) -> str:
     """What a command prints."""
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, check=True, text=True, **out).stdout
+    return subprocess.run(command, check=True, encoding="utf-8", errors="replace", **out).stdout
 
 
 class Toolkit:
