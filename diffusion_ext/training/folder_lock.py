@@ -7,8 +7,6 @@ import os
 import socket
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".lock-holder"  # a file of its own: Windows lets nobody read one that is locked
 PATIENCE = 0.2  # seconds: a run that is just ending removes its lock, one that begins says its name
@@ -27,6 +25,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path):
+        from filelock import FileLock, Timeout  # here: it takes 0.05 s, a quarter of a command's
+
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._holder = (folder.resolve() / name for name in (LOCK_NAME, HOLDER_NAME))
         self._lock = FileLock(self._file, thread_local=False, fallback_to_soft=False)

@@ -26,6 +26,7 @@ LATE = ("openvino", "onnxruntime", "compile")  # until a time; the quickest firs
 # What a late way holds at most while it is made ready, as times what eager does.
 MEMORY = {"openvino": 2.5, "onnxruntime": 2.5, "compile": 1.5}
 GIB = 1 << 30
+TO_END = 1.0  # seconds for a process to end by itself
 KILLED = -9  # what a process ends with that Linux has killed
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -88,12 +89,13 @@ class Process:
         return self.received()
 
     def end(self) -> None:
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended, or not begun its session
+        self.connection.close()  # which ends it, unless it is at work
+        self.process.join(TO_END)
+        if self.process.is_alive() and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):  # it has not begun its session
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
 
 def measured(request: Request, seconds: float) -> dict[str, Way]:
