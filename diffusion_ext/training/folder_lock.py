@@ -37,6 +37,11 @@ class FolderLock:
             holder = self._name_of_holder()
             run = "another run of this process" if holder == me else "another run"
             raise BlockingIOError(f"folder: {run} writes into {folder}: {holder}") from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise type(error)(
+                error.errno, f"folder: no lock to be had ({reason})", str(folder)
+            ) from error
         self._holder.write_text(me, encoding="utf-8")
 
     def _name_of_holder(self) -> str:

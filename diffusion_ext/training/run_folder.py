@@ -30,7 +30,7 @@ class RunFolder:
 
     config.json, checkpoint.safetensors (the last), checkpoint-<step>.safetensors (those before),
     best.safetensors, sharded-<step>/ (of a cut network, until the run has ended), log.csv,
-    tensorboard/, samples/; .lock, while a run is at it.
+    tensorboard/, samples/; .lock and .lock-holder, while a run is at it.
 
     Args: keep: how many of the last checkpoints stay. Raises: ValueError where it is a file.
     """
