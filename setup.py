@@ -35,7 +35,8 @@ def flags(compiler: str) -> list[str]:
     """Of g++ (and clang), msvc or nvcc, whose last one is a list for the compiler that it calls."""
     name = {"g++": "flags.txt", "msvc": "flags_msvc.txt", "nvcc": "flags_cuda.txt"}[compiler]
     found = shlex.split((ROOT / "csrc" / name).read_text(encoding="utf-8"))
-    if compiler == "nvcc" and WINDOWS:  # what torch and its own -std do not tell MSVC
+    if compiler == "nvcc" and WINDOWS:  # torch adds a -std there, and what else MSVC is to be told
+        found.remove("-std=c++20")
         found[-1] = "/fp:precise,/Zc:__cplusplus,/Zc:preprocessor,/bigobj"
     return found
 

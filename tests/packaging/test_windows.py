@@ -1,6 +1,7 @@
 """What is to work on Windows, as far as Linux shows it: see windows/sitecustomize.py."""
 
 import ast
+import json
 import os
 import pathlib
 import pickle
@@ -212,6 +213,26 @@ def test_names_of_classes_that_cannot_be_folders(tmp_path, monkeypatch, names):
     ):
         SampleSet(tmp_path / "set", names, True, (0, 1)).begin({})
     SampleSet(tmp_path / "arrays", names, False, (0, 1)).begin({})
+
+
+def test_msvc_is_given_flags_of_its_own():
+    program = """
+import json, os, runpy, sys, pybind11, setuptools, torch.utils.cpp_extension
+setuptools.setup = lambda **arguments: None
+sys.platform = "win32"
+made = runpy.run_path("setup.py")
+print(json.dumps([made["cpu_extension"]().extra_compile_args["cxx"], made["NVCC_FLAGS"]]))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, check=True, stdout=subprocess.PIPE,
+        env={**os.environ, "DIFFUSION_EXT_CUDA": "0"}, encoding="utf-8",
+    )  # fmt: skip
+    of_cpu, of_cuda = json.loads(told.stdout)
+    assert {"/std:c++20", "/fp:precise"} < set(of_cpu)
+    assert [flag for flag in of_cpu if not flag.startswith("/")] == []
+    assert of_cuda[-2] == "-Xcompiler"
+    assert [flag for flag in of_cuda[-1].split(",") if not flag.startswith("/")] == []
+    assert "--fmad=false" in of_cuda
 
 
 def opens_text(call: ast.Call) -> bool:
