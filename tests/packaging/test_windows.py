@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -215,17 +216,19 @@ def test_names_of_classes_that_cannot_be_folders(tmp_path, monkeypatch, names):
     SampleSet(tmp_path / "arrays", names, False, (0, 1)).begin({})
 
 
-def test_msvc_is_given_flags_of_its_own():
+def test_msvc_is_given_flags_of_its_own(tmp_path):
+    shutil.copy(PACKAGE.parent / "setup.py", tmp_path)  # which writes beside itself
+    shutil.copytree(PACKAGE.parent / "csrc", tmp_path / "csrc")
     program = """
-import json, os, runpy, sys, pybind11, setuptools, torch.utils.cpp_extension
+import json, runpy, sys, pybind11, setuptools, torch.utils.cpp_extension
 setuptools.setup = lambda **arguments: None
 sys.platform = "win32"
 made = runpy.run_path("setup.py")
 print(json.dumps([made["cpu_extension"]().extra_compile_args["cxx"], made["NVCC_FLAGS"]]))
 """
     told = subprocess.run(
-        [sys.executable, "-c", program], cwd=PACKAGE.parent, check=True, stdout=subprocess.PIPE,
-        env={**os.environ, "DIFFUSION_EXT_CUDA": "0"}, encoding="utf-8",
+        [sys.executable, "-c", program], cwd=tmp_path, check=True, stdout=subprocess.PIPE,
+        env={**os.environ, "DIFFUSION_EXT_NATIVE": "0"}, encoding="utf-8",
     )  # fmt: skip
     of_cpu, of_cuda = json.loads(told.stdout)
     assert {"/std:c++20", "/fp:precise"} < set(of_cpu)
