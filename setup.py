@@ -25,12 +25,23 @@ import sysconfig
 from setuptools import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
-CXX_FLAGS = shlex.split((ROOT / "csrc" / "flags.txt").read_text())
-NVCC_FLAGS = shlex.split((ROOT / "csrc" / "flags_cuda.txt").read_text())
+WINDOWS = sys.platform == "win32"
 
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 from toolkit import Toolkit  # noqa: E402
 
+
+def flags(compiler: str) -> list[str]:
+    """Of g++ (and clang), msvc or nvcc, whose last one is a list for the compiler that it calls."""
+    name = {"g++": "flags.txt", "msvc": "flags_msvc.txt", "nvcc": "flags_cuda.txt"}[compiler]
+    found = shlex.split((ROOT / "csrc" / name).read_text(encoding="utf-8"))
+    if compiler == "nvcc" and WINDOWS:  # torch adds a -std there, and what else MSVC is to be told
+        found.remove("-std=c++20")
+        found[-1] = "/fp:precise,/Zc:__cplusplus,/Zc:preprocessor,/bigobj"
+    return found
+
+
+CXX_FLAGS, NVCC_FLAGS = flags("msvc" if WINDOWS else "g++"), flags("nvcc")
 facts = {"flags": " ".join(CXX_FLAGS)}  # what `diffusion-ext info` will say of this build
 
 
@@ -56,7 +67,7 @@ def write_facts(root: pathlib.Path = ROOT) -> None:
     """Into a file of the package, which wheels carry."""
     record = root / "diffusion_ext" / "_build.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(facts, indent=1) + "\n")
+    record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -101,19 +112,21 @@ def cuda_extension():
     torch.version.cuda = torch.version.cuda or toolkit.release
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures()
     facts["cuda"] = f"nvcc {toolkit.release} for {architectures}: {' '.join(NVCC_FLAGS)}"
+    any_torch = [] if WINDOWS else ["-Wl,--no-as-needed", "-ltorch"]
     headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     return Extension(
         "diffusion_ext._cuda",
         sources("cuda", ".cu") + sources("cuda/instances", ".cu"),
         library_dirs=cpp_extension.library_paths(),
-        libraries=["torch_cpu"],
+        libraries=["torch_cpu", *(["torch_cuda"] if WINDOWS else [])],
         extra_compile_args={"nvcc": NVCC_FLAGS + headers},
         # The current stream is libtorch_cuda.so's to tell, which a torch without CUDA has not got
         # to link. import torch loads its libraries for itself (RTLD_LOCAL), so ours finds only what
         # it names, and what that names in turn: libtorch.so, which every torch has, and which names
         # libtorch_cuda.so where there is one. No symbol is its own: hence --no-as-needed. No rpath:
-        # torch has loaded all of them before us, libcudart too.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch", str(toolkit.runtime)],
+        # torch has loaded all of them before us, libcudart too. Windows' linker has to be told
+        # of the library of each symbol, and so needs a torch with CUDA.
+        extra_link_args=[*any_torch, str(toolkit.runtime)],
         language="c++",
     )
 
@@ -152,8 +165,9 @@ def build_command():
 
         def run(self):
             root = ROOT if self.inplace else pathlib.Path(self.build_lib)
-            for stale in root.glob("diffusion_ext/_cuda*.so"):  # its kernels are of another _C
-                stale.unlink()
+            for suffix in (".so", ".pyd"):
+                for stale in root.glob(f"diffusion_ext/_cuda*{suffix}"):
+                    stale.unlink()  # its kernels are of another _C
             super().run()
             write_facts(root)
 

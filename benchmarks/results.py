@@ -49,7 +49,7 @@ def load(paths: Iterable[pathlib.Path]) -> Results:
 
     Raises: ValueError for runs on different devices.
     """
-    files = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    files = [json.loads(pathlib.Path(path).read_text(encoding="utf-8")) for path in paths]
     devices = {file["machine_info"]["device"] for file in files}
     if len(devices) != 1:
         raise ValueError(f"wanted runs on one device, got {sorted(devices)}")

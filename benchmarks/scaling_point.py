@@ -49,7 +49,7 @@ def peak_bytes(device: str) -> int:
     """The most since `forget_peak`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)[1])
 
 
@@ -61,7 +61,8 @@ def forget_peak(device: str) -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, unlike getrusage's peak
+    # Resets VmHWM, unlike getrusage's peak.
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def main() -> None:

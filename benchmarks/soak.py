@@ -39,7 +39,7 @@ LIBC = ctypes.CDLL("libc.so.6")
 
 def resident_mb() -> float:
     LIBC.malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096 / 1e6
 
 

@@ -61,7 +61,7 @@ class Verdict:
 
 
 def read(path: pathlib.Path) -> list[Target]:
-    entries = json.loads(pathlib.Path(path).read_text())["targets"]
+    entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["targets"]
     return [Target(**{**entry, "works": tuple(entry["works"])}) for entry in entries]
 
 

@@ -23,6 +23,8 @@ py::dict build_facts() {
   facts["compiler"] = "clang " __clang_version__;
 #elif defined(__GNUC__)
   facts["compiler"] = "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  facts["compiler"] = "msvc " + std::to_string(_MSC_FULL_VER);
 #endif
   facts["c++ standard"] = std::to_string(__cplusplus);
   facts["stable ABI"] = "torch 2.10 and later";

@@ -95,7 +95,7 @@ def test_samplers_runs_from_top_to_bottom(capsys):
 def test_all_python_of_the_documents_is_run():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     have = {str(page.relative_to(ROOT)) for page in pages if "```python" in page.read_text()}
-    here = pathlib.Path(__file__).read_text()
+    here = pathlib.Path(__file__).read_text(encoding="utf-8")
     assert [page for page in have if f'run("{page}"' not in here] == []
 
 

@@ -209,8 +209,8 @@ class Ninja:
 
 def write_if_new(path: pathlib.Path, text: str) -> None:
     """Leaves the file's time alone where it has the text."""
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def folder_of(emulated: bool) -> pathlib.Path:

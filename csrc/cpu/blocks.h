@@ -52,7 +52,7 @@ DX_INLINE void keep(const float* computed, T* to, int64_t count) {
 // Asks for elements that are needed soon, so that they come while something else is computed.
 template <class T>
 DX_INLINE void prefetch(const T* from, int64_t count) {
-#if defined(__GNUC__)
+#if defined(DX_GNU)
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
 #endif

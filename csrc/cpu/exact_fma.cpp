@@ -57,7 +57,7 @@ inline bool in_doubt(__m128i last_of_p, __m128i last_of_s, __m128 result) {
 
 }  // namespace
 
-#if defined(__GNUC__)
+#if defined(DX_GNU)
 // GCC calls it by the name that x86's vector function ABI gives to exact_fma's form for four
 // elements.
 __m128 exact_fma_of_four(__m128 a, __m128 b, __m128 c) __asm__("_ZGVbN4vvv__ZN2dx9exact_fmaEfff");

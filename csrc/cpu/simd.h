@@ -8,7 +8,7 @@
 
 #include "../math/portable.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(DX_GNU)
 #define DX_X86 1
 #endif
 
@@ -17,7 +17,7 @@
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
-#if defined(__GNUC__)
+#if defined(DX_GNU)
 #define DX_KERNEL __attribute__((always_inline))
 #define DX_APART __attribute__((noinline))
 #else

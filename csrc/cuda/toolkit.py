@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 
+PROGRAM, RUNTIME = ("nvcc.exe", "cudart.lib") if os.name == "nt" else ("nvcc", "libcudart.so")
 PORTABLE = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def ask(*command: str | pathlib.Path) -> str:
     """What a command prints."""
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, check=True, text=True, **out).stdout
+    return subprocess.run(command, check=True, encoding="utf-8", errors="replace", **out).stdout
 
 
 class Toolkit:
@@ -22,7 +23,8 @@ class Toolkit:
         home: its folder, by nvcc's own word: what is on PATH may be a wrapper.
         nvcc: the compiler.
         libraries: the folders of libcudart.
-        runtime: libcudart itself; that of a wheel on a package index has its version in the name.
+        runtime: libcudart itself (on Windows what stands for it in a link); that of a wheel on a
+            package index has its version in the name.
         release: such as "13.0".
 
     Raises: FileNotFoundError where there is none.
@@ -31,18 +33,18 @@ class Toolkit:
     def __init__(self):
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         found = None if home else shutil.which("nvcc")
-        nvcc = pathlib.Path(found or f"{home or '/usr/local/cuda'}/bin/nvcc")
+        nvcc = pathlib.Path(found or f"{home or '/usr/local/cuda'}/bin/{PROGRAM}")
         if not nvcc.exists():
             raise FileNotFoundError(f"no CUDA toolkit: {nvcc} does not exist (set CUDA_HOME)")
         plan = ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
         self.home = pathlib.Path(re.search(r"TOP=(.*)", plan)[1].strip()).resolve()
-        self.nvcc = self.home / "bin" / "nvcc"
-        named = re.findall(r'"-L(.*?)"', re.search(r"LIBRARIES=(.*)", plan)[1])
-        self.libraries = [*named, str(self.home / "lib")]
-        found = (p for at in self.libraries for p in sorted(pathlib.Path(at).glob("libcudart.so*")))
+        self.nvcc = self.home / "bin" / PROGRAM
+        named = re.findall(r'"(?:-L|/LIBPATH:)(.*?)"', re.search(r"LIBRARIES=(.*)", plan)[1])
+        self.libraries = [*named, str(self.home / "lib"), str(self.home / "lib" / "x64")]
+        found = (p for at in self.libraries for p in sorted(pathlib.Path(at).glob(f"{RUNTIME}*")))
         self.runtime = next(found, None)
         if self.runtime is None:
-            raise FileNotFoundError(f"no CUDA toolkit: no libcudart.so in {self.libraries}")
+            raise FileNotFoundError(f"no CUDA toolkit: no {RUNTIME} in {self.libraries}")
         self.release = re.search(r"release ([\d.]+)", ask(nvcc, "--version"))[1]
 
     def check_serves(self, torch) -> None:

@@ -61,7 +61,7 @@ DX_INLINE float root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
   const float near = x * reciprocal, half = 0.5f * reciprocal;
   return fma(fma(-near, near, x), half, near);
-#elif defined(__GNUC__)
+#elif defined(DX_GNU)
   return __builtin_sqrtf(x);
 #else
   return sqrtf(x);

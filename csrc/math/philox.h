@@ -14,7 +14,7 @@ DX_INLINE Words4 philox4x32(Words4 counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.r0, c1 = counter.r1, c2 = counter.r2, c3 = counter.r3;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
-#elif defined(__GNUC__) && !defined(__CUDACC__)
+#elif defined(DX_GNU) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

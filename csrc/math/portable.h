@@ -5,13 +5,21 @@
 #include <cstdint>
 #include <cstring>
 
+// GCC's words, which clang has too. DX_PLAIN_CXX does without, as MSVC has to: its code is then
+// tried by compilers that are at hand (tests/packaging/test_plain_cxx.py).
+#if defined(__GNUC__) && !defined(DX_PLAIN_CXX)
+#define DX_GNU 1
+#endif
+
 #if defined(__CUDACC__)
 #define DX_INLINE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
+#elif defined(DX_GNU)
 // Forced, so that a formula is compiled for the vector unit of the kernel that it is inlined into.
 #define DX_INLINE inline __attribute__((always_inline))
-#else
+#elif defined(_MSC_VER)
 #define DX_INLINE __forceinline
+#else
+#define DX_INLINE inline
 #endif
 
 namespace dx {
@@ -26,7 +34,7 @@ namespace dx {
 extern const bool has_fma;
 // fma on a processor without the instruction (cpu/exact_fma.cpp). GCC vectorises loops that call
 // it, by a form of it for four elements.
-#if defined(__GNUC__) && !defined(__clang__) && !defined(DX_DEFINES_EXACT_FMA)
+#if defined(DX_GNU) && !defined(__clang__) && !defined(DX_DEFINES_EXACT_FMA)
 #pragma omp declare simd simdlen(4) notinbranch
 __attribute__((const))
 #endif
@@ -41,7 +49,7 @@ DX_INLINE float fma(float a, float b, float c) {
 #if defined(DX_FMA_IS_CHOSEN)
   if (!has_fma) return exact_fma(a, b, c);
 #endif
-#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+#if defined(DX_GNU) && !defined(__CUDA_ARCH__)
   return __builtin_fmaf(a, b, c);
 #else
   return fmaf(a, b, c);

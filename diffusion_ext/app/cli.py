@@ -7,6 +7,7 @@ Each command is a dataclass whose fields are its options.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import operator
 import sys
@@ -148,6 +149,8 @@ Command = functools.reduce(
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 2 for what the user can put right, 130 after Ctrl-C;
     SIGTERM ends training with 143."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name may have letters that a console has not
     try:
         words = as_today(sys.argv[1:] if args is None else args)
         check_names(COMMANDS, words)

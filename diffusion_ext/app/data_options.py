@@ -69,7 +69,7 @@ def record_of(folder: Path, name: str) -> dict:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{name}: wanted {file}, which `train` writes; there is none")
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     if "data" not in record:
         raise ValueError(f"{name}: {file} does not tell where the data came from, as `train` does")
     return record

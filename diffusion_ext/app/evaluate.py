@@ -86,7 +86,7 @@ class Evaluate(SamplerOptions):
         }
         out = self.out or path.parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(numbers, indent=2))
+        (out / "evaluation.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
         grids = _grids(samples, labels, trained.class_names, real, found)
         lines = write_report(out / "report.html", numbers, grids)
         print("\n".join(lines))
@@ -98,7 +98,7 @@ class Evaluate(SamplerOptions):
         if self.samples is None:
             return {**self.record(trained), "engine": self.engine}
         record = self.samples / RECORD_NAME
-        told = json.loads(record.read_text())["sampler"] if record.is_file() else {}
+        told = json.loads(record.read_text(encoding="utf-8"))["sampler"] if record.is_file() else {}
         return {**told, "samples": str(self.samples)}
 
     def _samples(self, trained, labels: Tensor | None) -> Tensor:

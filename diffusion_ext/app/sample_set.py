@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,23 +49,38 @@ class SampleSet:
 
         Raises: ValueError where it has samples from something else, naming what differs.
         """
-        for name in [self.classes[i] for i in self.chosen] if self.pictures else ():
+        names = [self.classes[i] for i in self.chosen] if self.pictures else []
+        for name in names:
             if name in ("", ".", "..") or Path(name).name != name:
                 raise ValueError(f"format: a class called {name!r} cannot be a folder; take npz")
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RECORD_NAME
         if file.exists():
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_text(encoding="utf-8"))
             for name in record.keys() | found.keys():
                 if record.get(name) != found.get(name):
                     raise ValueError(
                         f"out: the samples in {self.path} are of another {name}: wanted "
                         f"{record.get(name)}, got {found.get(name)}; choose another folder"
                     )
-        for folder in {self._picture(i).parent for i in range(max(len(self.chosen), 1))}:
-            if self.pictures:
-                folder.mkdir(exist_ok=True)
+        self._make_folders(names)
         write_whole(file, json.dumps(record, indent=2).encode())
+
+    def _make_folders(self, names: list[str]) -> None:
+        """One of each class, under its own name: Windows takes some names for others ("a." and "A"
+        for "a"), and refuses some.
+
+        Raises: ValueError.
+        """
+        for name in names:
+            try:
+                (self.path / name).mkdir(exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"format: a class called {name!r} cannot be a folder here ({error}); take npz"
+                ) from error
+        for name in set(names) - set(os.listdir(self.path)):
+            raise ValueError(f"format: a class called {name!r} cannot be a folder here; take npz")
 
     def has(self, numbers: range) -> bool:
         """Whether a part is there, whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from .state_sizes import arguments_of
 # What a file of ours tells beside the tensors, as JSON: in the metadata of safetensors', and of the
 # whole network in a state dict of torch's.
 ABOUT_KEY = "diffusion_ext.network"
+MAPPING_HOLDS = os.name == "nt"  # whether a file that is mapped cannot be replaced
 
 
 class Weights(NamedTuple):
@@ -55,14 +57,21 @@ def read_state_dict(path: Path) -> Weights:
         raise FileNotFoundError(f"path: no file {path}")
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Weights(state, _about((file.metadata() or {}).get(ABOUT_KEY), path))
+            about = _about((file.metadata() or {}).get(ABOUT_KEY), path)
+            return Weights(tensors_in(file), about)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError(f"path: {path.name} is compressed; torch.save writes no such file")
     state = torch.load(path, map_location="cpu", weights_only=True)
     return Weights(state, _about(_of_root(state).get(ABOUT_KEY), path))
+
+
+def tensors_in(file: safe_open) -> dict[str, Tensor]:
+    """What an open safetensors file holds, by name: mapped, so that what nobody reads takes no
+    memory. On Windows copies, for a run could not replace a checkpoint that is mapped somewhere."""
+    found = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+    return {name: tensor.clone() if MAPPING_HOLDS else tensor for name, tensor in found}
 
 
 def _of_root(state: Any) -> dict[str, Any]:

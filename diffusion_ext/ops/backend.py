@@ -32,7 +32,7 @@ OWNER = "_diffusion_ext_of"  # in torch.ops: the package whose ops are there
 def build_record() -> dict[str, str]:
     """The facts that setup.py left behind; {} where nothing was built."""
     record = PACKAGE / "_build.json"
-    return json.loads(record.read_text()) if record.exists() else {}
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def _load_cpu() -> str | None:

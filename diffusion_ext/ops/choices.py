@@ -154,7 +154,7 @@ def processor() -> str:
     """Its name and kind, such as "AMD EPYC, family 26 model 2": virtual machines often hide which
     of a maker's processors they have in the name."""
     with contextlib.suppress(OSError):
-        text = pathlib.Path("/proc/cpuinfo").read_text()
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
         fields = dict(re.findall(r"^(.+?)\s*: (.+)$", text, re.M))
         if (name := fields.get("model name")) is not None:
             kind = [f"{word} {fields[of]}" for word, of in KIND.items() if of in fields]
@@ -172,7 +172,7 @@ def _file(of: str, detail: str, facts: dict) -> pathlib.Path:
 
 def _read(file: pathlib.Path) -> Choice:
     """Raises: what DAMAGED says, for a file that holds no choice."""
-    choice = Choice(**json.loads(file.read_text()))
+    choice = Choice(**json.loads(file.read_text(encoding="utf-8")))
     texts = choice.of, choice.detail, choice.taken, *choice.failed.values()
     numbers = choice.seconds[choice.taken], *choice.seconds.values(), choice.when, choice.took
     numbers += choice.spread, choice.waited, float(choice.rounds)
@@ -185,6 +185,10 @@ def _read(file: pathlib.Path) -> Choice:
 def _write(file: pathlib.Path, text: str) -> None:
     """At once: other processes see the whole text or none."""
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    with os.fdopen(handle, "w") as part:
+    with os.fdopen(handle, "w", encoding="utf-8") as part:
         part.write(text)
-    os.replace(name, file)
+    try:
+        os.replace(name, file)
+    except OSError:  # on Windows, while another process reads what is there
+        os.unlink(name)
+        raise

@@ -30,7 +30,7 @@ def memory_available() -> int:
 def peak_memory() -> int:
     """The most bytes that this process has held at once; 0 where Linux does not tell."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return 0
@@ -48,7 +48,7 @@ def _of_process() -> tuple[int, int] | None:
     own = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else None
     if own is None or own == resource.RLIM_INFINITY:
         return None
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     return own, own - pages * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -58,14 +58,17 @@ def _of_machine() -> tuple[int, int]:
 
 
 def _of_group() -> tuple[int, int] | None:
-    most = (GROUP / "memory.max").read_text().strip()
+    most = (GROUP / "memory.max").read_text(encoding="utf-8").strip()
     if most == "max":
         return None
-    used = int((GROUP / "memory.current").read_text())
+    used = int((GROUP / "memory.current").read_text(encoding="utf-8"))
     files = _table(GROUP / "memory.stat")["inactive_file"]  # which Linux gives up when asked
     return int(most), int(most) - used + files
 
 
 def _table(file: Path) -> dict[str, int]:
     """Lines of a name and a number."""
-    return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines())}
+    return {
+        words[0]: int(words[1])
+        for words in map(str.split, file.read_text(encoding="utf-8").splitlines())
+    }

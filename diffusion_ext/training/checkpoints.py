@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..nn.loading import filled_context_unet
+from ..nn.loading import filled_context_unet, tensors_in
 from ..samplers.schedules import NoiseSchedule
+from .held_files import patiently
 from .weights_files import CHECKPOINT_NAME, file_of
 
 METADATA_KEY, DIGEST_KEY = "diffusion_ext", "sha256"
@@ -179,7 +180,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # the content reaches the disk before the name does
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             rest = metadata[METADATA_KEY]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = tensors_in(file)
     except KeyError as error:
         raise ValueError(
             f"checkpoint: {path} is not a diffusion_ext checkpoint{_its_run(path)}"

@@ -52,10 +52,12 @@ def exit_by(number: int) -> BaseException:
 def outlive_interrupts() -> None:
     """For a process that reads data ahead: what is sent to the whole group is not for it.
 
-    The run that it reads for still finishes a step and saves, so SIGTERM is obeyed late.
+    The run that it reads for still finishes a step and saves, so SIGTERM is obeyed late. Windows,
+    which has no alarm either, sends none: it ends a process without a word.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_late)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, _end_late)
 
 
 def _end_late(*_) -> None:

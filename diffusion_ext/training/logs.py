@@ -214,7 +214,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
     """The lines of a log.csv, without one that was cut short; none if there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if None not in row.values() and row["step"]]
 
 

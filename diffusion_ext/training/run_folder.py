@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint, write_whole
+from .held_files import patiently
 from .processes import Processes
 from .sharded_checkpoints import SHARDED, load_sharded, save_sharded, sharded_checkpoints
 from .weights_files import CHECKPOINT_NAME, is_weights
@@ -29,7 +30,7 @@ class RunFolder:
 
     config.json, checkpoint.safetensors (the last), checkpoint-<step>.safetensors (those before),
     best.safetensors, sharded-<step>/ (of a cut network, until the run has ended), log.csv,
-    tensorboard/, samples/; .lock, while a run is at it.
+    tensorboard/, samples/; .lock and .lock-holder, while a run is at it.
 
     Args: keep: how many of the last checkpoints stay. Raises: ValueError where it is a file.
     """
@@ -54,7 +55,7 @@ class RunFolder:
     def config(self) -> dict:
         """What config.json tells; {} where there is none."""
         try:
-            return json.loads((self.path / CONFIG_NAME).read_text())
+            return json.loads((self.path / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
@@ -98,11 +99,12 @@ class RunFolder:
             if cut.name > SHARDED.format(step):
                 aside = cut.with_name(f"replaced-{cut.name}")
                 shutil.rmtree(aside, ignore_errors=True)
-                cut.replace(aside)
+                patiently(os.replace, cut, aside)
         if not path.is_dir() and path.resolve() != self.checkpoint.resolve():
             self.path.mkdir(parents=True, exist_ok=True)
             if self.checkpoint.exists():
-                os.replace(self.checkpoint, self.checkpoint.with_suffix(".replaced"))
+                aside = self.checkpoint.with_suffix(".replaced")
+                patiently(os.replace, self.checkpoint, aside)
             _link(path, self.checkpoint)
 
     def save(self, checkpoint: Checkpoint, best: bool = False) -> None:
@@ -117,11 +119,11 @@ class RunFolder:
             save_checkpoint(checkpoint, self.checkpoint)
             self._step = checkpoint.steps
             for old in self._earlier(checkpoint.steps)[: 1 - self.keep or None]:
-                old.unlink()
+                patiently(old.unlink)
             if best:
                 _link(self.checkpoint, self.best)
             for cut in sharded_checkpoints(self.path):  # the run has ended: this one has it all
-                shutil.rmtree(cut)
+                patiently(shutil.rmtree, cut)
 
     def save_sharded(self, checkpoint: Checkpoint, processes: Processes) -> None:
         """`save` of a cut network: every process writes its part."""
@@ -189,4 +191,4 @@ def _link(file: Path, name: Path) -> None:
         os.link(file, temporary)
     except OSError:  # some file systems have no second names
         shutil.copyfile(file, temporary)
-    os.replace(temporary, name)
+    patiently(os.replace, temporary, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import TENSOR_GROUPS, Checkpoint, fields_of, tables_of, write_whole
+from .held_files import patiently
 from .processes import Processes
 
 FIELDS_NAME, METADATA_NAME = "run.json", ".metadata"
@@ -28,7 +30,7 @@ METADATA_KINDS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
+    ("pathlib", "PosixPath"),  # of versions before this one
     ("pathlib._local", "PosixPath"),  # since Python 3.13
 }  # fmt: skip
 SHARDED = "sharded-{:08d}"  # by the steps of the run
@@ -54,16 +56,17 @@ def save_sharded(checkpoint: Checkpoint, folder: Path, keep: int, processes: Pro
         partial.mkdir(parents=True)
     processes.wait()
     try:
-        dcp.save(_tensors(checkpoint), checkpoint_id=partial)
+        # As text: a path would be pickled into it, as one of this system that no other can read.
+        dcp.save(_tensors(checkpoint), checkpoint_id=str(partial))
     except CheckpointException as error:
         causes = "; ".join(f"process {i}: {cause[0]}" for i, cause in error.failures.items())
         raise OSError(None, causes) from error
     if processes.first:
         write_whole(partial / FIELDS_NAME, json.dumps(fields_of(checkpoint)).encode())
         shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
+        patiently(os.replace, partial, path)
         for old in sharded_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            patiently(shutil.rmtree, old)
     processes.wait()
     return path
 
@@ -86,7 +89,7 @@ def load_sharded(path: Path, like: Callable[[str, str], Tensor | None]) -> Check
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        fields = json.loads((path / FIELDS_NAME).read_text())
+        fields = json.loads((path / FIELDS_NAME).read_text(encoding="utf-8"))
         found = _metadata(path)
         tensors = {}
         for key, told in found.items():

@@ -1,4 +1,7 @@
-"""torchrun, which starts the processes of a run, ends them and starts them again."""
+"""torchrun, which starts the processes of a run, ends them and starts them again.
+
+Some builds of torch have no torch.distributed, as for Windows on ARM: nothing is torchrun's then.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,21 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.rendezvous import rendezvous
 
 from .processes import Processes
 
 
 def started_by_torchrun() -> bool:
-    return dist.is_torchelastic_launched()
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def told_to_torchrun(function: Callable[[], None]) -> Callable[[], None]:
     """A function whose exception torchrun names as the one that ended the run."""
-    return record(function) if started_by_torchrun() else function
+    if not started_by_torchrun():
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
 
 
 def restarted_by_torchrun() -> bool:
@@ -41,6 +46,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if not started_by_torchrun() or dist.is_initialized():
         yield Processes()
         return
+    from torch.distributed.rendezvous import rendezvous
+
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, count = next(rendezvous("env://"))

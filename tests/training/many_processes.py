@@ -91,7 +91,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: f
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """The process ids of torchrun's workers, by their rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    )
     ranks = {}
     for pid in children:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -75,7 +75,7 @@ def test_an_npz_bomb(tmp_path):
         for _ in range(blocks):
             file.write(block)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 100 * MIB, limits[1]))
     try:

@@ -98,7 +98,7 @@ def components(model: str) -> dict[str, Component]:
         return {name: Component(config) for name, config in BUILT_IN[model].items()}
     folder = Path(model)
     if (folder / "model_index.json").is_file():
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         folders = [folder / name for name in index if (folder / name).is_dir()]
     else:
         folders = [folder]
@@ -115,7 +115,7 @@ def components(model: str) -> dict[str, Component]:
 def _component(folder: Path) -> Component | None:
     for name in CONFIGS:
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_text())
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
             return Component(config, folder) if "_class_name" in config else None
     return None
 

@@ -151,7 +151,9 @@ class Result:
     def write(self, path: Path) -> None:
         """The HTML page, and the record beside it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(self.record(), indent=1) + "\n")
+        path.with_suffix(".json").write_text(
+            json.dumps(self.record(), indent=1) + "\n", encoding="utf-8"
+        )
         heads = "".join(f'<th class="n">{head}</th>' for head in self.heads()[1:])
         rows = "".join(
             f"<tr><td>{row[0]}</td>{''.join(_cells(row[1:]))}</tr>\n" for row in self.rows()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +26,9 @@ LATE = ("openvino", "onnxruntime", "compile")  # until a time; the quickest firs
 # What a late way holds at most while it is made ready, as times what eager does.
 MEMORY = {"openvino": 2.5, "onnxruntime": 2.5, "compile": 1.5}
 GIB = 1 << 30
+TO_END = 1.0  # seconds for a process to end by itself
+KILLED = -9  # what a process ends with that Linux has killed
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -60,15 +61,13 @@ class Way:
 
 
 class Process:
-    """A way's process, in a session of its own, so that its compilers end with it."""
+    """A way's process, in a session of its own where there are any, so that its compilers end with
+    it. Windows has none: there they end when they have compiled."""
 
     def __init__(self, request: Request):
-        self.connection, theirs = Pipe()
-        handle = theirs.fileno()
-        code = f"from {serve.__module__} import serve; serve({handle})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[handle], start_new_session=True
-        )
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve, args=(theirs,))
+        self.process.start()
         theirs.close()
         self.connection.send(request)
 
@@ -77,8 +76,9 @@ class Process:
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            status = self.process.wait()
-            told = "killed, as for lack of memory" if status == -signal.SIGKILL else f"{status=}"
+            self.process.join()
+            status = self.process.exitcode
+            told = "killed, as for lack of memory" if status == KILLED else f"{status=}"
             raise RuntimeError(f"its process ended: {told}") from None
         if isinstance(answer, Exception):
             raise answer
@@ -89,10 +89,13 @@ class Process:
         return self.received()
 
     def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.connection.close()
+        self.connection.close()  # which ends it, unless it is at work
+        self.process.join(TO_END)
+        if self.process.is_alive() and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):  # it has not begun its session
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
 
 
 def measured(request: Request, seconds: float) -> dict[str, Way]:

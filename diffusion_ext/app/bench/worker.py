@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -60,10 +61,11 @@ def subject(request: Request) -> Subject:
     )
 
 
-def serve(handle: int) -> None:
+def serve(connection: Connection) -> None:
     """Receives a `Request` and sends a `Ready`, or the error; then, for each (part, seconds), the
-    times of its calls, until the connection ends. Args: handle: of the connection's file."""
-    connection = Connection(handle)
+    times of its calls, until the connection ends."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     with contextlib.suppress(EOFError, ConnectionError):
         request = connection.recv()
         try:

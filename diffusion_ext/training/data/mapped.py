@@ -4,6 +4,7 @@ what took long to decode."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..held_files import patiently
 from .arrays import check_numbers, contexts_of_array, find_layout, read_arrays
 from .lazy import LazyData, Source
 from .value_range import parse_range, recognised_range, to_unit_range
@@ -34,11 +36,29 @@ def map_image_array(
     return LazyData(source, source.class_names, workers, strict=True)
 
 
-class MappedArray:
+class _Mapped:
+    """An .npy in a mapped file. A process that is spawned maps it for itself: pickled as it is, the
+    array would be sent there whole."""
+
+    def __init__(self, path: Path):
+        self._path, (self._pixels, _) = path, read_arrays(path, mmap=True)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_pixels": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._pixels, _ = read_arrays(self._path, mmap=True)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+
+class MappedArray(_Mapped):
     """An .npy of images as a source of LazyData. Args: as `load_image_array`."""
 
     def __init__(self, path: Path, labels: Path | None, layout: str, value_range: str):
-        self._pixels, _ = read_arrays(path, mmap=True)
+        super().__init__(path)
         check_numbers(self._pixels)
         if not self._pixels.size:
             raise ValueError("images: wanted at least one image, got none")
@@ -51,9 +71,6 @@ class MappedArray:
         if self._labels is not None:
             features = contexts_of_array(self._labels, len(self._pixels)).shape[1]
         self.class_names = tuple(map(str, range(features)))
-
-    def __len__(self) -> int:
-        return len(self._pixels)
 
     def read(self, index: int) -> tuple[Tensor, np.ndarray | None]:
         pixels = self._to_chw(self._pixels[index])
@@ -68,17 +85,14 @@ class MappedArray:
         return np.moveaxis(image, 2, 0) if self._layout == "NHWC" else image
 
 
-class CachedSource:
+class CachedSource(_Mapped):
     """A source whose images lie decoded in a mapped file, with the labels of the first reading."""
 
     def __init__(self, path: Path, record: dict):
-        self._pixels = np.load(path, mmap_mode="r")
+        super().__init__(path)
         self._labels, self._failures = record["labels"], record["failures"]
         self._names = record.get("names")
         self.shape = self._pixels.shape[1:]
-
-    def __len__(self) -> int:
-        return len(self._pixels)
 
     def name_of(self, index: int) -> str:
         return self._names[index] if self._names else f"image {index}"
@@ -105,11 +119,14 @@ def cached(data: LazyData, path: str | Path, progress: bool = True) -> LazyData:
         raise TypeError(f"cache: wanted a folder's data, got that of {type(data.source).__name__}")
     digest = data.source.identity()
     if path.exists() and beside.exists():
-        record = json.loads(beside.read_text())
+        record = json.loads(beside.read_text(encoding="utf-8"))
         if record["digest"] == digest:
             return _with(data, CachedSource(path, record))
-    record = {"digest": digest, **_decode(data, path, progress)}
-    beside.write_text(json.dumps(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    record = {"digest": digest, **_decode(data, partial, progress)}
+    patiently(os.replace, partial, path)
+    beside.write_text(json.dumps(record), encoding="utf-8")
     return _with(data, CachedSource(path, record))
 
 
@@ -119,10 +136,8 @@ def _with(data: LazyData, source: Source) -> LazyData:
 
 def _decode(data: LazyData, path: Path, progress: bool) -> dict:
     """Writes the images, and tells their labels and which could not be read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
     shape = (len(data), *data.shape)
-    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     order = [np.arange(i, min(i + BATCH, len(data))) for i in range(0, len(data), BATCH)]
     labels: list = [None] * len(data)
     bar = tqdm(total=len(data), desc="decoding", unit=" images", disable=None if progress else True)
@@ -135,7 +150,6 @@ def _decode(data: LazyData, path: Path, progress: bool) -> dict:
                     labels[i] = label
             bar.update(len(index))
     pixels.flush()
-    partial.replace(path)
     return {
         "labels": labels if any(x is not None for x in labels) else None,
         "failures": {str(i): why for i, why in data.failures.items()},
