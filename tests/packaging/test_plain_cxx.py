@@ -60,7 +60,8 @@ def test_every_source_is_plain_cxx():
 def test_a_seed_has_the_same_bits_in_plain_cxx(tmp_path):
     source, program = tmp_path / "normals.cpp", tmp_path / "normals"
     source.write_text(NORMALS, encoding="utf-8")
-    assert gxx("-O2", "-ffp-contract=off", "-I", CSRC, source, "-o", program) == ""
+    fma = [CSRC / "cpu" / name for name in ("simd.cpp", "exact_fma.cpp")]
+    assert gxx("-O2", "-ffp-contract=off", "-I", CSRC, source, *fma, "-o", program) == ""
     random = np.random.default_rng(0)
     asked = random.integers(0, 2**32, (10_000, 6), np.uint32)
     asked[:2] = [[0] * 6, [2**32 - 1] * 6]
