@@ -34,7 +34,20 @@ def map_image_array(
     return LazyData(source, source.class_names, workers, strict=True)
 
 
-class MappedArray:
+class _Mapped:
+    """What holds the mapped array `_pixels`. A worker process that is not forked maps the file for
+    itself: an array is pickled whole."""
+
+    _pixels: np.memmap
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_pixels": self._pixels.filename}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _pixels=np.load(state["_pixels"], mmap_mode="r"))
+
+
+class MappedArray(_Mapped):
     """An .npy of images as a source of LazyData. Args: as `load_image_array`."""
 
     def __init__(self, path: Path, labels: Path | None, layout: str, value_range: str):
@@ -68,7 +81,7 @@ class MappedArray:
         return np.moveaxis(image, 2, 0) if self._layout == "NHWC" else image
 
 
-class CachedSource:
+class CachedSource(_Mapped):
     """A source whose images lie decoded in a mapped file, with the labels of the first reading."""
 
     def __init__(self, path: Path, record: dict):
