@@ -44,6 +44,7 @@ def say(message: str) -> None:
 
 def one_line(error: BaseException, said: list[str] = ()) -> str:
     """The first error that a compiler said, else the exception's own words."""
+    said = said or (getattr(error, "output", None) or "").splitlines()  # what `ask` was told
     why = compiler_log.first_error(said) or " ".join(str(error).split()) or type(error).__name__
     return why.replace(f"{ROOT}{os.sep}", "")[:300]
 
@@ -99,6 +100,8 @@ def cuda_extension():
     from setuptools import Extension
     from torch.utils import cpp_extension
 
+    if shutil.which("gcc") is None:  # which nvcc asks for, where it is not told of another
+        os.environ.setdefault("NVCC_CCBIN", compiler.command()[0])
     toolkit = Toolkit()
     toolkit.check_serves(torch)
     # A torch without CUDA knows of no toolkit. Told of this one, BuildExtension checks the host

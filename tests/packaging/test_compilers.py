@@ -15,6 +15,7 @@ import pybind11
 import pytest
 from small_tree import ROOT, grow, setup
 from test_build import python
+from toolkit import Toolkit
 from torch.utils import cpp_extension
 
 FOLDERS = [pathlib.Path(folder) for folder in os.get_exec_path()]
@@ -112,6 +113,26 @@ def test_a_machine_that_has_clang_alone(tmp_path, only):
     said = setup(tree, "none", *BUILD, DIFFUSION_EXT_NATIVE="1")
     assert f"diffusion_ext: {folder}/clang++ compiles: " in said
     assert list(tree.glob("lib/diffusion_ext/_C*.so")), said
+
+
+@pytest.fixture
+def toolkit():
+    try:
+        return Toolkit()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_nvcc_where_there_is_no_gcc(tmp_path, only, toolkit):
+    tree = grow(tmp_path / "tree")
+    knobs = {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    only("clang++")
+    said = setup(tree, "none", *BUILD, **knobs, DIFFUSION_EXT_CUDA="1")
+    assert list(tree.glob("lib/diffusion_ext/_cuda*.so")), said
+    said = setup(tree, toolkit.release, *BUILD, **knobs, NVCC_CCBIN="not_here")
+    assert "THE CUDA LIBRARY WAS NOT BUILT; torch will serve CUDA tensors. nvcc fatal" in said
+    record = json.loads((tree / "lib" / "diffusion_ext" / "_build.json").read_text())
+    assert record["cuda"].startswith("not built: nvcc fatal ")
 
 
 @pytest.mark.parametrize(
