@@ -12,8 +12,8 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
     -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs notebooks wheels lint format build emulated gpu-tests sanitized \
-    gpu-check gpu-wheels cmake clean
+.PHONY: help demo test light bench docs notebooks wheels lint format build emulated gpu-tests \
+    sanitized gpu-check gpu-wheels cmake clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,21 @@ PYTEST := OMP_NUM_THREADS=1 DIFFUSION_EXT_REQUIRE_EMULATED=1 $(abspath $(BIN))/p
 
 test: build lint docs emulated gpu-tests ## build, lint, build the documentation, run every test
 	$(PYTEST) --benchmark-disable tests benchmarks
+
+# What .[dev] brings beside .[test] does not come for every Python. The package is the installed one:
+# hence another folder to work in.
+LIGHT := build/light
+LIGHT_TESTS := ops nn samplers/test_samplers.py samplers/test_every_sampler.py \
+    sampling/test_sampling.py training/test_training.py training/test_start_methods.py app/test_spelling.py
+light: ## what each Python has to pass (PYTHON=python3.13): an install, its smoke test, the tests of the ops
+	$(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/pip install --quiet $(TORCH)
+	$(LIGHT)/bin/pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	DIFFUSION_EXT_NATIVE=1 $(LIGHT)/bin/pip install --no-build-isolation ".[test]"
+	cp release/smoke.py $(LIGHT)
+	cd $(LIGHT) && bin/python smoke.py
+	cd $(LIGHT) && OMP_NUM_THREADS=1 bin/python -m pytest -q -p no:cacheprovider -m "not compiles" \
+	    $(LIGHT_TESTS:%=$(abspath tests)/%)
 
 # The package with the emulated kernels, not the tree's: hence no working folder on Python's path.
 STAND_IN = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(1))/python:$(abspath tests/stand_in/site) \

@@ -8,17 +8,20 @@ Environment:
                            torch without could not load it, and nvcc takes minutes. A failure leaves
                            the C++ library and says why. 1 builds it with any torch, for wheels that
                            serve elsewhere.
+    CXX                    the C++ compiler; by default c++, g++ or clang++, the first on PATH.
     CUDA_HOME              the toolkit; by default that of the nvcc on PATH.
     TORCH_CUDA_ARCH_LIST   what the kernels are compiled for, such as "8.0 9.0+PTX"; by default the
                            GPUs of this machine, else 7.5 to 12.0 as far as nvcc goes, with PTX.
     MAX_JOBS               parallel compilations; by default the cores, at most one per 2 GB free.
 """
 
+import contextlib
 import copy
 import json
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import sysconfig
 
@@ -27,30 +30,34 @@ from setuptools import setup
 ROOT = pathlib.Path(__file__).resolve().parent
 WINDOWS = sys.platform == "win32"
 
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+sys.path[:0] = [str(ROOT / "csrc" / "cpu"), str(ROOT / "csrc" / "cuda")]
+import compiler  # noqa: E402
+import compiler_log  # noqa: E402
 from toolkit import Toolkit  # noqa: E402
 
 
-def flags(compiler: str) -> list[str]:
-    """Of g++ (and clang), msvc or nvcc, whose last one is a list for the compiler that it calls."""
-    name = {"g++": "flags.txt", "msvc": "flags_msvc.txt", "nvcc": "flags_cuda.txt"}[compiler]
-    found = shlex.split((ROOT / "csrc" / name).read_text(encoding="utf-8"))
-    if compiler == "nvcc" and WINDOWS:  # torch adds a -std there, and what else MSVC is to be told
+def nvcc_flags() -> list[str]:
+    """The last one is a list for the compiler that nvcc calls."""
+    found = compiler.read("flags_cuda.txt")
+    if WINDOWS:  # torch adds a -std there, and what else MSVC is to be told
         found.remove("-std=c++20")
         found[-1] = "/fp:precise,/Zc:__cplusplus,/Zc:preprocessor,/bigobj"
     return found
 
 
-CXX_FLAGS, NVCC_FLAGS = flags("msvc" if WINDOWS else "g++"), flags("nvcc")
-facts = {"flags": " ".join(CXX_FLAGS)}  # what `diffusion-ext info` will say of this build
+NVCC_FLAGS = nvcc_flags()
+facts = {}  # what `diffusion-ext info` will say of this build
 
 
 def say(message: str) -> None:
     print(f"diffusion_ext: {message}", file=sys.stderr, flush=True)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: BaseException, said: list[str] = ()) -> str:
+    """The first error that a compiler said, else the exception's own words."""
+    said = said or (getattr(error, "output", None) or "").splitlines()  # what `ask` was told
+    why = compiler_log.first_error(said) or " ".join(str(error).split()) or type(error).__name__
+    return why.replace(f"{ROOT}{os.sep}", "")[:300]
 
 
 def without_native(reason: str) -> None:
@@ -58,9 +65,9 @@ def without_native(reason: str) -> None:
     facts["not built"] = reason
 
 
-def without_cuda(error: BaseException) -> None:
-    facts["cuda"] = f"not built: {one_line(error)}"
-    say(f"THE CUDA LIBRARY WAS NOT BUILT; torch will serve CUDA tensors. {one_line(error)}")
+def without_cuda(reason: str) -> None:
+    facts["cuda"] = f"not built: {reason}"
+    say(f"THE CUDA LIBRARY WAS NOT BUILT; torch will serve CUDA tensors. {reason}")
 
 
 def write_facts(root: pathlib.Path = ROOT) -> None:
@@ -93,7 +100,7 @@ def cpu_extension():
         include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={},  # build_extensions has its compiler's
         language="c++",
     )
 
@@ -104,6 +111,10 @@ def cuda_extension():
     from setuptools import Extension
     from torch.utils import cpp_extension
 
+    if (
+        shutil.which("gcc") is None and not WINDOWS
+    ):  # which nvcc asks for, where it is not told of another
+        os.environ.setdefault("NVCC_CCBIN", compiler.command()[0])
     toolkit = Toolkit()
     toolkit.check_serves(torch)
     # A torch without CUDA knows of no toolkit. Told of this one, BuildExtension checks the host
@@ -146,8 +157,20 @@ def extensions() -> list:
         except Exception as error:
             if wanted == "1":
                 raise
-            without_cuda(error)
+            without_cuda(one_line(error))
     return found
+
+
+def compiler_flags() -> list[str]:
+    """Says what compiles the C++ library, and returns that compiler's flags."""
+    if WINDOWS:  # where setuptools finds MSVC
+        flags = compiler.read("flags_msvc.txt")
+    else:
+        cxx = compiler.command()
+        say(f"{shutil.which(cxx[0])} compiles: {compiler.release(cxx)}")
+        flags = compiler.flags(cxx)
+    facts["flags"] = " ".join(flags)
+    return flags
 
 
 def build_command():
@@ -168,27 +191,35 @@ def build_command():
             for suffix in (".so", ".pyd"):
                 for stale in root.glob(f"diffusion_ext/_cuda*{suffix}"):
                     stale.unlink()  # its kernels are of another _C
+            if not WINDOWS:
+                # Left alone, setuptools would take the compiler that Python was built with.
+                with contextlib.suppress(FileNotFoundError):  # build_extensions meets it again
+                    os.environ["CXX"] = shlex.join(compiler.command())
             super().run()
             write_facts(root)
 
         def build_extensions(self):
-            every, built = self.extensions, []
+            every, built, said = self.extensions, [], []
             try:
+                flags = compiler_flags()
                 for extension in every:
                     # torch adds flags to what it is given: in a second run (build, bdist_wheel) it
                     # would add them again, and ninja compile everything anew.
                     self.extensions = [copy.deepcopy(extension)]
-                    super().build_extensions()
+                    self.extensions[0].extra_compile_args["cxx"] = list(flags)
+                    with compiler_log.remembered(said):
+                        super().build_extensions()
                     built.append(extension)
             except Exception as error:
                 wanted = os.environ.get("DIFFUSION_EXT_CUDA") == "1"
                 if wanted or (not built and os.environ.get("DIFFUSION_EXT_NATIVE") == "1"):
                     raise
+                reason = one_line(error, said)
                 if built:
-                    without_cuda(error)
+                    without_cuda(reason)
                 else:
-                    without_native(one_line(error))
-                    say(f"THE C++ LIBRARY WAS NOT BUILT; installing pure Python. {error}")
+                    without_native(reason)
+                    say(f"THE C++ LIBRARY WAS NOT BUILT; installing pure Python. {reason}")
             every[:] = built
             self.extensions = every
 

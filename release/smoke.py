@@ -79,8 +79,9 @@ def main() -> None:
     check_kernels()
     check_compile()
     version, python = importlib.metadata.version("diffusion_ext"), sys.version.split()[0]
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     served = dx.info().backends["perturb"]["cpu"]
-    print(f"diffusion_ext {version}, torch {torch.__version__}, Python {python}: "
+    print(f"diffusion_ext {version}, torch {torch.__version__} ({cuda}), Python {python}: "
           f"{' and '.join(devices)} loaded, results right; CPU {served}")  # fmt: skip
 
 

@@ -52,16 +52,29 @@ def build(out: pathlib.Path, cuda: bool) -> pathlib.Path:
     return out / wheel.name
 
 
-def smoke(wheel: pathlib.Path, torch: str) -> None:
-    """Installs the wheel beside that torch in an empty environment, and uses it there."""
-    with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
-        python = pathlib.Path(folder) / "bin" / "python"
-        run(python, "-m", "pip", "install", "--quiet", torch)
-        run(python, "-m", "pip", "install", "--quiet", wheel)
-        shutil.copy(ROOT / "release" / "smoke.py", folder)
-        run(python, "smoke.py", cwd=folder)
-        run(folder / python.with_name("diffusion-ext"), "info", cwd=folder)
+def environment(folder: pathlib.Path, torch: str) -> pathlib.Path:
+    """Python of an environment that is made in the folder, with that torch alone."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", torch)
+    return python
+
+
+def use(python: pathlib.Path, wheel: pathlib.Path) -> str:
+    """Puts the wheel into that environment and returns what smoke.py says of it there.
+
+    Raises: subprocess.CalledProcessError, whose stdout has the same, where it does not work.
+    """
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "diffusion_ext")
+    run(python, "-m", "pip", "install", "--quiet", wheel)
+    folder = python.parents[1]  # not the source tree, whose package would be found first
+    shutil.copy(ROOT / "release" / "smoke.py", folder)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([str(python), "smoke.py"], cwd=folder, **streams)
+    print(done.stdout, end="", flush=True)
+    done.check_returncode()
+    run(python.with_name("diffusion-ext"), "info", cwd=folder)
+    return done.stdout
 
 
 def main() -> None:
@@ -73,7 +86,8 @@ def main() -> None:
     out = options.out.resolve() / ("cuda" if options.cuda else "cpu")
     wheel = build(out, options.cuda)
     for torch in options.torch:
-        smoke(wheel, torch)
+        with tempfile.TemporaryDirectory() as folder:
+            use(environment(pathlib.Path(folder), torch), wheel)
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, tried beside {', '.join(options.torch)}")
 
 

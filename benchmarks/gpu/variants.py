@@ -130,32 +130,33 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return headers, [*libraries, "-ltorch_cpu"]
 
 
-def flags(name: str) -> list[str]:
-    return shlex.split((CSRC / name).read_text())
-
-
 class Rules:
-    """The two ways to compile and link: nvcc for the GPU at hand, or g++ and the emulation."""
+    """The two ways to compile and link: nvcc for the GPU at hand, or the host's compiler and the
+    emulation."""
 
     def __init__(self, emulated: bool):
         self.headers, self.link = torch_flags()
-        cxx = [os.environ.get("CXX", "g++"), *flags("flags.txt"), "-fPIC"]
-        self.host = [*cxx, *self.headers]
+        sys.path[:0] = [str(CSRC / "cpu"), str(CSRC / "cuda")]
+        import compiler
+        from toolkit import Toolkit
+
+        self.cxx = compiler.command()
+        self.host = [*self.cxx, *compiler.flags(self.cxx), "-fPIC", *self.headers]
         if emulated:
-            quiet = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+            quiet = ["-Wno-unknown-pragmas"]
+            if compiler.is_gcc(self.cxx):  # clang knows no such warning
+                quiet.append("-Wno-maybe-uninitialized")
             self.cuda = [*self.host, *quiet, "-DDX_DISPATCH_KEY=CUDA", "-x", "c++"]
             self.also = [CSRC / "emulation" / "configure.cpp"]
             self.shared = [CSRC / "emulation" / name for name in ("fiber.cpp", "machine.cpp")]
             return
-        sys.path.insert(0, str(CSRC / "cuda"))
-        from toolkit import Toolkit
-
         toolkit = Toolkit()
         codes = []
         for arch in toolkit.architectures().replace("+PTX", "").split():
             number = arch.replace(".", "")
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        self.cuda = [str(toolkit.nvcc), *flags("flags_cuda.txt"), *codes, "-Xcompiler", "-fPIC"]
+        self.cuda = [str(toolkit.nvcc), *shlex.split((CSRC / "flags_cuda.txt").read_text())]
+        self.cuda += [*codes, "-Xcompiler", "-fPIC"]
         self.cuda += [*self.headers, "-Xptxas", "-v"]
         self.also, self.shared = [], []
         folders = [f"-L{path}" for path in toolkit.libraries]
@@ -175,7 +176,7 @@ class Ninja:
                 f"  command = {line} > $out.log 2>&1 || (cat $out.log; exit 1)",
             ]
             self.lines += ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
-        link = f"{os.environ.get('CXX', 'g++')} -shared -o $out $in {shlex.join(rules.link)}"
+        link = f"{shlex.join(rules.cxx)} -shared -o $out $in {shlex.join(rules.link)}"
         self.lines += ["rule link", f"  command = {link}", "  description = $out"]
 
     def compile(self, source: pathlib.Path, into: str, options: list[str]) -> str:

@@ -4,14 +4,27 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(DX_X86)
+#include <cpuid.h>
+#endif
+
 namespace dx {
 namespace {
+
+#if defined(DX_X86)
+// The builtin of clang 16 does not know "f16c". What F16C asks of the operating system, to keep the
+// registers of 256 bits, AVX2 asks too, and its builtin has looked.
+bool processor_has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 Isa processor_isa() {
 #if defined(DX_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi2") && processor_has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;

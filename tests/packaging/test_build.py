@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 
+import compiler
 import pytest
 import torch
 from filelock import FileLock
@@ -119,6 +120,7 @@ def test_no_compiler_leaves_a_package_that_works(source, tmp_path):
     assert not list(site.rglob("*.so"))
     report = python(USE, site)
     assert "reference: the C++ library was not built" in report
+    assert "no C++ compiler: CXX=no-such-compiler is not on PATH" in report
     assert "not built" in json.loads((site / "diffusion_ext" / "_build.json").read_text())
     assert "tensor(0.) torch.Size([1, 3])" in report
 
@@ -174,5 +176,5 @@ def test_cmake_compiles_the_same_sources_with_the_same_flags(tmp_path):
     emulation = ("csrc/emulation/*.cpp", "tests/emulation/*.cu", "tests/stand_in/*.cpp")
     assert compiled == {path for glob in folders + emulation for path in ROOT.glob(glob)}
     kernels = [entry["command"].split() for entry in commands if "stand_in" not in entry["file"]]
-    for flag in (ROOT / "csrc" / "flags.txt").read_text().split():
+    for flag in compiler.flags(compiler.command()):
         assert all(flag in command for command in kernels)

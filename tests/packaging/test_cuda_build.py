@@ -12,9 +12,11 @@ import subprocess
 import sys
 import zipfile
 
+import compiler
 import pytest
 import torch
-from test_build import ROOT, python, run
+from small_tree import ROOT, SETUP, environment, grow, setup
+from test_build import python, run
 from toolkit import Toolkit
 
 from diffusion_ext.ops import backend
@@ -28,17 +30,6 @@ MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
 # What a torch with CUDA has of the shim, and one without has not.
 OF_LIBTORCH_CUDA = {"aoti_torch_get_current_cuda_stream"}
 
-# setup.py as a torch with this CUDA sees it; only the libraries whose name has this in it.
-SETUP = """
-import setuptools, sys, torch
-from distutils.core import run_setup
-torch.version.cuda, only, *arguments = [None if a == "none" else a for a in sys.argv[1:]]
-distribution = run_setup("setup.py", arguments, stop_after="commandline")
-distribution.ext_modules = [e for e in distribution.ext_modules if only in e.name]
-print("planned:", *[e.name for e in distribution.ext_modules])
-distribution.run_commands()
-"""
-
 
 @pytest.fixture(scope="session")
 def toolkit():
@@ -46,12 +37,6 @@ def toolkit():
         return Toolkit()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-
-
-def environment(**extra):
-    """This process's, without what a user set for builds of their own."""
-    knobs = ("DIFFUSION_EXT_NATIVE", "DIFFUSION_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTORCH_NVCC")
-    return {k: v for k, v in os.environ.items() if k not in knobs} | extra
 
 
 @pytest.fixture(scope="session")
@@ -126,12 +111,13 @@ assert registered("CUDA") == on_cpu != set(), registered("CUDA")
 def test_it_loads_beside_a_libtorch_that_names_libtorch_cuda(built, toolkit, tmp_path):
     """And has a kernel for each op that has one on the CPU, but for the convolutions."""
     stream = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
-    (tmp_path / "stream.c").write_text(stream)
+    (tmp_path / "stream.cpp").write_text(f'extern "C" {stream}')
     torch_lib = pathlib.Path(torch.__file__).parent / "lib"
-    cc = ("gcc", "-shared", "-Wl,--no-as-needed", f"-L{tmp_path}", f"-L{torch_lib}")
-    run(*cc, "-o", tmp_path / "libtorch_cuda.so", tmp_path / "stream.c")
+    cxx = (*compiler.command(), "-shared", "-fPIC", "-Wl,--no-as-needed")
+    cxx += (f"-L{tmp_path}", f"-L{torch_lib}")
+    run(*cxx, "-o", tmp_path / "libtorch_cuda.so", tmp_path / "stream.cpp")
     names = ("-Wl,-soname,libtorch.so", "-ltorch_cpu", "-ltorch_cuda")
-    run(*cc, "-o", tmp_path / "libtorch.so", *names)
+    run(*cxx, "-o", tmp_path / "libtorch.so", *names)
     path = ":".join([str(tmp_path), *toolkit.libraries])
     run(sys.executable, "-c", LOAD, built[0], cwd=ROOT, LD_LIBRARY_PATH=path)
 
@@ -157,29 +143,7 @@ def test_no_compiler_warns(built):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A source tree whose libraries are compiled in a moment."""
-    tree = tmp_path / "tree"
-    cuda = tree / "csrc" / "cuda"
-    cuda.mkdir(parents=True)
-    flags = ("csrc/flags.txt", "csrc/flags_cuda.txt", "csrc/cuda/toolkit.py")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *flags):
-        shutil.copy(ROOT / name, tree / name)
-    (tree / "csrc" / "small.cpp").write_text("int small;\n")
-    (cuda / "small.cu").write_text("__global__ void small() {}\n")
-    shutil.copytree(
-        ROOT / "diffusion_ext",
-        tree / "diffusion_ext",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"),
-    )
-    return tree
-
-
-def setup(tree, cuda, *arguments, **extra):
-    """What setup.py says as a torch with this CUDA sees it, or "none"."""
-    command = [sys.executable, "-c", SETUP, cuda, "", *arguments]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command, cwd=tree, env=environment(**extra), **streams)
-    return done.stdout + ("failed" if done.returncode else "")
+    return grow(tmp_path / "tree")
 
 
 BOTH = "planned: diffusion_ext._C diffusion_ext._cuda\n"
@@ -223,7 +187,9 @@ def test_a_kernel_that_does_not_compile_leaves_the_cpu_library(tree, toolkit, tm
     assert "THE CUDA LIBRARY WAS NOT BUILT" in said
     assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_C"]
     record = json.loads((package / "_build.json").read_text())
-    assert record["cuda"].startswith("not built: Error compiling objects")
+    assert re.match(r"not built: csrc/cuda/small\.cu\(1\): error: ", record["cuda"])
+    assert record["cuda"].removeprefix("not built: ") in said
+    assert "FAILED: " in said  # and all else that ninja prints
     assert "flags" in record
     said = setup(tree, "none", *arguments, DIFFUSION_EXT_CUDA="1")
     assert said.endswith("failed")

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import zipfile
 
+import compiler
 import pytest
 from toolkit import Toolkit
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1] + ".0"
-CPU = ["registration.cpp", *sorted(f"cpu/{path.name}" for path in (CSRC / "cpu").glob("*.cpp"))]
+CPU = [CSRC / "registration.cpp", *sorted((CSRC / "cpu").rglob("*.cpp"))]
 CUDA = ["cuda/philox_normal.cu", "cuda/has_code.cu"]  # the others include the same headers
 
 
@@ -51,10 +52,10 @@ def compiles(*command):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("source", CPU)
+@pytest.mark.parametrize("source", CPU, ids=lambda path: path.stem)
 def test_the_cpu_library(headers, source):
-    flags = shlex.split((CSRC / "flags.txt").read_text())
-    compiles("g++", *flags, "-fsyntax-only", *headers, CSRC / source)
+    cxx = compiler.command()
+    compiles(*cxx, *compiler.flags(cxx), "-fsyntax-only", *headers, source)
 
 
 @pytest.mark.parametrize("source", CUDA)

@@ -63,6 +63,14 @@ def test_a_release_is_built_for_each_python_that_is_promised():
     assert pythons[0] == "cp310"
 
 
+def test_every_python_of_a_release_is_tried_on_every_push():
+    ci, release = (yaml.safe_load(path.read_text())["jobs"] for path in WORKFLOWS)
+    (whole,) = (step["with"] for step in ci["test"]["steps"] if "setup-python" in str(step))
+    pythons = [whole["python-version"], *ci["python"]["strategy"]["matrix"]["python"]]
+    wheels = release["wheel"]["strategy"]["matrix"]["python"]
+    assert sorted(f"cp{python.replace('.', '')}" for python in pythons) == wheels
+
+
 def test_publishing_has_no_secret_and_needs_a_tag():
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     publish = yaml.safe_load(text)["jobs"]["publish"]

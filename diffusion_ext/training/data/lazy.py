@@ -6,6 +6,7 @@ float32 in [-1, 1]; the label an int, a vector, or None. What it raises leaves t
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -37,7 +38,8 @@ class LazyData:
         source: where images are read from, a `Source`.
         class_names: of its labels, where it has any: contexts are one-hot. Labels that are vectors
             are contexts as they are.
-        workers: processes that read ahead; 0 reads in this one.
+        workers: processes that read ahead; 0 reads in this one. Where Python does not fork them
+            (on Linux from 3.14 on, elsewhere always), the source has to be picklable.
         strict: an image that cannot be read is an error.
         notes: lines for people to read.
 
@@ -96,9 +98,18 @@ class LazyData:
             worker_init_fn=_begin_worker,
             pin_memory=pin_memory,
         )
-        for images, labels, kept, failures in loader:
+        for images, labels, kept, failures in self._started(loader):
             self._note(failures)
             yield images, labels, kept, not failures
+
+    def _started(self, loader: DataLoader) -> Iterator:
+        try:
+            return iter(loader)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise TypeError(
+                f"data: workers={self.workers} wants images that can be sent to processes, got "
+                f"{type(self.source).__name__}: {error}; workers=0 reads in this process"
+            ) from error
 
     def _note(self, failures: dict[int, str]) -> None:
         for index, why in failures.items():
