@@ -224,7 +224,7 @@ import json, runpy, sys, pybind11, setuptools, torch.utils.cpp_extension
 setuptools.setup = lambda **arguments: None
 sys.platform = "win32"
 made = runpy.run_path("setup.py")
-print(json.dumps([made["cpu_extension"]().extra_compile_args["cxx"], made["NVCC_FLAGS"]]))
+print(json.dumps([made["compiler_flags"](), made["NVCC_FLAGS"]]))
 """
     told = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, check=True, stdout=subprocess.PIPE,
