@@ -37,18 +37,17 @@ def map_image_array(
 
 
 class _Mapped:
-    """An .npy in a mapped file. A process that is spawned maps it for itself: pickled as it is, the
-    array would be sent there whole."""
+    """An .npy in a mapped file. A worker process that is not forked maps it for itself: an array is
+    pickled whole."""
 
     def __init__(self, path: Path):
-        self._path, (self._pixels, _) = path, read_arrays(path, mmap=True)
+        self._pixels, _ = read_arrays(path, mmap=True)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_pixels": None}
+        return {**vars(self), "_pixels": self._pixels.filename}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._pixels, _ = read_arrays(self._path, mmap=True)
+        vars(self).update(state, _pixels=np.load(state["_pixels"], mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self._pixels)
