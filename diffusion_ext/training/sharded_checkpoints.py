@@ -30,8 +30,9 @@ METADATA_KINDS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),  # of versions before this one
-    ("pathlib._local", "PosixPath"),  # since Python 3.13
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in (
+        "PosixPath", "WindowsPath",
+    )),  # the latter module since Python 3.13
 }  # fmt: skip
 SHARDED = "sharded-{:08d}"  # by the steps of the run
 
@@ -56,8 +57,7 @@ def save_sharded(checkpoint: Checkpoint, folder: Path, keep: int, processes: Pro
         partial.mkdir(parents=True)
     processes.wait()
     try:
-        # As text: a path would be pickled into it, as one of this system that no other can read.
-        dcp.save(_tensors(checkpoint), checkpoint_id=str(partial))
+        dcp.save(_tensors(checkpoint), checkpoint_id=partial)
     except CheckpointException as error:
         causes = "; ".join(f"process {i}: {cause[0]}" for i, cause in error.failures.items())
         raise OSError(None, causes) from error

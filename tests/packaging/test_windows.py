@@ -1,6 +1,7 @@
 """What is to work on Windows, as far as Linux shows it: see windows/sitecustomize.py."""
 
 import ast
+import io
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffusion_ext.app.sample_set import SampleSet
-from diffusion_ext.training import held_files, read_log
+from diffusion_ext.training import held_files, read_log, sharded_checkpoints
 from diffusion_ext.training.data.mapped import map_image_array
 
 HERE = pathlib.Path(__file__).parent
@@ -175,6 +176,13 @@ def test_what_is_mapped_goes_to_a_worker_by_its_name(tmp_path):
     packed = pickle.dumps(source)
     assert len(packed) < 1000
     assert pickle.loads(packed).read(99)[0].shape == source.read(99)[0].shape == (3, 16, 16)
+
+
+def test_a_sharded_checkpoint_may_name_a_path_of_windows():
+    reader = sharded_checkpoints._Metadata(io.BytesIO())
+    assert reader.find_class("pathlib", "WindowsPath") is pathlib.WindowsPath
+    with pytest.raises(pickle.UnpicklingError, match="refused"):
+        reader.find_class("pathlib", "Path")
 
 
 def refusing(times, **attributes):
