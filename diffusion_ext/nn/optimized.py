@@ -17,6 +17,7 @@ from ..checks import check_at_least_1, check_dtype, kind, networks_of, shown
 from ..ops import choices, measuring
 from ..ops.conv2d import CHANNELS, TIMED, VECTORISED
 from ..ops.layouts import layout_of
+from ..ops.wide import wide
 from .context_unet import (
     RESIDUAL_SCALE,
     ContextUnet,
@@ -169,14 +170,14 @@ class _Maker:
         self, conv: nn.Conv2d, side: int, scale: Tensor | float = 1.0, norm=None, lanes: bool = True
     ) -> Conv3x3:
         """conv(scale·x), of inputs of that side, and the BatchNorm and GELU where norm is one."""
-        weight, bias = conv.weight.double(), conv.bias.double()
+        weight, bias = wide(conv.weight), wide(conv.bias)
         if norm is not None:
-            statistics = (norm.running_mean, norm.running_var)
-            statistics = (*(s.double() for s in statistics), norm.eps)
+            statistics = wide(norm.running_mean), wide(norm.running_var), norm.eps
             weight, bias = fuse_conv_bn_weights(
-                weight, bias, *statistics, norm.weight.double(), norm.bias.double()
+                weight, bias, *statistics, wide(norm.weight), wide(norm.bias)
             )
-        weight, bias = (weight * scale).to(self.dtype), bias.to(self.dtype)
+        weight = weight * (wide(scale) if isinstance(scale, Tensor) else scale)
+        weight, bias = (p.to(conv.weight.device, self.dtype) for p in (weight, bias))
         size = self.batch, side
         return Conv3x3(weight, bias, norm is not None, self.layout, *size, lanes, self.ours)
 
