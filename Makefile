@@ -13,7 +13,7 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test light bench docs notebooks wheels lint format build emulated gpu-tests \
-    sanitized gpu-check gpu-wheels cmake clean
+    sanitized arm gpu-check gpu-wheels cmake clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,10 @@ sanitized: build ## the kernels and a fuzz of them under AddressSanitizer and Un
 	$(SANITIZED) $(PYTEST) --dist load -q tests/emulation
 	cd build/sanitized && $(SANITIZED) PYTHONPATH=$(abspath build/sanitized/python) \
 	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
+
+# On Debian or Ubuntu; installs a compiler and an emulator where they are missing.
+arm: build ## the kernels for ARM, run in an emulator beside this processor's: five minutes
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/arm/check.py
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check: ## prove, tune and measure the CUDA kernels on a GPU (CALL=first, CALL=second; docs/gpu.md)

@@ -114,7 +114,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts, "How this library was compiled.");
   m.def(
       "cpu_capability", [] { return dx::name_of(dx::best_isa()); },
-      "The instruction set that the CPU kernels use: baseline, avx2 or avx512.");
+      "The instruction set that the CPU kernels use: baseline, avx2, avx512 or neon.");
   m.attr("has_fma") = dx::has_fma;
   m.def(
       "fingerprint",

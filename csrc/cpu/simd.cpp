@@ -28,6 +28,8 @@ Isa processor_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+#elif defined(DX_NEON)
+  return Isa::neon;
 #endif
   return Isa::baseline;
 }
@@ -44,7 +46,12 @@ Isa chosen_isa() {
 }  // namespace
 
 const char* name_of(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::neon: return "neon";
+    default: return "baseline";
+  }
 }
 
 Isa best_isa() {

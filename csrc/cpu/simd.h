@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__) && defined(DX_GNU)
 #define DX_X86 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define DX_NEON 1  // which the compiler may use anywhere: only products.h asks
 #endif
 
 #if defined(__clang__)
@@ -27,9 +29,9 @@
 
 namespace dx {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, neon, avx2, avx512 };
 
-// The processor's best, or what DIFFUSION_EXT_CPU_CAPABILITY (baseline, avx2, avx512) lowers it to.
+// The processor's best, or what DIFFUSION_EXT_CPU_CAPABILITY (baseline, avx2) lowers it to.
 Isa best_isa();
 const char* name_of(Isa isa);
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import check_at_least_1, check_in_range, kind, networks_of, shown
 from ..nn.context_unet import UnetForward
 from ..nn.labels import are_labels
+from ..ops.wide import wide, wide_device
 from ..samplers import NoiseSchedule
 from ..samplers.schedules import check_schedule
 
@@ -122,15 +123,15 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Mapping | None = None) -> Tensor:
         # No buffer, which .half() would round. The schedule copies it to a device once: a copy
         # waits for a GPU, and no CUDA graph may have one.
-        known = self.schedule.tensor("log_level", t.device, torch.float64)
+        known = self.schedule.tensor("log_level", wide_device(t.device), torch.float64)
         last = self.schedule.timesteps
-        position = (t.double() * last).clamp(1, last)
+        position = (wide(t) * last).clamp(1, last)
         low = position.floor().long()
         share = position - low
         high = (low + 1).clamp(max=last)
         sigma = torch.lerp(known[low], known[high], share).exp()
-        wide = (1 + sigma**2).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        return self.denoiser(x * wide, sigma.to(x.dtype), **_options(context))
+        scale = (1 + sigma**2).sqrt().to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return self.denoiser(x * scale, sigma.to(x.device, x.dtype), **_options(context))
 
 
 def _check_model(name: str, model) -> None:

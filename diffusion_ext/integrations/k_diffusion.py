@@ -222,7 +222,7 @@ class _Run:
             raise TypeError(f"sigmas: wanted a tensor [n+1], got {shown(sigmas)}")
         self.model, self.x, self.given, self.extra = model, x, sigmas, extra_args or {}
         self.callback, self.disable = callback, disable
-        self.sigmas = sigmas.double().cpu().numpy()
+        self.sigmas = sigmas.cpu().double().numpy()
         if not (self.sigmas[:-1] > 0).all() or not (self.sigmas[-1:] >= 0).all():
             got = shown(self.sigmas.tolist())
             raise ValueError(

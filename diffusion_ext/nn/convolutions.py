@@ -1,8 +1,8 @@
 """The convolutions of a network that only infers, without gradients.
 
 Their weights lie as the memory format of the network wants them. On a CPU, in channels_last, our
-own convolutions serve float32; else, where torch has them, oneDNN's with packed weights, which
-torch.compile uses too.
+own convolutions serve float32 where the network is to have them; else, where torch has them,
+oneDNN's with packed weights, which torch.compile uses too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.backend import recorded
-from ..ops.conv2d import serves_conv2d
+from ..ops.conv2d import TIMED, serves_conv2d
 from .packed_conv2d import PackedConv2d
 
 
@@ -60,7 +60,8 @@ class Conv3x3(nn.Module):
     Args:
         weight: [K, C, 3, 3]. bias: [K]. gelu: whether GELU follows.
         layout: the memory format of its inputs. batch, side: of the images that it is packed for.
-        lanes: whether a skip begins at a multiple of 16 channels.
+        lanes: whether a skip begins at a multiple of 16 channels. ours: whether our convolutions
+            serve where they can.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Conv3x3(nn.Module):
         batch: int,
         side: int,
         lanes: bool = True,
+        ours: bool = TIMED,
     ):
         super().__init__()
         self.weight = frozen(weight.contiguous(memory_format=layout))
         self.bias, self.gelu, self.onednn = frozen(bias), gelu, None
         self.packed = PackedConv2d(self.weight, padding=(1, 1), batch=batch, lanes=lanes)
-        self.size, self.layout = (batch, side, side), layout
+        self.size, self.layout, self.ours = (batch, side, side), layout, ours
         like = _images(weight, batch, weight.shape[1], side, layout)
         if _ours_serves(self, like):
             self.filters()
@@ -110,12 +112,21 @@ class Conv3x3(nn.Module):
 class Unpool(nn.Module):
     """A transposed convolution whose stride is the side of its kernel: one product of matrices.
 
-    Args: conv: such a ConvTranspose2d. layout: the memory format of its outputs. dtype: of both.
+    Args:
+        conv: such a ConvTranspose2d. layout: the memory format of its outputs. dtype: of both.
+        ours: whether our convolutions serve where they can.
     """
 
-    def __init__(self, conv: nn.ConvTranspose2d, layout: torch.memory_format, dtype: torch.dtype):
+    def __init__(
+        self,
+        conv: nn.ConvTranspose2d,
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+        ours: bool = TIMED,
+    ):
         super().__init__()
-        self.layout, self.weight = layout, frozen(conv.weight.to(dtype, copy=True))
+        self.layout, self.ours = layout, ours
+        self.weight = frozen(conv.weight.to(dtype, copy=True))
         self.bias = frozen(conv.bias.to(dtype, copy=True))
         self.packed = PackedConv2d(self.weight, transposed=True)
         if _ours_serves(self, _images(self.weight, 1, len(self.weight), 1, layout)):
@@ -146,27 +157,32 @@ class Unpool(nn.Module):
 class Linear(nn.Module):
     """A linear layer, and the GELU after it.
 
-    Args: weight: [K, C]. bias: [K]. gelu: whether GELU follows.
+    Args:
+        weight: [K, C]. bias: [K]. gelu: whether GELU follows. ours: whether our convolutions serve
+            where they can.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool):
+    layout = torch.channels_last  # as the one pixel of each sample lies
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool, ours: bool = TIMED):
         super().__init__()
-        self.weight, self.bias, self.gelu = frozen(weight), frozen(bias), gelu
+        self.weight, self.bias, self.gelu, self.ours = frozen(weight), frozen(bias), gelu, ours
         self.packed = PackedConv2d(self.weight)
-        if serves_conv2d(_images(weight, 1, weight.shape[1], 1, torch.channels_last), weight):
+        if _ours_serves(self, _images(weight, 1, weight.shape[1], 1, self.layout)):
             self.packed.lay_out(1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C] -> [B, K]
         pixels = x[:, :, None, None]
-        if serves_conv2d(pixels, self.weight):
+        if _ours_serves(self, pixels):
             act = "gelu" if self.gelu else "identity"
             return self.packed(pixels, self.bias, act=act)[:, :, 0, 0]
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if self.gelu else y
 
 
-def _ours_serves(layer: Conv3x3 | Unpool, x: Tensor) -> bool:
-    return layer.layout == torch.channels_last and serves_conv2d(x, layer.weight)
+def _ours_serves(layer: Conv3x3 | Unpool | Linear, x: Tensor) -> bool:
+    wanted = layer.ours and layer.layout == torch.channels_last
+    return wanted and serves_conv2d(x, layer.weight)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backend import missing, needs_grad, serves
-from ..ops.conv2d import CHANNELS, COLUMNS, POINTS, VECTORISED, serves_conv2d
+from ..ops.conv2d import CHANNELS, COLUMNS, POINTS, TIMED, serves_conv2d
 from ..ops.conv3x3 import conv3x3
 from ..ops.layouts import convolves_to_channels_last, suggests_channels_last
 from ..ops.memory import memory_available, memory_in_all
@@ -54,13 +54,13 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by a
     convolution of ours; None where that is not to be had.
 
-    It is to be had of float32 on a CPU, where torch's result is channels_last: because x is that,
-    or the weight, in which case x is copied. Without gradients filters stay laid out between calls,
-    and the work has to be worth a call. With gradients, or where memory is short, it is `conv3x3`
-    that serves, if conv is that and nothing else is asked for.
+    It is to be had of float32 on a CPU where ours are `TIMED` and torch's result is channels_last:
+    because x is that, or the weight, in which case x is copied. Without gradients filters stay laid
+    out between calls, and the work has to be worth a call. With gradients, or where memory is
+    short, it is `conv3x3` that serves, if conv is that and nothing else is asked for.
     """
     weight = conv._parameters.get("weight")
-    if not VECTORISED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
         if _kept and weight is not None and (weight.dtype != torch.float32 or not weight.is_cpu):
             forget(conv)  # it has moved
         return None

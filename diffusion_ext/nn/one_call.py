@@ -32,8 +32,8 @@ class OneCall:
         if not init.same_channels and init.shortcut != "scaled":
             self.shortcut = None
         folded = all(isinstance(conv, (Conv3x3, Unpool)) for conv in self.convs)
-        channels_last = network.memory_format == torch.channels_last
-        self.possible = folded and channels_last and init.shortcut != "random"
+        ours = network.ours and network.memory_format == torch.channels_last
+        self.possible = folded and ours and init.shortcut != "random"
         self.layers = self.versions = None  # filters, biases, norms; of the weights
 
     def serves(self, x: Tensor) -> bool:

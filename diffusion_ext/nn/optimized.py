@@ -15,8 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checks import check_at_least_1, check_dtype, kind, networks_of, shown
 from ..ops import choices, measuring
-from ..ops.conv2d import CHANNELS
+from ..ops.conv2d import CHANNELS, TIMED, VECTORISED
 from ..ops.layouts import layout_of
+from ..ops.wide import wide
 from .context_unet import (
     RESIDUAL_SCALE,
     ContextUnet,
@@ -56,7 +57,8 @@ def optimize_for_sampling(
         memory_format: of the images inside. None times torch.contiguous_format and
             torch.channels_last once on this machine, takes the faster (`.memory_format` says which)
             and keeps the choice in a file, which `info` shows. The two round differently: name one
-            for the same bits on every machine.
+            for the same bits on every machine. On ARM, channels_last is timed with our convolutions
+            too; where it is named, torch's serve there.
 
     The outputs are the model's to rounding: to 1e-5 of the largest in float32, 3e-2 in bfloat16.
 
@@ -94,23 +96,28 @@ class OptimizedContextUnet(UnetForward):
     """What `optimize_for_sampling` makes; it is called as the ContextUnet is."""
 
     def __init__(
-        self, model: ContextUnet, batch: int, dtype: torch.dtype, layout: torch.memory_format
+        self,
+        model: ContextUnet,
+        batch: int,
+        dtype: torch.dtype,
+        layout: torch.memory_format,
+        ours: bool = TIMED,
     ):
         super().__init__()
         self.in_channels, self.n_feat = model.in_channels, model.n_feat
         self.n_cfeat, self.height = model.n_cfeat, model.height
-        self.dtype, self.memory_format = dtype, layout
+        self.dtype, self.memory_format, self.ours = dtype, layout, ours
         height, shrink = self.height, 1 / RESIDUAL_SCALE  # which the first block leaves to others
-        make = _Maker(batch, dtype, layout)
+        make = _Maker(batch, dtype, layout, ours)
 
         for name in EMBEDDINGS:
-            setattr(self, name, _embedding(getattr(model, name)))
+            setattr(self, name, make.embedding(getattr(model, name)))
         self.to_vec, self.pool_window = _copied(model.to_vec), model.options["pool_window"]
         self.init_conv = _FirstBlock(model.init_conv, make, height)
         down1, down2 = model.down1.model, model.down2.model
         self.down1 = nn.Sequential(*make.blocks(down1[:2], height, shrink), down1[2])
         self.down2 = nn.Sequential(*make.blocks(down2[:2], height // 2), down2[2])
-        self.up0 = nn.ModuleList([Unpool(model.up0[0], layout, dtype), _copied(model.up0[1])])
+        self.up0 = nn.ModuleList([make.unpool(model.up0[0]), _copied(model.up0[1])])
         self.up1 = _Up(model.up1, make, height // 2)
         self.up2 = _Up(model.up2, make, height)
         conv, norm, _, last = model.out
@@ -156,22 +163,37 @@ class OptimizedContextUnet(UnetForward):
 class _Maker:
     """Makes the layers of one optimized network."""
 
-    def __init__(self, batch: int, dtype: torch.dtype, layout: torch.memory_format):
-        self.batch, self.dtype, self.layout = batch, dtype, layout
+    def __init__(self, batch: int, dtype: torch.dtype, layout: torch.memory_format, ours: bool):
+        self.batch, self.dtype, self.layout, self.ours = batch, dtype, layout, ours
 
     def conv(
         self, conv: nn.Conv2d, side: int, scale: Tensor | float = 1.0, norm=None, lanes: bool = True
     ) -> Conv3x3:
         """conv(scale·x), of inputs of that side, and the BatchNorm and GELU where norm is one."""
-        weight, bias = conv.weight.double(), conv.bias.double()
+        weight, bias = wide(conv.weight), wide(conv.bias)
         if norm is not None:
-            statistics = (norm.running_mean, norm.running_var)
-            statistics = (*(s.double() for s in statistics), norm.eps)
+            statistics = wide(norm.running_mean), wide(norm.running_var), norm.eps
             weight, bias = fuse_conv_bn_weights(
-                weight, bias, *statistics, norm.weight.double(), norm.bias.double()
+                weight, bias, *statistics, wide(norm.weight), wide(norm.bias)
             )
-        weight, bias = (weight * scale).to(self.dtype), bias.to(self.dtype)
-        return Conv3x3(weight, bias, norm is not None, self.layout, self.batch, side, lanes)
+        weight = weight * (wide(scale) if isinstance(scale, Tensor) else scale)
+        weight, bias = (p.to(conv.weight.device, self.dtype) for p in (weight, bias))
+        size = self.batch, side
+        return Conv3x3(weight, bias, norm is not None, self.layout, *size, lanes, self.ours)
+
+    def unpool(self, conv: nn.ConvTranspose2d) -> Unpool:
+        return Unpool(conv, self.layout, self.dtype, self.ours)
+
+    def embedding(self, embed: EmbedFC) -> EmbedFC:
+        """A copy whose layers are products of ours, where those serve."""
+        embed = _copied(embed)
+        first, _, last = embed.model
+        layers = [
+            Linear(layer.weight, layer.bias, gelu, self.ours)
+            for layer, gelu in ((first, True), (last, False))
+        ]
+        embed.model = nn.Sequential(*layers)
+        return embed
 
     def half(self, half: nn.Sequential, side: int, scale: float = 1.0) -> nn.Module:
         """A half of a ResidualConvBlock."""
@@ -214,20 +236,11 @@ class _Up(nn.Module):
 
     def __init__(self, up: UnetUp, make: _Maker, side: int):
         super().__init__()
-        self.unpool = Unpool(up.model[0], make.layout, make.dtype)
+        self.unpool = make.unpool(up.model[0])
         self.blocks = nn.Sequential(*make.blocks(up.model[1:], side))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.blocks(self.unpool(x, skip))
-
-
-def _embedding(embed: EmbedFC) -> EmbedFC:
-    """A copy whose layers are products of ours."""
-    embed = _copied(embed)
-    first, _, last = embed.model
-    layers = Linear(first.weight, first.bias, gelu=True), Linear(last.weight, last.bias, gelu=False)
-    embed.model = nn.Sequential(*layers)
-    return embed
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -235,17 +248,18 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def _faster(model: ContextUnet, batch: int, dtype: torch.dtype) -> OptimizedContextUnet:
-    """The network in the memory format in which a forward takes the least time here."""
+    """The network in the way in which a forward takes the least time here."""
     device = model.timeembed1.model[0].weight.device
     of = f"optimize_for_sampling, ContextUnet, batch {batch}, {dtype}"
     detail = repr(model.configuration)
     known = choices.find(of, detail, device)
-    layouts = {str(layout): layout for layout in LAYOUTS}
-    if known is not None and known.taken in layouts:
-        return OptimizedContextUnet(model, batch, dtype, layouts[known.taken])
-    networks = {
-        name: OptimizedContextUnet(model, batch, dtype, layout) for name, layout in layouts.items()
-    }
+    ways = {str(layout): (layout, TIMED) for layout in LAYOUTS}
+    if VECTORISED and not TIMED:
+        ways["torch.channels_last, our convolutions"] = torch.channels_last, True
+    make = partial(OptimizedContextUnet, model, batch, dtype)
+    if known is not None and known.taken in ways:
+        return make(*ways[known.taken])
+    networks = {name: make(*way) for name, way in ways.items()}
     forwards = {name: partial(_forwards, network, batch) for name, network in networks.items()}
     measured = measuring.measure(forwards, device, TURN)
     taken = min(measured.seconds, key=measured.seconds.get)

@@ -11,6 +11,8 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -23,7 +25,10 @@ from ..version import __version__
 from . import backend
 from .measuring import Measured
 
-KIND = {"family": "cpu family", "model": "model"}  # of a processor, in /proc/cpuinfo
+# Of a processor, in /proc/cpuinfo: x86's, and ARM's, which has no name there.
+KIND = {"family": "cpu family", "model": "model"}
+KIND |= {"implementer": "CPU implementer", "part": "CPU part"}
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 STARTED = time.time()  # this process
 # What a file that holds no choice raises.
 DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -153,12 +158,18 @@ def _versions() -> dict[str, str]:
 def processor() -> str:
     """Its name and kind, such as "AMD EPYC, family 26 model 2": virtual machines often hide which
     of a maker's processors they have in the name."""
+    if sys.platform == "darwin":
+        ask = ("sysctl", "-n", "machdep.cpu.brand_string")  # platform says "arm" of each
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     with contextlib.suppress(OSError):
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = CPUINFO.read_text(encoding="utf-8")
         fields = dict(re.findall(r"^(.+?)\s*: (.+)$", text, re.M))
-        if (name := fields.get("model name")) is not None:
-            kind = [f"{word} {fields[of]}" for word, of in KIND.items() if of in fields]
-            return f"{name.strip()}, {' '.join(kind)}" if kind else name.strip()
+        name = fields.get("model name", platform.machine()).strip()
+        if kind := [f"{word} {fields[of]}" for word, of in KIND.items() if of in fields]:
+            return f"{name}, {' '.join(kind)}"
+        if "model name" in fields:
+            return name
     return platform.processor() or platform.machine()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .backend import CPU_CAPABILITY, kernel, kernels, register_fake, serves
 from .group_norm_act import ACTIVATIONS
 
-VECTORISED = CPU_CAPABILITY != "baseline"
+VECTORISED = CPU_CAPABILITY != "baseline"  # whether the kernels serve at all
 
 CHANNELS = 16  # Winograd's algorithm takes inputs of a multiple of so many channels
 TILE = 4  # side of the outputs that it computes together
@@ -18,11 +18,15 @@ POINTS, COLUMNS = 36, 32  # numbers of a transformed tile; output channels that 
 # filters, and by Winograd's algorithm of a tile's channel too (benchmarks/convolution_costs.py).
 DIRECT = {"avx512": (0.0092, 0.0109), "avx2": (0.0100, 0.0124)}
 WINOGRAD = {"avx512": (0.0081, 0.0222, 7.2), "avx2": (0.0128, 0.0162, 6.4)}
+# Whether it is known where ours gain on torch's. Of NEON it is not: torch's convolutions serve
+# there, but for a network that was timed with both on the machine itself (optimize_for_sampling).
+TIMED = CPU_CAPABILITY in DIRECT
+LIKE = CPU_CAPABILITY if TIMED else "avx2"  # whose figures tell Winograd's way from the direct one
 
 
 def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve x [B, C, H, W] and a weight: float32 on a CPU with AVX2 or AVX-512,
-    x in channels_last. Exported programs, whose sizes may be open, have torch's convolution."""
+    """Whether the kernels serve x [B, C, H, W] and a weight: float32 on a CPU with AVX2, AVX-512
+    or NEON, x in channels_last. Exported programs, whose sizes may be open, have torch's."""
     if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
         return False
     if x.dim() != 4 or torch.compiler.is_exporting():
@@ -39,13 +43,13 @@ def winograd_is_faster(
     batch: int, height: int, width: int, channels: int, out_channels: int
 ) -> bool:
     """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
-    if channels % CHANNELS or CPU_CAPABILITY not in WINOGRAD:
+    if channels % CHANNELS or not VECTORISED:
         return False
     filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
     tiles = tiles_of(batch, height, width)
-    product, byte = DIRECT[CPU_CAPABILITY]
+    product, byte = DIRECT[LIKE]
     direct = 9 * filters * (product * batch * height * width + 4 * byte)
-    product, byte, lane = WINOGRAD[CPU_CAPABILITY]
+    product, byte, lane = WINOGRAD[LIKE]
     winograd = POINTS * filters * (product * tiles + 4 * byte)
     return winograd + lane * tiles * (channels + out_channels) < direct
 

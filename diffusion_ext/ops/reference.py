@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .layouts import in_layout, layout_of_norm
 from .row_shape import RowShape
+from .wide import wide
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -92,10 +93,10 @@ def philox_normal(
     # Box-Muller: words (0, 1) give elements 0 and 1 of the block, words (2, 3) elements 2 and 3.
     z = []
     for r0, r1 in (words[:2], words[2:]):
-        u = (r0.double() + 0.5) * 2.0**-32
-        radius, angle = torch.sqrt(-2 * torch.log(u)), (2 * math.pi * 2.0**-32) * r1.double()
+        u = (wide(r0) + 0.5) * 2.0**-32
+        radius, angle = torch.sqrt(-2 * torch.log(u)), (2 * math.pi * 2.0**-32) * wide(r1)
         z += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(z, dim=-1).flatten(1)[:, :count].reshape(shape).to(dtype)
+    return torch.stack(z, dim=-1).flatten(1)[:, :count].reshape(shape).to(seeds.device, dtype)
 
 
 # --- sampler_step and perturb -------------------------------------------------------------------

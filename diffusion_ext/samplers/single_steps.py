@@ -22,6 +22,7 @@ from ..checks import (
 )
 from ..ops import sampler_step as step_of_tensors
 from ..ops.sampler_step import COLUMNS, apply_row
+from ..ops.wide import wide_device
 from .first_order import ddim_between, ddpm
 from .noise import resolve_noise
 from .schedules import NoiseSchedule, check_schedule
@@ -218,7 +219,7 @@ def _ddim_rows(x, t, t_prev, schedule, eta):
     """(table, row, needs_noise) of timesteps that are tensors, one for all samples or for each."""
     t, t_prev = (i if isinstance(i, Tensor) else _row(i, x) for i in (t, t_prev))
     t, t_prev = t.reshape(-1), t_prev.reshape(-1)
-    t, t_prev = torch.broadcast_tensors(t, t_prev)
+    t, t_prev = (i.to(wide_device(i.device)) for i in torch.broadcast_tensors(t, t_prev))
     if not len(t):  # of no sample: any step
         table = ddim_between(schedule, np.array([1]), np.array([0]), eta)
         return table.tensors(x.device, x.dtype), t, False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..ops.wide import wide, wide_device
 from .draws import batches_of
 from .objective import Objective
 from .processes import Processes
@@ -58,7 +59,7 @@ class Validation:
             predict: (x_t, t, context), in evaluation mode.
             stand_in: called in its place where a process has no image of a batch.
         """
-        total, count = torch.zeros((), device=device, dtype=torch.float64), 0
+        total, count = torch.zeros((), device=wide_device(device), dtype=torch.float64), 0
         # Each process's share of every batch: all of them call the network equally often, which a
         # cut one wants.
         places = [
@@ -75,7 +76,7 @@ class Validation:
                 continue
             x_t = self.objective.noised(batch.images, t, seeds)
             losses = self.objective.losses(predict(x_t, t, batch.context), batch.images, t, seeds)
-            total += losses.double().sum()
+            total += wide(losses).sum()
             count += len(batch)
         total, count = self.processes.sum(total), self.processes.sum_int(count)
         return total.item() / count if count else float("nan")

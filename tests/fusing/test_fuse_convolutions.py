@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import diffusion_ext as dx
 from diffusion_ext.nn import kept_filters
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
-from diffusion_ext.ops.conv2d import VECTORISED
+from diffusion_ext.ops.conv2d import TIMED
 
 PLAIN = {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1}
 
@@ -38,7 +38,7 @@ def test_results_and_gradients_are_those_of_the_original(layout):
     assert ", 2 of them not in channels_last, 0 layers left" in str(contiguous)
     assert_same_results(results(fused, inputs), results(model, inputs), 1e-5)
     # What torch makes of a contiguous input with channels_last weights is channels_last.
-    assert ops_of(lambda: fused(*inputs))["conv2d"] == (2 if VECTORISED else 0)
+    assert ops_of(lambda: fused(*inputs))["conv2d"] == (2 if TIMED else 0)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_every_filter_without_gradients(other):
     expected = conv(x)
     assert dx.fuse(conv).convolutions == ["(model)"]
     with torch.no_grad():
-        assert ops_of(lambda: conv(x))["conv2d"] == VECTORISED
+        assert ops_of(lambda: conv(x))["conv2d"] == TIMED
         torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
     trained = conv(x)
     assert trained.requires_grad
@@ -118,7 +118,7 @@ def test_unfusing_gives_the_filters_memory_back():
     dx.fuse(conv)
     with torch.no_grad():
         conv(images())
-    assert (conv in kept_filters._kept) == VECTORISED
+    assert (conv in kept_filters._kept) == TIMED
     dx.unfuse(conv)
     assert conv not in kept_filters._kept
 

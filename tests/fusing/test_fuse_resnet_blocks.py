@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers.models.resnet import ResnetBlock2D
 
 from diffusion_ext.fusing import diffusers_blocks
-from diffusion_ext.ops.conv2d import VECTORISED
+from diffusion_ext.ops.conv2d import TIMED
 
 
 @pytest.mark.parametrize("time_embedding_norm", ["default", "scale_shift"])
@@ -55,7 +55,7 @@ def test_the_residual_in_the_convolutions_pass(out_channels, factor, grad_mode):
     with grad_mode():
         torch.testing.assert_close(fused(x, temb), block(x, temb), rtol=1e-4, atol=1e-5)
     ops = ops_of(lambda: fused(x, temb))
-    if VECTORISED:
+    if TIMED:
         assert ops["conv2d"] == (2 if out_channels == 8 else 3)
         assert not ops["add"] + ops["div"]
     watched = []

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.ops.conv2d import VECTORISED
+from diffusion_ext.ops.conv2d import TIMED
 
 IMAGES = (2, 8, 6, 5)
 
@@ -183,7 +183,7 @@ def test_convolutions_of_subclasses_are_ours(name):
     torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
-        assert ops_of(lambda: fused(x))["conv2d"] == VECTORISED
+        assert ops_of(lambda: fused(x))["conv2d"] == TIMED
 
 
 def test_arguments_and_attributes_of_a_subclass_are_its_own_matter():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffusion_ext as dx
+from diffusion_ext.nn.optimized import OptimizedContextUnet
 from diffusion_ext.ops.backend import kernels
 from diffusion_ext.ops.conv2d import VECTORISED
 
@@ -22,7 +23,8 @@ def optimized(batch=2, **options):
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.5, 2.0)
     model.eval()
-    return dx.optimize_for_sampling(model, batch, memory_format=torch.channels_last)
+    with torch.no_grad():
+        return OptimizedContextUnet(model, batch, torch.float32, torch.channels_last, ours=True)
 
 
 def inputs(network, batch=2, context=True):

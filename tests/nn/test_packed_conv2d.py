@@ -15,9 +15,9 @@ from diffusion_ext.nn import kept_filters
 from diffusion_ext.nn.kept_filters import convolved, filter_bytes
 from diffusion_ext.nn.packed_conv2d import PackedConv2d
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
-from diffusion_ext.ops.conv2d import VECTORISED
+from diffusion_ext.ops.conv2d import TIMED
 
-pytestmark = pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
+pytestmark = pytest.mark.skipif(not TIMED, reason="no kernel of ours")
 
 
 def layer(channels=32, out_channels=48, **options):

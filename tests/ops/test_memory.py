@@ -8,7 +8,7 @@ import torch
 from diffusion_ext.nn import kept_filters
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops import memory
-from diffusion_ext.ops.conv2d import VECTORISED
+from diffusion_ext.ops.conv2d import TIMED
 
 pytestmark = pytest.mark.backends("cpu")
 GIB = 2**30
@@ -62,7 +62,7 @@ def test_where_nothing_tells(monkeypatch):
     assert memory.memory_in_all() == memory.memory_available() == sys.maxsize
 
 
-@pytest.mark.skipif(not VECTORISED, reason="no kernel of ours")
+@pytest.mark.skipif(not TIMED, reason="no kernel of ours")
 @pytest.mark.parametrize(("used", "laid_out"), [(GIB // 64, True), (GIB // 16 * 3, False)])
 def test_filters_are_laid_out_in_a_container_too(container, used, laid_out):
     """A quarter of its memory, not of the machine's, has to stay free."""
