@@ -13,7 +13,7 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test light bench docs notebooks wheels lint format build emulated gpu-tests \
-    sanitized arm gpu-check gpu-wheels cmake clean
+    sanitized processors gpu-check gpu-wheels cmake clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -123,8 +123,8 @@ sanitized: build ## the kernels and a fuzz of them under AddressSanitizer and Un
 	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
 
 # On Debian or Ubuntu; installs a compiler and an emulator where they are missing.
-arm: build ## the kernels for ARM, run in an emulator beside this processor's: five minutes
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/arm/check.py
+processors: build ## the kernels on ARM and on old x86, emulated, beside this processor's: six minutes
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/processors/check.py
 
 # No venv of ours: what drives a GPU comes with its machine.
 gpu-check: ## prove, tune and measure the CUDA kernels on a GPU (CALL=first, CALL=second; docs/gpu.md)

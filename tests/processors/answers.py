@@ -1,6 +1,6 @@
-"""What the CPU kernels answer on this processor, into a file: tests/arm/check.py compares two.
+"""What the CPU kernels answer on this processor, into a file: tests/processors/check.py compares two.
 
-    python tests/arm/answers.py FILE.npz
+    python tests/processors/answers.py FILE.npz
 
 The names say what the answers owe one another: `bits/...` agree to the bit on every processor,
 `near/...` but for rounding. Inputs are made of integers, so that no library has rounded them.

@@ -1,25 +1,26 @@
-"""An ARM Linux of its own in build/arm: Python, torch, and the kernels compiled for it here.
+"""An ARM Linux of its own in build/processors: Python, torch, and the kernels compiled for it here.
 
 qemu runs its programs, one instruction after another of an ARM processor's; nothing is started as
-another system, and nothing outside build/arm is written but what `tools` installs.
+another system, and nothing outside build/processors is written but what `tools` installs.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-HERE = ROOT / "build" / "arm"
+HERE = ROOT / "build" / "processors"
 SYSTEM, SITE, KERNELS = HERE / "system", HERE / "site", HERE / "kernels"
 PYTHON = HERE / "python"  # runs ARM's Python
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-TOOLS = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user-static"}
+X86_EMULATOR = "qemu-x86_64-static"
+QEMU = "qemu-user-static"
+TOOLS = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: QEMU, X86_EMULATOR: QEMU}
 PROCESSOR = "neoverse-n1"  # older ones lack instructions that torch's own convolutions use
 
 # The oldest torch that is promised, and of those for ARM the last without CUDA's gigabytes.
@@ -39,11 +40,6 @@ Dir::State "{0}/state";
 Dir::State::status "{0}/state/status";
 Dir::Cache "{0}/cache";
 """
-# Ubuntu keeps what is for ARM in another place than what is for x86.
-UBUNTU = """Dir::Etc::sourcelist "{0}/sources.list";
-Dir::Etc::sourceparts "-";
-"""
-PORTS = "deb http://ports.ubuntu.com/ubuntu-ports {0} main universe\n"
 START = """#!/bin/sh
 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}} exec {emulator} -cpu {processor} -L {system} \\
     {python} "$@"
@@ -62,7 +58,7 @@ def run(*command, quiet: bool = False, **environment: str) -> None:
 
 def tools() -> None:
     """The compiler and the emulator, installed where they are missing."""
-    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    missing = {package for program, package in TOOLS.items() if shutil.which(program) is None}
     if not missing:
         return
     root = [] if os.geteuid() == 0 else ["sudo"]
@@ -79,11 +75,7 @@ def system() -> pathlib.Path:
         for folder in (apt / "state" / "lists" / "partial", debs / "partial"):
             folder.mkdir(parents=True, exist_ok=True)
         (apt / "state" / "status").touch()
-        release = platform.freedesktop_os_release()
-        ubuntu = release["ID"] == "ubuntu"
-        (apt / "apt.conf").write_text((APT + UBUNTU * ubuntu).format(apt))
-        if ubuntu:
-            (apt / "sources.list").write_text(PORTS.format(release["VERSION_CODENAME"]))
+        (apt / "apt.conf").write_text(APT.format(apt))
         ours = {"APT_CONFIG": str(apt / "apt.conf")}
         run("apt-get", "update", quiet=True, **ours)
         wanted = ("python3", "python3-dev", "libstdc++6")
@@ -105,9 +97,8 @@ def site(python: pathlib.Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", SITE]
     install += ["--only-binary", ":all:", "--python-version", python.name.removeprefix("python")]
     install += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    run(
-        *install, "--no-deps", TORCH, quiet=True
-    )  # pip would judge its dependencies by this processor
+    # Without its dependencies, which pip would judge by this processor.
+    run(*install, "--no-deps", TORCH, quiet=True)
     run(*install, *PACKAGES, quiet=True)
     # Programs that start another Python shall start this one.
     (SITE / "sitecustomize.py").write_text(f"import sys\nsys.executable = {str(PYTHON)!r}\n")

@@ -1,9 +1,9 @@
-"""diffusion_ext on ARM, from another processor: `make arm`.
+"""diffusion_ext on processors that are not here: `make processors`.
 
 The kernels, compiled for ARM's Linux, and torch's own build for it run in an emulator (machine.py).
-What they answer is compared with what this processor's answer, on each of its instruction sets
-(answers.py); then tests of the ops run there. For macOS the kernels are only compiled (macos.py).
-Nothing is told of speed.
+What they answer is compared with what this processor's answer, on each of its instruction sets, and
+with what emulated x86 processors of old answer (answers.py); then tests of the ops run on ARM. For
+macOS the kernels are only compiled (macos.py). Nothing is told of speed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 CAPABILITIES = ("baseline", "avx2", "avx512")  # the last ones where the processor has them
+OLD = ("Westmere", "Haswell")  # x86 of 2010, without AVX and FMA, and of 2013, without AVX-512
 NEAR = 1e-5  # of the largest value
 TESTS = ("conv2d", "conv3x3")  # where ARM has code of its own
 
@@ -29,11 +30,11 @@ def tell(what: str) -> None:
     print(f"[{time.monotonic() - began:4.0f} s] {what}", flush=True)
 
 
-def answers(name: str, python, **environment: str) -> dict[str, np.ndarray]:
+def answers(name: str, *python, **environment: str) -> dict[str, np.ndarray]:
     """By that Python."""
     tell(f"answers of {name}")
     file = machine.HERE / f"{name}.npz"
-    machine.run(python, FOLDER / "answers.py", file, OMP_NUM_THREADS="1", **environment)
+    machine.run(*python, FOLDER / "answers.py", file, OMP_NUM_THREADS="1", **environment)
     with np.load(file) as found:
         return dict(found)
 
@@ -76,6 +77,9 @@ def main() -> None:
     for capability in CAPABILITIES:
         lowered = {"DIFFUSION_EXT_CPU_CAPABILITY": capability, "PYTHONPATH": str(machine.ROOT)}
         compare(arm, answers(capability, sys.executable, **lowered), capability)
+    for processor in OLD:
+        python = machine.X86_EMULATOR, "-cpu", processor, sys.executable
+        compare(arm, answers(processor, *python, PYTHONPATH=str(machine.ROOT)), processor)
     tell("the ops' tests on ARM")
     os.chdir(machine.ROOT)
     tests = [f"tests/ops/test_{name}.py" for name in TESTS]
