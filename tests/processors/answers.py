@@ -1,4 +1,4 @@
-"""What the CPU kernels answer on this processor, into a file: tests/processors/check.py compares two.
+"""What the CPU kernels answer on this processor, into a file: check.py compares them.
 
     python tests/processors/answers.py FILE.npz
 
