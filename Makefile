@@ -80,7 +80,8 @@ lint: $(VENV)/ready ## ruff, clang-format, the types of the public names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python release/public_types.py
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	files=$$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh') && test -n "$$files" && \
+	    $(BIN)/clang-format --dry-run --Werror $$files
 
 format: $(VENV)/ready ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
@@ -122,7 +123,7 @@ sanitized: build ## the kernels and a fuzz of them under AddressSanitizer and Un
 	cd build/sanitized && $(SANITIZED) PYTHONPATH=$(abspath build/sanitized/python) \
 	    DIFFUSION_EXT_FUZZED=$(abspath build/sanitized) $(PYTEST) --dist load -q $(abspath tests/fuzzing)
 
-# On Debian or Ubuntu; installs a compiler and an emulator where they are missing.
+# On Debian; installs a compiler and an emulator where they are missing.
 processors: build ## the kernels on ARM and on old x86, emulated, beside this processor's: six minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/processors/check.py
 

@@ -111,9 +111,8 @@ def cuda_extension():
     from setuptools import Extension
     from torch.utils import cpp_extension
 
-    if (
-        shutil.which("gcc") is None and not WINDOWS
-    ):  # which nvcc asks for, where it is not told of another
+    # nvcc asks for gcc, where it is not told of another compiler.
+    if shutil.which("gcc") is None and not WINDOWS:
         os.environ.setdefault("NVCC_CCBIN", compiler.command()[0])
     toolkit = Toolkit()
     toolkit.check_serves(torch)

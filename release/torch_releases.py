@@ -47,7 +47,7 @@ def main() -> None:
             print(f"torch {release} keeps its row: {error}", file=sys.stderr)
             failed.append(release)
             continue
-        PAGE.write_text(with_row(PAGE.read_text(), release, row))
+        PAGE.write_text(with_row(PAGE.read_text(encoding="utf-8"), release, row), encoding="utf-8")
         failed += [release] * any("wrong" in cell for cell in row)
     sys.exit(f"not right, or not tried: {', '.join(failed)}" if failed else 0)
 
@@ -60,7 +60,8 @@ def on_the_index() -> list[str]:
     """Every release that pip finds for this Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", "torch"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return re.search(r"Available versions: (.*)", said)[1].split(", ")
+    listed = re.search(r"Available versions: (.*)", said)[1].split(", ")
+    return [name for name in listed if re.fullmatch(r"[\d.]+(\+\w+)?", name)]  # no candidates
 
 
 def newest_of_each(releases: list[str], oldest: str) -> list[str]:
@@ -90,7 +91,7 @@ def tried(release: str, files: list[pathlib.Path]) -> list[str]:
             try:
                 said = wheels.use(python, file)
             except subprocess.CalledProcessError as error:
-                said = error.stdout
+                said = error.stdout or str(error)
             cuda, cell = result(said, column == 2)
             row[0], row[column] = cuda or row[0], f"{cell} ({datetime.date.today()})"
     return row
@@ -100,7 +101,7 @@ def result(said: str, has_cuda: bool) -> tuple[str, str]:
     """(torch's CUDA, how it went) of what smoke.py said beside a wheel with CUDA or without."""
     found = SAID.search(said)
     if found is None:
-        return "", f"wrong: {said.strip().splitlines()[-1]}"
+        return "", f"wrong: {said.strip().splitlines()[-1].replace('|', '/')}"
     cuda, devices = found.groups()
     if not has_cuda:
         return cuda, "right"

@@ -63,7 +63,7 @@ def environment(folder: pathlib.Path, torch: str) -> pathlib.Path:
 def use(python: pathlib.Path, wheel: pathlib.Path) -> str:
     """Puts the wheel into that environment and returns what smoke.py says of it there.
 
-    Raises: subprocess.CalledProcessError, whose stdout has the same, where it does not work.
+    Raises: subprocess.CalledProcessError where it does not work; of smoke.py, with its words.
     """
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "diffusion_ext")
     run(python, "-m", "pip", "install", "--quiet", wheel)

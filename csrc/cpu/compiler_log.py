@@ -8,8 +8,13 @@ import threading
 from collections.abc import Iterator
 
 # g++ and clang: "FILE:LINE:COLUMN: error: WHY", "g++: fatal error: WHY"; nvcc: "FILE(LINE): error:
-# WHY", "nvcc fatal : WHY". The linker has no such word, and the compiler's comes after it.
-ERROR = re.compile(r"(?<![-\w])error\b[^:]*: |^nvcc fatal|\bld: cannot find|undefined reference to")
+# WHY", "nvcc fatal : WHY". The linkers, Apple's too, have no such word, and the compiler's comes
+# after theirs.
+ERROR = re.compile(
+    r"(?<![-\w/])error\b[^:]*: |^nvcc fatal|\bld: (?:cannot find|library)|undefined reference to"
+    r"|^Undefined symbols"
+)
+PATIENCE = 1.0  # seconds for what was printed last: a server that a compiler began keeps the pipe
 
 
 def first_error(said: list[str]) -> str | None:
@@ -39,13 +44,13 @@ def _remembered(stream, descriptor: int, said: list[str]) -> Iterator[None]:
             for line in pipe:
                 os.write(terminal, line)
                 said.append(line.decode(errors="replace"))
+        os.close(terminal)
 
-    thread = threading.Thread(target=copy)
+    thread = threading.Thread(target=copy, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stream.flush()
         os.dup2(terminal, descriptor)  # the pipe ends here, and with it the thread
-        thread.join()
-        os.close(terminal)
+        thread.join(PATIENCE)

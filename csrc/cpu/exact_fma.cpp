@@ -44,15 +44,16 @@ inline __m128i last_bits(__m128d low, __m128d high) {
 
 // Whether a lane's second rounding may be wrong: of products p that are no float32 (of one that is,
 // as where a factor is 1, no sum is rounded twice wrongly: Figueroa 1995, "When is double rounding
-// innocuous?") and of sums half way, or with a subnormal result, of which float32 keeps fewer bits.
+// innocuous?") and of sums half way, or with a result that is subnormal or the smallest normal: the
+// float32 around it are further apart than its size tells.
 inline bool in_doubt(__m128i last_of_p, __m128i last_of_s, __m128 result) {
   const __m128i whole = _mm_cmpeq_epi32(last_of_p, _mm_setzero_si128());
   const __m128i half = _mm_cmpeq_epi32(last_of_s, _mm_set1_epi32(0x10000000));
   const __m128i magnitude = _mm_and_si128(_mm_castps_si128(result), _mm_set1_epi32(0x7FFFFFFF));
   // Their order begins at 1, and zero, which is exact, comes last.
   const __m128i order = _mm_add_epi32(magnitude, _mm_set1_epi32(0x7FFFFFFF));
-  const __m128i subnormal = _mm_cmplt_epi32(order, _mm_set1_epi32(int32_t(0x807FFFFF)));
-  return _mm_movemask_epi8(_mm_or_si128(_mm_andnot_si128(whole, half), subnormal)) != 0;
+  const __m128i coarse = _mm_cmplt_epi32(order, _mm_set1_epi32(int32_t(0x80800000)));
+  return _mm_movemask_epi8(_mm_or_si128(_mm_andnot_si128(whole, half), coarse)) != 0;
 }
 
 }  // namespace

@@ -196,10 +196,10 @@ def _read(file: pathlib.Path) -> Choice:
 def _write(file: pathlib.Path, text: str) -> None:
     """At once: other processes see the whole text or none."""
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as part:
-        part.write(text)
     try:
+        with os.fdopen(handle, "w", encoding="utf-8") as part:
+            part.write(text)
         os.replace(name, file)
-    except OSError:  # on Windows, while another process reads what is there
+    except OSError:  # a full disk, or on Windows, while another process reads what is there
         os.unlink(name)
         raise

@@ -148,8 +148,6 @@ def waited() -> float:
     """Seconds for which this thread has been ready to run and had no core; 0 where that is not
     known."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return (
-            int(pathlib.Path("/proc/thread-self/schedstat").read_text(encoding="utf-8").split()[1])
-            / 1e9
-        )
+        told = pathlib.Path("/proc/thread-self/schedstat").read_text(encoding="utf-8")
+        return int(told.split()[1]) / 1e9
     return 0.0

@@ -68,7 +68,5 @@ def _of_group() -> tuple[int, int] | None:
 
 def _table(file: Path) -> dict[str, int]:
     """Lines of a name and a number."""
-    return {
-        words[0]: int(words[1])
-        for words in map(str.split, file.read_text(encoding="utf-8").splitlines())
-    }
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {words[0]: int(words[1]) for words in map(str.split, lines)}

@@ -222,12 +222,12 @@ def _ddim_rows(x, t, t_prev, schedule, eta):
     t, t_prev = (i.to(wide_device(i.device)) for i in torch.broadcast_tensors(t, t_prev))
     if not len(t):  # of no sample: any step
         table = ddim_between(schedule, np.array([1]), np.array([0]), eta)
-        return table.tensors(x.device, x.dtype), t, False
+        return table.tensors(x.device, x.dtype), t.to(x.device), False
     row = _row(0, x) if len(t) == 1 else torch.arange(len(t), device=x.device)
     if t.device.type != "cpu" or hides_its_values(t) or hides_its_values(t_prev):
         rows = _ddim_rows_unread(t, t_prev, schedule, eta)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return (rows.to(wide), t), row, eta > 0
+        return (rows.to(x.device, wide), t.to(x.device)), row, eta > 0
     if (t_prev >= t).any():
         wrong = int((t_prev >= t).nonzero()[0])
         raise ValueError(

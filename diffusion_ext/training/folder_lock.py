@@ -42,7 +42,11 @@ class FolderLock:
             raise type(error)(
                 error.errno, f"folder: no lock to be had ({reason})", str(folder)
             ) from error
-        self._holder.write_text(me, encoding="utf-8")
+        try:
+            self._holder.write_text(me, encoding="utf-8")
+        except OSError:
+            self.close()
+            raise
 
     def _name_of_holder(self) -> str:
         with contextlib.suppress(OSError):

@@ -98,7 +98,8 @@ class RunFolder:
         for cut in sharded_checkpoints(self.path):
             if cut.name > SHARDED.format(step):
                 aside = cut.with_name(f"replaced-{cut.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                if aside.exists():
+                    patiently(shutil.rmtree, aside)
                 patiently(os.replace, cut, aside)
         if not path.is_dir() and path.resolve() != self.checkpoint.resolve():
             self.path.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ def save_sharded(checkpoint: Checkpoint, folder: Path, keep: int, processes: Pro
         raise OSError(None, causes) from error
     if processes.first:
         write_whole(partial / FIELDS_NAME, json.dumps(fields_of(checkpoint)).encode())
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            patiently(shutil.rmtree, path)
         patiently(os.replace, partial, path)
         for old in sharded_checkpoints(folder)[:-keep]:
             patiently(shutil.rmtree, old)

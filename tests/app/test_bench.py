@@ -2,15 +2,18 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from diffusion_ext.app import cli
-from diffusion_ext.app.bench import diffusers_folder
+from diffusion_ext.app.bench import diffusers_folder, turns
 from diffusion_ext.app.bench import subject as bench_subject
 from diffusion_ext.app.bench.report import Result, written
 from diffusion_ext.app.bench.subject import RANDOM_WEIGHTS, RUNTIMES, WAYS, Request
@@ -246,6 +249,29 @@ def test_a_process_that_dies_is_told(checkpoint):
     with pytest.raises(RuntimeError, match="its process ended: killed, as for lack of memory"):
         process.received()
     process.end()
+
+
+def begins_a_compiler_and_dies(connection):
+    """As `serve`, of a way whose compiler outlives it."""
+    os.setsid()
+    compiler = subprocess.Popen(["sleep", "100"])
+    connection.recv()
+    connection.send(compiler.pid)
+    os._exit(3)
+
+
+def test_what_a_way_has_begun_ends_with_it(monkeypatch):
+    monkeypatch.setattr(turns, "serve", begins_a_compiler_and_dies)
+    process = Process("anything")
+    compiler = pathlib.Path(f"/proc/{process.connection.recv()}")
+    with pytest.raises(RuntimeError, match="its process ended: status=3"):
+        process.received()
+    assert compiler.exists()
+    process.end()
+    deadline = time.monotonic() + 10
+    while compiler.exists() and "Z" not in (compiler / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_way_that_dies_while_it_is_timed_is_left_out():

@@ -56,9 +56,12 @@ def operands(count):
     odd = 1 + (2 * rng.integers(0, 2**22, count) + 1) * 2.0**-23
     sign = rng.choice([-1.0, 1.0], (2, count))
     tied = [sign[0] * (1 + hair), 2.0**-24 * (1 - hair), sign[1] * odd]
+    # The same below 2^-126, where float32 keeps its distances.
+    least = [sign[0] * 2.0**-75 * (1 + hair), 2.0**-75 * (1 - hair)]
+    least.append(sign[1] * (2.0**-126 - rng.integers(0, 4, count) * 2.0**-149))
     special = np.float32([0.0, -0.0, 1.0, -1.0, 2.0**-149, 3e38, -3e38, np.inf, -np.inf, np.nan])
     grid = [axis.ravel() for axis in np.meshgrid(special, special, special)]
-    cases = (any_bits, few, more, cancelled, small, tied, grid)
+    cases = (any_bits, few, more, cancelled, small, tied, least, grid)
     with np.errstate(invalid="ignore"):  # a NaN that signals
         return [np.concatenate(parts).astype(np.float32) for parts in zip(*cases, strict=True)]
 
@@ -122,7 +125,9 @@ def test_operands_meet_what_is_hard(without):
         half_way = (s.view(np.uint64) & 0x1FFFFFFF) == 0x10000000
         lost = (c - (s - a * b)) + (a * b - (s - c))
         rounded_wrongly = np.isfinite(s) & (s.astype(np.float32) != without)
+        at_least_normal = np.abs(s.astype(np.float32)) == np.float32(2.0**-126)
         assert (half_way & (lost == 0)).sum() > 1000
+        assert (rounded_wrongly & at_least_normal).sum() > 100
         assert rounded_wrongly.sum() > 100
         assert (np.abs(s[np.isfinite(s) & (s != 0)]) < 2.0**-126).sum() > 1000
 

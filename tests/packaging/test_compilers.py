@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 
 import compiler
 import compiler_log
@@ -15,7 +16,6 @@ import pybind11
 import pytest
 from small_tree import ROOT, grow, setup
 from test_build import python
-from toolkit import Toolkit
 from torch.utils import cpp_extension
 
 FOLDERS = [pathlib.Path(folder) for folder in os.get_exec_path()]
@@ -115,14 +115,6 @@ def test_a_machine_that_has_clang_alone(tmp_path, only):
     assert list(tree.glob("lib/diffusion_ext/_C*.so")), said
 
 
-@pytest.fixture
-def toolkit():
-    try:
-        return Toolkit()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_nvcc_where_there_is_no_gcc(tmp_path, only, toolkit):
     tree = grow(tmp_path / "tree")
     knobs = {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": "9.0"}
@@ -165,6 +157,9 @@ def test_info_shows_the_first_error(tmp_path, source, linker_flags, first):
         ('a.cu(3): error: identifier "x" is undefined', True),
         ("nvcc fatal   : Unsupported gpu architecture 'compute_1'", True),
         ("/usr/bin/ld: a.o: undefined reference to `f()'", True),
+        ("ld: library 'torch_cpu' not found", True),
+        ("Undefined symbols for architecture arm64:", True),
+        ("c++ -I/home/error dir: -c a.cpp", False),
         ("c++ -Werror=format-security -Wno-error=x -c error.cpp -o a.o", False),
         ("a.cpp:1:2: warning: an error of rounding", False),
         ("In file included from error.h:3,", False),
@@ -172,3 +167,11 @@ def test_info_shows_the_first_error(tmp_path, source, linker_flags, first):
 )
 def test_what_is_an_error(line, has):
     assert (compiler_log.first_error(["FAILED: a.o", line, "1 error: later"]) == line) == has
+
+
+def test_a_server_that_a_compiler_began_is_not_waited_for():
+    said, begun = [], time.monotonic()
+    with compiler_log.remembered(said):
+        subprocess.run(["sh", "-c", "sleep 20 & echo compiled"], check=True)
+    assert time.monotonic() - begun < 10
+    assert said == ["compiled\n"]

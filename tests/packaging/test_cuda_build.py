@@ -32,14 +32,6 @@ OF_LIBTORCH_CUDA = {"aoti_torch_get_current_cuda_stream"}
 
 
 @pytest.fixture(scope="session")
-def toolkit():
-    try:
-        return Toolkit()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
 def built(toolkit, request):
     """(the library, what nvcc said by name of the source)"""
     command = [sys.executable, "-c", SETUP, "none", "._cuda", "build_ext"]

@@ -94,6 +94,7 @@ def test_each_platform_repairs_its_wheels_in_its_own_way():
     assert config["linux"]["environment"]["DIFFUSION_EXT_CUDA"] == "1"
     assert "auditwheel" in config["linux"]["repair-wheel-command"]
     assert "delocate" in config["macos"]["repair-wheel-command"]
+    assert config["windows"]["repair-wheel-command"] == ""
     for processor in ("x86_64", "aarch64"):
         assert config[f"manylinux-{processor}-image"] == "manylinux_2_28"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def tools() -> None:
     missing = {package for program, package in TOOLS.items() if shutil.which(program) is None}
     if not missing:
         return
+    if platform.freedesktop_os_release()["ID"] != "debian":
+        sys.exit(f"make processors wants Debian's packages {' '.join(sorted(missing))}")
     root = [] if os.geteuid() == 0 else ["sudo"]
     run(*root, "apt-get", "update", quiet=True)
     install = ("apt-get", "install", "--yes", "--no-install-recommends")

@@ -27,7 +27,7 @@ def compiler() -> None:
 
 
 def command() -> list[str]:
-    flags = shlex.split((machine.ROOT / "csrc" / "flags.txt").read_text())
+    flags = shlex.split((machine.ROOT / "csrc" / "flags.txt").read_text(encoding="utf-8"))
     headers = ("-isystem", str(machine.SITE / "torch" / "include"))
     return [str(COMPILER), "c++", "-target", TARGET, *flags, *WARNINGS, *headers, "-c"]
 

@@ -91,11 +91,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: f
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """The process ids of torchrun's workers, by their rank."""
-    children = (
-        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
-    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     ranks = {}
-    for pid in children:
+    for pid in children.read_text(encoding="utf-8").split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         found = [line for line in environment if line.startswith(b"RANK=")]
         ranks |= {int(line.removeprefix(b"RANK=")): int(pid) for line in found}

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from diffusion_ext.training.folder_lock import FolderLock
+from diffusion_ext.training.folder_lock import HOLDER_NAME, FolderLock
 
 
 def held_by(folder, then=lambda: None) -> int:
@@ -85,3 +85,12 @@ def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.raises(OSError, match=rf"folder: no lock to be had .*not implemented.*{tmp_path}"):
         FolderLock(tmp_path)
+
+
+def test_a_run_that_cannot_say_its_name_holds_nothing(tmp_path):
+    (tmp_path / HOLDER_NAME).mkdir()
+    with pytest.raises(IsADirectoryError) as kept:
+        FolderLock(tmp_path)
+    (tmp_path / HOLDER_NAME).rmdir()
+    FolderLock(tmp_path).close()
+    assert kept.value.filename == str(tmp_path / HOLDER_NAME)  # nor while somebody has the error

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from small_runs import assert_same_run, tiny_trainer
 
-from diffusion_ext.training import TrainingConfig, cached, from_dataset, load_data
+from diffusion_ext.training import TrainingConfig, cached, from_dataset, load_data, map_image_array
 
 CONFIG = TrainingConfig(epochs=1, batch_size=4, samples_every=0)
 
@@ -83,6 +83,14 @@ def test_a_mapped_file_is_not_copied_to_the_workers(tmp_path, made):
     received = pickle.loads(sent)
     assert isinstance(received._pixels, np.memmap)
     assert torch.equal(received.read(3)[0], source.read(3)[0])
+
+
+def test_an_archive_which_cannot_be_mapped_is_sent_whole(tmp_path):
+    pixels = np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    source = map_image_array(tmp_path / "images.npz").source
+    received = pickle.loads(pickle.dumps(source))
+    assert torch.equal(received.read(3)[0], torch.from_numpy(pixels[3]))
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")  # torch's own words on it

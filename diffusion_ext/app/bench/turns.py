@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -90,8 +90,8 @@ class Process:
 
     def end(self) -> None:
         self.connection.close()  # which ends it, unless it is at work
-        self.process.join(TO_END)
-        if self.process.is_alive() and hasattr(os, "killpg"):
+        multiprocessing.connection.wait([self.process.sentinel], TO_END)
+        if hasattr(os, "killpg"):  # its compilers may outlive it
             with contextlib.suppress(ProcessLookupError):  # it has not begun its session
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()

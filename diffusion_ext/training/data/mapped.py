@@ -44,10 +44,14 @@ class _Mapped:
         self._pixels, _ = read_arrays(path, mmap=True)
 
     def __getstate__(self) -> dict:
+        if not isinstance(self._pixels, np.memmap):  # of an .npz, which cannot be mapped
+            return vars(self)
         return {**vars(self), "_pixels": self._pixels.filename}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _pixels=np.load(state["_pixels"], mmap_mode="r"))
+        vars(self).update(state)
+        if not isinstance(self._pixels, np.ndarray):
+            self._pixels = np.load(self._pixels, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self._pixels)
