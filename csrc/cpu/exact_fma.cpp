@@ -59,9 +59,12 @@ inline bool in_doubt(__m128i last_of_p, __m128i last_of_s, __m128 result) {
 }  // namespace
 
 #if defined(DX_GNU)
-// GCC calls it by the name that x86's vector function ABI gives to exact_fma's form for four
-// elements.
-__m128 exact_fma_of_four(__m128 a, __m128 b, __m128 c) __asm__("_ZGVbN4vvv__ZN2dx9exact_fmaEfff");
+// GCC calls it by the names that x86's vector function ABI gives to exact_fma's form for four
+// elements: one for SSE2, and another for where it is told that there is AVX.
+#define DX_FORM(isa) "_ZGV" isa "N4vvv__ZN2dx9exact_fmaEfff"
+__m128 exact_fma_of_four(__m128 a, __m128 b, __m128 c) __asm__(DX_FORM("b"));
+__m128 exact_fma_with_avx(__m128 a, __m128 b, __m128 c) __asm__(DX_FORM("c"))
+    __attribute__((alias(DX_FORM("b"))));
 #endif
 
 __m128 exact_fma_of_four(__m128 a, __m128 b, __m128 c) {

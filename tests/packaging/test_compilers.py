@@ -175,3 +175,31 @@ def test_a_server_that_a_compiler_began_is_not_waited_for():
         subprocess.run(["sh", "-c", "sleep 20 & echo compiled"], check=True)
     assert time.monotonic() - begun < 10
     assert said == ["compiled\n"]
+
+
+SUMS = """
+#include <cstdio>
+#include "math/portable.h"
+namespace dx { const bool has_fma = false; }
+int main() {
+  float y[64];
+#pragma omp simd
+  for (int i = 0; i < 64; ++i) y[i] = dx::exact_fma(1.1f * i, 0.3f + i, 1e-3f / (1 + i));
+  int wrong = 0;
+  for (int i = 0; i < 64; ++i) wrong += y[i] != __builtin_fmaf(1.1f * i, 0.3f + i, 1e-3f / (1 + i));
+  std::printf("%d", wrong);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("told", [(), ("-mavx",)])
+def test_the_fma_of_four_has_the_name_that_gcc_asks_for(tmp_path, told):
+    """Flags of a user's own, such as -march=ivybridge, make it another one."""
+    source, program = tmp_path / "sums.cpp", tmp_path / "sums"
+    source.write_text(SUMS, encoding="utf-8")
+    fma = ROOT / "csrc" / "cpu" / "exact_fma.cpp"
+    command = ["g++", *compiler.read("flags.txt"), *told, "-I", ROOT / "csrc", source, fma]
+    subprocess.run([*map(str, command), "-o", program], check=True)
+    assert "_ZGV" in subprocess.run(["nm", program], capture_output=True, text=True).stdout
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "0"
