@@ -148,6 +148,7 @@ class Rules:
                 quiet.append("-Wno-maybe-uninitialized")
             self.cuda = [*self.host, *quiet, "-DDX_DISPATCH_KEY=CUDA", "-x", "c++"]
             self.also = [CSRC / "emulation" / "configure.cpp"]
+            self.also += [CSRC / "cpu" / name for name in ("simd.cpp", "exact_fma.cpp")]
             self.shared = [CSRC / "emulation" / name for name in ("fiber.cpp", "machine.cpp")]
             return
         toolkit = Toolkit()
