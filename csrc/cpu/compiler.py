@@ -35,8 +35,8 @@ def is_gcc(command: list[str]) -> bool:
 
 
 def flags(command: list[str]) -> list[str]:
-    """flags.txt, and for GCC flags_gcc.txt, where clang knows none of the flags: the norms compile
-    in half the time without the pass that -fno-gcse-after-reload names, and are as fast."""
+    """flags.txt, and for GCC flags_gcc.txt, where clang knows none of the flags: without the pass
+    that -fno-gcse-after-reload names the norms compile in 5 % less time."""
     return read("flags.txt", *(["flags_gcc.txt"] if is_gcc(command) else []))
 
 
