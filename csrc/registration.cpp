@@ -37,6 +37,8 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "Tensor? weight, Tensor? bias, int act, Tensor? scale, Tensor? shift, Tensor? post_scale, "
       "Tensor? post_shift, Tensor? pre_shift) -> (Tensor dx, Tensor dweight, Tensor dbias, "
       "Tensor dscale, Tensor dshift, Tensor dpost_scale, Tensor dpost_shift, Tensor dpre_shift)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("has_code(int device) -> bool");
   m.def("conv3x3_filters(Tensor weight) -> Tensor");
   m.def("conv2d_filters(Tensor weight, bool transposed) -> Tensor");

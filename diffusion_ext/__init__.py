@@ -8,7 +8,7 @@ from .app.information import info
 from .fusing import fuse, unfuse
 from .integrations import adapters
 from .nn import optimize_for_sampling
-from .ops import group_norm_act, philox_normal, use_backend
+from .ops import attention, group_norm_act, philox_normal, use_backend
 from .samplers import (
     NoiseSchedule,
     StepTable,
@@ -54,6 +54,7 @@ __all__ = [
     "StepTable",
     "__version__",
     "adapters",
+    "attention",
     "ddim",
     "ddim_inversion",
     "ddim_step",

@@ -133,10 +133,11 @@ struct Grid {
   }
 };
 
-// Calls body(i, scratch) for 0 <= i < count on all threads, with `size` floats for each thread.
-// The caller's: what a thread of the pool allocates stays in an arena of its own.
+// Calls body(begin, end, scratch) on all threads for ranges that cover [0, count), with `size`
+// floats for each thread. The caller's: what a thread of the pool allocates stays in an arena of
+// its own.
 template <class Body>
-void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
+void share_with_scratch(int64_t count, int64_t size, const Body& body) {
   constexpr int64_t line = 16;  // floats
   const int64_t own = ceil_div(size, line) * line;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
@@ -147,8 +148,15 @@ void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
       static_cast<float*>(::operator new(threads * own * sizeof(float), std::align_val_t(64))));
   share_work(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
-        body(i, scratch.get() + thread * own);
+      body(count * thread / threads, count * (thread + 1) / threads, scratch.get() + thread * own);
+  });
+}
+
+// The same with body(i, scratch) for each i.
+template <class Body>
+void for_each_with_scratch(int64_t count, int64_t size, const Body& body) {
+  share_with_scratch(count, size, [&](int64_t begin, int64_t end, float* scratch) {
+    for (int64_t i = begin; i < end; ++i) body(i, scratch);
   });
 }
 

@@ -50,6 +50,21 @@ DX_INLINE float exp(float x) {
 #endif
 }
 
+// 2^x for x up to 127, to 8e-8: the weights of attention. What would be subnormal is 0, and a NaN
+// stays one.
+DX_INLINE float exp2(float x) {
+  const float magic = 12582912.0f, shifted = x + magic, f = x - (shifted - magic);
+  float p = 1.535336194e-04f;
+  p = multiply_add(p, f, 1.339887440e-03f);
+  p = multiply_add(p, f, 9.618437357e-03f);
+  p = multiply_add(p, f, 5.550332471e-02f);
+  p = multiply_add(p, f, 2.402264791e-01f);
+  p = multiply_add(p, f, 6.931472029e-01f);
+  p = multiply_add(p, f, 1.0f);
+  const float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
+  return x < -126.0f ? 0.0f : y;
+}
+
 DX_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;

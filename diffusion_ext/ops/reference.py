@@ -306,3 +306,24 @@ def normalised(x: Tensor, num_groups: int, eps: float) -> Tensor:
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "identity") -> Tensor:
     """act of the convolution of x [B,C,H,W] with weight [K,C,3,3], padding 1, plus bias [K]."""
     return ACTIVATIONS[act](F.conv2d(x, weight, bias, padding=1))
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """softmax(scale q k^T + mask) v of heads [B,H,T,d]; 0 of queries to which no key counts."""
+    scores = scale * (_wide(q) @ _wide(k).transpose(-1, -2))
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(scores.dtype)
+    counts = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    if causal:
+        counts = counts.tril()
+    if mask is not None and mask.dtype == torch.bool:
+        counts = counts & mask
+    scores = scores.masked_fill(~counts, -math.inf)
+    none = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
+    return (weights @ _wide(v)).to(q.dtype)

@@ -35,11 +35,33 @@ def philox(seeds=0, shape=(2, 3), **options):
     return lambda: dx.philox_normal(seeds, shape, **options)
 
 
+Q = torch.zeros(2, 3, 5, 4)
+
+
+def attention(q=Q, k=Q, v=Q, **options):
+    return lambda: dx.attention(q, k, v, **options)
+
+
 def ddim(t, t_prev, **options):
     return lambda: dx.ddim_step(X, X, t, t_prev, SCHEDULE, **options)
 
 
 BAD = [
+    (attention(q=1.0), TypeError, "q: wanted a tensor, got float"),
+    (attention(q=Q[0, 0]), ValueError, r"q: wanted .* or \[B, T, d\], got \[5, 4\]"),
+    (attention(q=Q[..., :0]), ValueError, "q: wanted heads of at least 1 number, got 0"),
+    (attention(k=None), TypeError, "k: wanted a tensor, got NoneType"),
+    (attention(k=Q.half()), TypeError, "k: wanted q's dtype torch.float32, got torch.float16"),
+    (attention(k=Q[:, :1]), ValueError, r"k: wanted shape \[2, 3, Tk, 4\], got \[2, 1, 5, 4\]"),
+    (attention(k=Q[..., :3]), ValueError, r"k: wanted shape \[2, 3, Tk, 4\], got \[2, 3, 5, 3\]"),
+    (attention(v=Q[:, :, :4]), ValueError, r"v: wanted shape \[2, 3, 5, dv\], got \[2, 3, 4, 4\]"),
+    (attention(mask=[True]), TypeError, "mask: wanted a tensor of bools or .* got list"),
+    (attention(mask=torch.ones(5, 5).int()), TypeError, "mask: .* got torch.int32"),
+    (attention(mask=torch.ones(3, 5)), ValueError, r"mask: .* \[2, 3, 5, 5\], got \[3, 5\]"),
+    (attention(mask=torch.ones(1, 2, 3, 5, 5)), ValueError, r"mask: .* got \[1, 2, 3, 5, 5\]"),
+    (attention(scale=float("nan")), ValueError, "scale: wanted a finite number, got nan"),
+    (attention(scale="1"), TypeError, "scale: wanted a number, got str"),
+    (attention(causal=1), TypeError, "causal: wanted True or False, got int"),
     (step(x=[1.0]), TypeError, "x: wanted a tensor, got list"),
     (step(x=X.int()), TypeError, "x: wanted float16, .* got torch.int32"),
     (step(x=torch.tensor(1.0)), ValueError, r"x: wanted shape \[B, \*\]"),
