@@ -35,20 +35,39 @@ struct Heads {
   }
 };
 
+// 0 for true and -infinity for false, by their bits: the compilers vectorise no choice here.
+DX_INLINE float added(bool counts) { return float_of((uint32_t(counts) - 1) & bits_of(kMasked)); }
+template <class T>
+DX_INLINE float added(T number) {
+  return to_float(number);
+}
+
 // What is added to the scores, of any strides: numbers, or bools, which let a key count or not.
 struct Mask {
   const void* data = nullptr;
-  ScalarType dtype;
-  int64_t batch_stride, head_stride, row_stride, key_stride;
+  ScalarType dtype = ScalarType::Float;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
 
-  DX_INLINE float at(int64_t b, int64_t h, int64_t query, int64_t key) const {
-    if (data == nullptr) return 0.0f;
-    const int64_t i = b * batch_stride + h * head_stride + query * row_stride + key * key_stride;
+  // s = scale s + the mask of a row's keys from one on, both in powers of two.
+  DX_INLINE void add(int64_t at, int64_t keys, float scale, float* s) const {
     switch (dtype) {
-      case ScalarType::Bool: return static_cast<const bool*>(data)[i] ? 0.0f : kMasked;
-      case ScalarType::Half: return to_float(static_cast<const Half*>(data)[i]);
-      case ScalarType::BFloat16: return to_float(static_cast<const BFloat16*>(data)[i]);
-      default: return static_cast<const float*>(data)[i];
+      case ScalarType::Bool: return add_of<bool>(at, keys, scale, s);
+      case ScalarType::Half: return add_of<Half>(at, keys, scale, s);
+      case ScalarType::BFloat16: return add_of<BFloat16>(at, keys, scale, s);
+      default: return add_of<float>(at, keys, scale, s);
+    }
+  }
+
+ private:
+  template <class T>
+  DX_INLINE void add_of(int64_t at, int64_t keys, float scale, float* __restrict s) const {
+    const T* __restrict from = static_cast<const T*>(data) + at;
+    if (key_stride == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) s[j] = multiply_add(s[j], scale, kLog2E * added(from[j]));
+    } else {
+      for (int64_t j = 0; j < keys; ++j)
+        s[j] = multiply_add(s[j], scale, kLog2E * added(from[j * key_stride]));
     }
   }
 };
@@ -184,11 +203,15 @@ void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t f
   on_best_isa([&]() DX_KERNEL {
     const float scale = a.scale * kLog2E;
     const bool scaled = a.mask.data != nullptr || !(scale > 0.0f);
+    const int64_t of_head = b * a.mask.batch_stride + h * a.mask.head_stride;
     for (int64_t r = 0; r < count; ++r) {
       float* s = t.scores + r * kRow;
-      if (scaled)
-        for (int64_t j = 0; j < keys; ++j)
-          s[j] = multiply_add(s[j], scale, kLog2E * a.mask.at(b, h, first + r, from + j));
+      if (a.mask.data != nullptr) {
+        a.mask.add(of_head + (first + r) * a.mask.row_stride + from * a.mask.key_stride, keys,
+                   scale, s);
+      } else if (scaled) {
+        for (int64_t j = 0; j < keys; ++j) s[j] *= scale;
+      }
       const int64_t seen = a.causal ? std::clamp<int64_t>(first + r + 1 - from, 0, keys) : keys;
       for (int64_t j = seen; j < keys; ++j) s[j] = kMasked;
       soften(s, keys, scaled ? 1.0f : scale, t.most[r], t.total[r], t.shrink[r]);
