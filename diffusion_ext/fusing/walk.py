@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import kind, networks_of
 from ..nn.group_norm_act import GroupNormAct
-from ..nn.kept_filters import filter_bytes, forget, may_gain, packs
+from ..nn.kept_filters import filter_bytes, may_gain, packs
+from ..nn.kept_weights import forget
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
 from .activations import ALONE, found_act_of, pair_kind, passes

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import missing, needs_grad, serves
+from ..ops.backend import needs_grad, serves
 from ..ops.conv2d import CHANNELS, COLUMNS, POINTS, TIMED, serves_conv2d
 from ..ops.conv3x3 import conv3x3
 from ..ops.layouts import convolves_to_channels_last, suggests_channels_last
-from ..ops.memory import memory_available, memory_in_all
-from .packed_conv2d import PackedConv2d, version_of
-
-if "cpu" not in missing:
-    from .._C import fingerprint
-
-FREE = 4  # filters are laid out while one part in so many of the machine's memory stays free
+from .kept_weights import (
+    Kept,
+    can_be_laid_out,
+    forget,
+    forget_if_moved,
+    holds_its_numbers,
+    keep,
+    kept_of,
+)
+from .packed_conv2d import PackedConv2d
 
 # What a direct convolution of ours has to be for it to gain on torch's, of channels_last images:
 # products for each output, and in all. Measured on a Zen 4 with AVX-512, one thread: of 1x1 filters
@@ -29,25 +31,17 @@ MOST_SIZES = 64  # of images, for each convolution, of which it is kept how torc
 
 
 @dataclass(slots=True)
-class Kept:
-    """What is kept of a convolution.
+class KeptFilters(Kept):
+    """What is kept of a convolution, whose `packed` is a PackedConv2d.
 
     Attributes:
-        of: its settings, and what its weight was. numbers: the fingerprint of that weight.
-        packed: its filters. gains: shape of images, stride -> whether ours gain on torch's.
+        gains: shape of images, stride -> whether ours gain on torch's.
         formats: shape, strides and upsampling of images -> whether torch's result of them is
             channels_last.
     """
 
-    of: tuple
-    packed: PackedConv2d
-    numbers: int | None = None
     gains: dict[tuple, bool] = field(default_factory=dict)
     formats: dict[tuple, bool] = field(default_factory=dict)
-
-
-# Beside the modules, whose copies, pickles and state dicts know nothing of it.
-_kept: weakref.WeakKeyDictionary[nn.Conv2d, Kept] = weakref.WeakKeyDictionary()
 
 
 def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | None:
@@ -61,12 +55,11 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     """
     weight = conv._parameters.get("weight")
     if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
-        if _kept and weight is not None and (weight.dtype != torch.float32 or not weight.is_cpu):
-            forget(conv)  # it has moved
+        forget_if_moved(conv, weight)
         return None
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
-    kept, alone = _kept.get(conv), repeat == 1 and not after
+    kept, alone = kept_of(conv), repeat == 1 and not after
     small = kept is not None and alone and kept.gains.get((x.shape, conv.stride)) is False
     if small and not torch.is_grad_enabled():
         return None
@@ -79,23 +72,18 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
         return _once(conv, x, repeat, after)
     if not serves(x) or torch.is_autocast_enabled("cpu"):
         return None
-    kept = _kept_of(conv, kept, weight, of_weight)
+    kept = _filters_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
         return None
     if alone and not _gains(kept, (x.shape, conv.stride)):
         return None
     if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
         return None  # torch's sum would lie as the residual does
-    if not _holds_its_numbers(kept, weight):
+    if not holds_its_numbers(kept, weight):
         forget(conv)  # memory is short
         return _once(conv, x, repeat, after)
     images = x.contiguous(memory_format=torch.channels_last)
     return kept.packed(images, bias, repeat, **after)
-
-
-def forget(module: nn.Module) -> None:
-    """Give back the memory of its filters, where it has some."""
-    _kept.pop(module, None)
 
 
 def _once(conv: nn.Conv2d, x: Tensor, repeat: int, after: dict) -> Tensor | None:
@@ -111,46 +99,20 @@ def _once(conv: nn.Conv2d, x: Tensor, repeat: int, after: dict) -> Tensor | None
     return conv3x3(images, weight, conv.bias) if serves_conv2d(images, weight) else None
 
 
-def _kept_of(conv: nn.Conv2d, kept: Kept | None, weight: Tensor, strides) -> Kept | None:
-    """What is kept of conv, whose settings and whose weight's version, address and strides are as
-    they were; None where nothing can be.
-
-    An operation in place raises the version. What was written past it, through `.data`, as adapters
-    are merged and averages are swapped in, is for `_holds_its_numbers` to find.
-    """
+def _filters_of(conv: nn.Conv2d, kept, weight: Tensor, strides) -> KeptFilters | None:
+    """What is kept of conv; None where nothing can be."""
     settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    of = version_of(weight), weight.data_ptr(), strides, settings
-    if kept is None or kept.of != of:
-        if not _can_be_laid_out(conv, weight):
+
+    def make(of: tuple) -> KeptFilters | None:
+        dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+        if not (dense and weight.numel() > 0 and packs(conv) and can_be_laid_out(conv, weight)):
             return None
-        kept = Kept(of, PackedConv2d(weight.detach(), conv.stride, conv.padding))
-        _kept[conv] = kept
-    return kept
+        return KeptFilters(of, PackedConv2d(weight.detach(), conv.stride, conv.padding))
+
+    return keep(conv, kept, weight, (strides, settings), make)
 
 
-def _can_be_laid_out(conv: nn.Conv2d, weight: Tensor) -> bool:
-    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_cpu:
-        return False
-    bias = conv._parameters.get("bias")
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_cpu):
-        return False  # which torch refuses, in words of its own
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return packs(conv) and dense and weight.numel() > 0
-
-
-def _holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
-    """Have kept's filters be those of weight's numbers; False where there is no memory for them."""
-    filters = weight.shape[0]
-    numbers = fingerprint(weight.data_ptr(), filters, weight.numel() // filters)
-    if numbers != kept.numbers:
-        if memory_available() < memory_in_all() // FREE + 4 * weight.nbytes:
-            return False
-        kept.packed.winograd = kept.packed.direct = None
-        kept.numbers = numbers
-    return True
-
-
-def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:
+def _is_channels_last(kept: KeptFilters, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:
     """Whether torch's result for x, upsampled `repeat` times, is channels_last; found once for each
     shape and strides."""
     key = x.shape, strides, repeat
@@ -162,7 +124,7 @@ def _is_channels_last(kept: Kept, x: Tensor, strides, weight: Tensor, repeat: in
     return found
 
 
-def _gains(kept: Kept, key: tuple) -> bool:
+def _gains(kept: KeptFilters, key: tuple) -> bool:
     """Whether ours take less time than torch's, of images of a shape, by a stride."""
     if (found := kept.gains.get(key)) is None:
         packed, ((batch, channels, height, width), stride) = kept.packed, key

@@ -58,7 +58,8 @@ class PackedConv2d:
         """The filters for so many images of that size."""
         compiling = torch.compiler.is_compiling()  # a version cannot be asked for then
         if not compiling and (version := version_of(self.weight)) != self.version:
-            self.winograd, self.direct, self.version = None, None, version
+            self.drop()
+            self.version = version
         # Another thread may set the attributes to None at any time.
         if self.by_winograd(self.batch or batch, height, width):
             if (filters := self.winograd) is None:
@@ -68,6 +69,10 @@ class PackedConv2d:
             weight = self.weight.detach().view(self.shape)
             filters = self.direct = _lasting(direct_filters, weight, self.side > 1)
         return filters
+
+    def drop(self) -> None:
+        """Give back the filters; the next call lays them out anew."""
+        self.winograd = self.direct = None
 
     def by_winograd(self, *size: int) -> bool:
         if self.chosen is None:

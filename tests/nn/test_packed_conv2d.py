@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
-from diffusion_ext.nn import kept_filters
+from diffusion_ext.nn import kept_weights
 from diffusion_ext.nn.kept_filters import convolved, filter_bytes
+from diffusion_ext.nn.kept_weights import kept_of
 from diffusion_ext.nn.packed_conv2d import PackedConv2d
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops.conv2d import TIMED
@@ -32,7 +33,7 @@ def images(channels=32, batch=2, side=16):
 
 
 def laid_out(conv) -> PackedConv2d | None:
-    kept = kept_filters._kept.get(conv)
+    kept = kept_of(conv)
     return None if kept is None else kept.packed
 
 
@@ -237,14 +238,14 @@ def test_copies_and_pickles_know_nothing_of_it():
         assert laid_out(twin) is None
         assert vars(twin).keys() == vars(conv).keys()
         assert_right(twin, x)
-    count = len(kept_filters._kept)
+    count = len(kept_weights._kept)
     del conv, twin
     gc.collect()
-    assert len(kept_filters._kept) < count
+    assert len(kept_weights._kept) < count
 
 
 def test_little_memory(monkeypatch):
-    monkeypatch.setattr(kept_filters, "memory_available", lambda: 0)
+    monkeypatch.setattr(kept_weights, "memory_available", lambda: 0)
     conv, x = layer(), images()
     assert_right(conv, x)
     assert laid_out(conv) is None

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from diffusion_ext.nn import kept_filters
+from diffusion_ext.nn.kept_weights import kept_of
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops import memory
 from diffusion_ext.ops.conv2d import TIMED
@@ -70,5 +70,5 @@ def test_filters_are_laid_out_in_a_container_too(container, used, laid_out):
     conv = WinogradConv2d(16, 16, 3, padding=1)
     with torch.no_grad():
         conv(torch.randn(1, 16, 32, 32).to(memory_format=torch.channels_last))
-    kept = kept_filters._kept.get(conv)
+    kept = kept_of(conv)
     assert (kept is not None) == laid_out

@@ -1,0 +1,107 @@
+"""Modules' weights as our kernels want them, kept beside the modules between calls, and never used
+once a weight has changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.backend import missing
+from ..ops.memory import memory_available, memory_in_all
+from .packed_conv2d import version_of
+
+if "cpu" not in missing:
+    from .._C import fingerprint
+
+FREE = 4  # weights are laid out while one part in so many of the machine's memory stays free
+
+
+class Packed(Protocol):
+    """A weight that is laid out when the first inputs come."""
+
+    def drop(self) -> None:
+        """Give back what is laid out; the next call does it anew."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """What is kept of a module.
+
+    Attributes:
+        of: its settings, and what its weight was. numbers: the fingerprint of that weight.
+        packed: what was laid out of it.
+    """
+
+    of: tuple
+    packed: Packed
+    numbers: int | None = None
+
+
+# Beside the modules, whose copies, pickles and state dicts know nothing of it.
+_kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+
+
+def kept_of(module: nn.Module) -> Kept | None:
+    """What is kept of module, whether it holds or not."""
+    return _kept.get(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Give back the memory of what is kept of module, where that is something."""
+    _kept.pop(module, None)
+
+
+def forget_if_moved(module: nn.Module, weight: Tensor | None) -> None:
+    """`forget` module, if its weight is no float32 on the CPU any more."""
+    if _kept and weight is not None and (weight.dtype != torch.float32 or not weight.is_cpu):
+        forget(module)
+
+
+def keep(
+    module: nn.Module,
+    kept: Kept | None,
+    weight: Tensor,
+    settings: tuple,
+    make: Callable[[tuple], Kept | None],
+) -> Kept | None:
+    """What is kept of module, where its settings and its weight's version and address are as they
+    were; else what `make` of them gives, which is kept then.
+
+    An operation in place raises the version. What was written past it, through `.data`, as adapters
+    are merged and averages are swapped in, is for `holds_its_numbers` to find.
+    """
+    of = version_of(weight), weight.data_ptr(), settings
+    if kept is None or kept.of != of:
+        kept = make(of)
+        if kept is not None:
+            _kept[module] = kept
+    return kept
+
+
+def can_be_laid_out(module: nn.Module, weight: Tensor) -> bool:
+    """Whether weight is a plain parameter, and it and the bias are float32 on the CPU."""
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_cpu:
+        return False
+    bias = module._parameters.get("bias")
+    # Another bias torch refuses, in words of its own.
+    return bias is None or (bias.dtype == torch.float32 and bias.is_cpu)
+
+
+def holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
+    """Have what is laid out be of weight's numbers; False where there is no memory for it.
+
+    Args: weight: [K, *], dense, in any order.
+    """
+    filters = weight.shape[0]
+    numbers = fingerprint(weight.data_ptr(), filters, weight.numel() // filters)
+    if numbers != kept.numbers:
+        if memory_available() < memory_in_all() // FREE + 4 * weight.nbytes:
+            return False
+        kept.packed.drop()
+        kept.numbers = numbers
+    return True
