@@ -14,6 +14,7 @@ from diffusion_ext.sampling.exports import exported
 
 from .networks import FORWARD, built, tolerance, twice_compiled
 from .peers import peers
+from .transformers import Transformer
 from .work import Case, Implementation, Work, compile_anew, copy_of_x
 
 TIMESTEP = 500
@@ -36,6 +37,7 @@ class DiffusersNetwork:
     attention: bool = False
     text: tuple[int, int] | None = None
     apart: bool = False
+    layout = "channels_last"
 
     def module(self) -> nn.Module:
         """Of x and, where it reads one, a prompt [B, *text]; it gives one tensor."""
@@ -50,6 +52,9 @@ class DiffusersNetwork:
         """Of its weights, none of which is made."""
         with torch.device("meta"):
             return sum(p.nbytes for p in self.module().parameters())
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x, torch.randn(len(x), *self.text, device=x.device)) if self.text else (x,)
 
 
 class Unet(nn.Module):
@@ -141,15 +146,18 @@ QUICK = (
 )
 
 
-def forwards(networks: tuple[DiffusersNetwork, ...], device: str) -> list[Work]:
+Network = DiffusersNetwork | Transformer
+
+
+def forwards(networks: tuple[Network, ...], device: str) -> list[Work]:
     """None where diffusers is not installed."""
     if importlib.util.find_spec("diffusers") is None:
         return []
     return [_forward(network, device) for network in networks]
 
 
-def _forward(network: DiffusersNetwork, device: str) -> Work:
-    case = Case(network.input, layout="channels_last", device=device)
+def _forward(network: Network, device: str) -> Work:
+    case = Case(network.input, layout=network.layout, device=device)
 
     def module(dtype=torch.float32) -> nn.Module:
         return network.module().eval().to(device, dtype)
@@ -158,10 +166,6 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
         model = module().to(memory_format=torch.channels_last)
         dx.fuse(model)
         return model
-
-    def inputs() -> tuple[Tensor, ...]:
-        x = case.draw()
-        return (x, torch.randn(len(x), *network.text, device=device)) if network.text else (x,)
 
     of = {"factor": tolerance(FORWARD, device)}
     rows = {"copy": copy_of_x(), "eager": built(module, around=torch.no_grad, **of)}
@@ -175,7 +179,7 @@ def _forward(network: DiffusersNetwork, device: str) -> Work:
         op=network.name,
         variant="forward",
         case=case,
-        inputs=inputs,
+        inputs=lambda: network.inputs(case.draw()),
         implementations=rows,
         exact=_exact(module),
         passes=2,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import diffusers_networks
+from . import diffusers_networks, transformers
 from .device import warm_heap
 from .networks import Networks, forwards, samplings, trainings
 from .norms import GROUPS, MORE_SHAPES, NORM_SHAPES, norms
@@ -31,6 +31,7 @@ class Sizes:
     networks: Networks
     more_networks: tuple[Networks, ...]  # whose forward alone is timed
     diffusers: tuple[diffusers_networks.DiffusersNetwork, ...]
+    transformers: tuple[transformers.Transformer, ...]
     pictures: tuple[int, ...]
     channels: tuple[int, ...]
 
@@ -42,6 +43,7 @@ WHOLE = Sizes(
     networks=Networks(DEVICE),
     more_networks=(Networks(DEVICE, batch=1), Networks(DEVICE, n_feat=256, height=28, batch=8)),
     diffusers=diffusers_networks.WHOLE,
+    transformers=transformers.WHOLE,
     pictures=(4, 3, 32, 32),
     channels=(32, 64),
 )
@@ -52,6 +54,7 @@ QUICK = Sizes(
     networks=Networks(DEVICE, n_feat=8, height=8, batch=2, steps=2),
     more_networks=(),
     diffusers=diffusers_networks.QUICK,
+    transformers=transformers.QUICK,
     pictures=(2, 3, 8, 8),
     channels=(8, 16),
 )
@@ -90,6 +93,7 @@ TESTS = {
         work for networks in (sizes.networks, *sizes.more_networks) for work in forwards(networks)
     ],
     "diffusers_forward": lambda sizes: diffusers_networks.forwards(sizes.diffusers, DEVICE),
+    "transformer_forward": lambda sizes: diffusers_networks.forwards(sizes.transformers, DEVICE),
     "training_step": lambda sizes: trainings(sizes.networks),
     "sampling": lambda sizes: samplings(sizes.networks),
     "pipeline": lambda sizes: pipelines(Case(sizes.pictures, device=DEVICE), sizes.channels),

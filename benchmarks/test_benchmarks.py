@@ -41,6 +41,10 @@ def test_diffusers_forward(measure, work, implementation):
     measure(work, implementation)
 
 
+def test_transformer_forward(measure, work, implementation):
+    measure(work, implementation)
+
+
 def test_training_step(measure, work, implementation):
     measure(work, implementation)
 
