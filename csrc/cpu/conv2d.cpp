@@ -83,7 +83,7 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
     on_best_isa([&]() DX_KERNEL {
       dispatch_act(c.out.act, [&](auto act) DX_KERNEL {
         float bias[kColumns];
-        c.out.copy_bias(k, bias);
+        copy_columns(c.out.bias, c.out.channels, k, bias);
         for (int64_t n = 0; n < count; ++n)
           write_columns<decltype(act)::value>(c.out, c.output(first + n, block), k,
                                               sums + n * kColumns, bias);

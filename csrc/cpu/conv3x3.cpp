@@ -57,7 +57,7 @@ void convolve(const Inputs& in, const float* filters, const Outputs& out, const 
     on_best_isa([&]() DX_KERNEL {
       dispatch_act(out.act, [&](auto act) DX_KERNEL {
         float bias[kColumns];
-        out.copy_bias(block * kColumns, bias);
+        copy_columns(out.bias, out.channels, block * kColumns, bias);
         for (int64_t t = 0; t < count; ++t)
           transform_output<decltype(act)::value>(in, out, Tile(tiles, first + t), m + t * kColumns,
                                                  block * kColumns, bias);

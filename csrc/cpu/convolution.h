@@ -55,6 +55,12 @@ struct Inputs {
 
 // --- what is written -----------------------------------------------------------------------------
 
+// Numbers k, ..., k + 31 of `channels`; zeros beyond them, and where there are none.
+DX_INLINE void copy_columns(const float* from, int64_t channels, int64_t k, float (&to)[kColumns]) {
+  std::fill_n(to, kColumns, 0.0f);
+  if (from != nullptr) std::copy_n(from + k, std::min<int64_t>(kColumns, channels - k), to);
+}
+
 // y = scale (act(sum + bias) + residual), [B, H, W, channels].
 struct Outputs {
   float* y;
@@ -63,12 +69,6 @@ struct Outputs {
   const float* residual;
   float scale;
   Act act;
-
-  // The bias of channels k, ..., k + 31, zeros where there is none.
-  DX_INLINE void copy_bias(int64_t k, float (&to)[kColumns]) const {
-    std::fill_n(to, kColumns, 0.0f);
-    if (bias != nullptr) std::copy_n(bias + k, std::min<int64_t>(kColumns, channels - k), to);
-  }
 };
 
 // Channels k, k + 1, ... of a pixel, from their sums.

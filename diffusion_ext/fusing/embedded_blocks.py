@@ -18,7 +18,7 @@ from ..ops.backend import recorded
 from .activations import ALONE, found_act_of, pair_kind
 from .modules import FusedGroupNorm, as_probed, convolved_by, norm_act
 from .probing import agrees, apart, configuration, random, twin_of
-from .stand_in import StandIn, hooked, swap_class
+from .stand_in import StandIn, class_of, hooked, swap_class
 
 SEQUENTIALS = ("in_layers", "emb_layers", "out_layers")
 
@@ -97,13 +97,13 @@ def _looks_like_one(block: nn.Module) -> bool:
         return False
     if "use_scale_shift_norm" not in vars(block) or children.get("skip_connection") is None:
         return False
-    linear = [m for m in block.emb_layers if type(m) is nn.Linear]
+    linear = [m for m in block.emb_layers if class_of(m) is nn.Linear]
     return len(linear) == 1 and len(block.out_layers) >= 3
 
 
 def _computes(block: nn.Module) -> bool:
     """Whether block computes what `fused_forward` does: run both ways, to rounding."""
-    (linear,) = (m for m in block.emb_layers if type(m) is nn.Linear)
+    (linear,) = (m for m in block.emb_layers if class_of(m) is nn.Linear)
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     conv = next((m for m in block.in_layers if isinstance(m, convolutions)), None)
     if conv is None:

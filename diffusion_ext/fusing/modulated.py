@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..ops.backend import recorded
 from .modules import as_probed, fused_op
 from .probing import NormKind, agrees, apart, configuration, random, twin_of
-from .stand_in import StandIn, hooked, swap_class
+from .stand_in import StandIn, class_of, hooked, swap_class
 
 
 def _of_linear(norm: nn.Module, emb: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def fuse_adaptive_norm(norm: nn.Module) -> bool:
     own = norm._parameters or norm._buffers
     if own or hooked(norm) or not isinstance(vars(norm).get("num_groups"), int):
         return False
-    layer = next((name for name in ROWS if type(norm._modules.get(name)) is nn.Linear), None)
+    layer = next((name for name in ROWS if class_of(norm._modules.get(name)) is nn.Linear), None)
     if layer is None or (of := configuration(norm)) is None or not _computes(norm, layer):
         return False
     swap_class(norm, FusedAdaptiveNorm)

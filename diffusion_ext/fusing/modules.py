@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.kept_filters import convolved
+from ..nn.kept_linear import projected
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves_faster
 from ..ops.group_norm_act import group_norm_act_unchecked
@@ -260,3 +261,24 @@ class FusedConv2d(StandIn, WinogradConv2d):
             if torch.compiler.is_compiling():  # see FusedGroupNorm
                 return self._conv_forward(input, self.weight, self.bias)
         return super(WinogradConv2d, self).forward(input, *args, **kwargs)
+
+
+def projected_by(layer: nn.Module, x: Tensor, **after) -> Tensor | None:
+    """`projected` of layer(x), where `fuse` has taken layer and nobody watches it; else None."""
+    if not isinstance(layer, FusedLinear) or hooked(layer) or _has_any_global_hook():
+        return None
+    return projected(layer, x, **after) if as_probed(layer) else None
+
+
+class FusedLinear(StandIn):
+    """A Linear that `fuse` has taken, or of a subclass that computes the same."""
+
+    notes = ("configuration",)
+
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if not (args or kwargs) and as_probed(self):
+            if (y := projected(self, input)) is not None:
+                return y
+            if torch.compiler.is_compiling():  # see FusedGroupNorm
+                return F.linear(input, self.weight, self.bias)
+        return super().forward(input, *args, **kwargs)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.reference import ACTIVATIONS
-from .stand_in import StandIn
+from .stand_in import StandIn, class_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SHAPES = {3: (5,), 4: (3, 4), 5: (2, 3, 4)}  # dimensions of an input -> its sizes after [N, C]
@@ -90,16 +90,25 @@ def computes_conv2d(conv: nn.Conv2d) -> bool:
     if conv._buffers or conv._parameters.keys() - {"weight", "bias"}:
         return False
     sides = [d * (k - 1) + 3 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    return _computes(conv, nn.Conv2d._conv_forward, conv.in_channels, *sides)
 
-    def formula(x: Tensor) -> Tensor:
-        return nn.Conv2d._conv_forward(twin, x, twin.weight, twin.bias)
 
+def computes_linear(layer: nn.Linear) -> bool:
+    """Whether layer, of a subclass of Linear, computes what Linear does."""
+    if layer._buffers or layer._parameters.keys() - {"weight", "bias"}:
+        return False
+    return _computes(layer, lambda _, x, weight, bias: F.linear(x, weight, bias), layer.in_features)
+
+
+def _computes(module: nn.Module, formula: Callable, *sizes: int) -> bool:
+    """Whether module computes formula(module, x, weight, bias) of x [2, *sizes], and no state of it
+    changes, which would be lost where ours serve."""
     with apart():
-        twin = twin_of(conv)
-        before = configuration(twin)
-        if before is None or not agrees(twin, random(2, conv.in_channels, *sides), formula):
+        twin, x = twin_of(module), random(2, *sizes)
+        before, parameters = configuration(twin), (twin.weight, twin.bias)
+        if before is None or not agrees(twin, x, lambda x: formula(twin, x, *parameters)):
             return False
-        return configuration(twin) == before  # a state that changes is lost where ours serve
+        return configuration(twin) == before
 
 
 def looks_like_a_group_norm(module: nn.Module) -> bool:
@@ -142,7 +151,7 @@ class Configuration:
         if self.children is None:
             return True
         return len(children) == len(self.children) and all(
-            _class_of(child := children.get(name)) is cls and of.holds(child)
+            class_of(child := children.get(name)) is cls and of.holds(child)
             for name, cls, of in self.children
         )
 
@@ -160,7 +169,7 @@ def configuration(module: nn.Module, with_children: bool = True) -> Configuratio
     if not with_children:
         return Configuration(_count(module), values, None)
     children = tuple(
-        (name, _class_of(child), configuration(child))
+        (name, class_of(child), configuration(child))
         for name, child in module._modules.items()
         if child is not None
     )
@@ -173,11 +182,6 @@ def configuration(module: nn.Module, with_children: bool = True) -> Configuratio
 
 _OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
 _MUTABLE = (list, dict)
-
-
-def _class_of(module) -> type:
-    """The class that module had before `fuse`."""
-    return type(module).original if isinstance(module, StandIn) else type(module)
 
 
 def _notes(module: nn.Module) -> tuple[str, ...]:

@@ -15,12 +15,14 @@ class FuseReport:
 
     Attributes:
         fused: (module name, how) of each norm that is fused.
-        left: (module name, why) of every other norm and convolution, whatever its class.
+        left: (module name, why) of every other norm, convolution and linear layer, whatever its
+            class.
         convolutions: names of the convolutions that ours serve.
         contiguous: how many of those have weights that are not channels_last now, so that ours
             serve them only where their images are.
         filter_bytes: what their filters take beside the weights once they are laid out, on a CPU in
             float32 without gradients.
+        linears: names of the linear layers that ours serve. linear_bytes: as `filter_bytes`.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
@@ -28,34 +30,41 @@ class FuseReport:
     convolutions: list[str] = field(default_factory=list)
     contiguous: int = 0
     filter_bytes: int = 0
+    linears: list[str] = field(default_factory=list)
+    linear_bytes: int = 0
 
     def __str__(self) -> str:
         parts = [f"{len(self.fused)} norms fused"]
         if self.convolutions:
             parts.append(
-                f"{len(self.convolutions)} convolutions ours ({self._memory()} of filters)"
+                f"{len(self.convolutions)} convolutions ours "
+                f"({_mebibytes(self.filter_bytes)} of filters)"
             )
         if self.contiguous:
             parts.append(f"{self.contiguous} of them not in channels_last")
+        if self.linears:
+            parts.append(
+                f"{len(self.linears)} linear layers ours "
+                f"({_mebibytes(self.linear_bytes)} of weights)"
+            )
         parts.append(f"{len(self.left)} layers left; .details() has their names and reasons")
         return ", ".join(parts)
 
     __repr__ = __str__
 
     def details(self) -> str:
-        """Every norm and convolution by its name: which are fused and how, which are left and why,
-        and what the convolutions of ours want."""
+        """Every norm, convolution and linear layer by its name: which are fused and how, which are
+        left and why, and what those of ours want."""
         counts = f"{len(self.fused)} norms fused, {len(self.left)} layers left as they were"
         lines = [counts, *_groups("fused", self.fused), *_groups("left", self.left)]
         if self.convolutions:
             lines += self._of_convolutions()
+        if self.linears:
+            lines += self._of_linears()
         return "\n".join(lines)
 
-    def _memory(self) -> str:
-        return f"{self.filter_bytes / 2**20:.3g} MiB"
-
     def _of_convolutions(self) -> Iterator[str]:
-        mebibytes = self._memory()
+        mebibytes = _mebibytes(self.filter_bytes)
         count = len(self.convolutions)
         yield f"{count} convolutions of ours: in float32 on a CPU, where the weight or the images"
         yield "  are channels_last and a call has enough work."
@@ -63,6 +72,15 @@ class FuseReport:
         if self.contiguous:
             yield f"  The weights of {self.contiguous} are contiguous now:"
             yield "  model.to(memory_format=torch.channels_last) changes that."
+
+    def _of_linears(self) -> Iterator[str]:
+        yield f"{len(self.linears)} linear layers of ours: in float32 on a CPU, without gradients,"
+        yield "  where a call has enough work."
+        yield f"  Their weights, laid out, take {_mebibytes(self.linear_bytes)} more at the most."
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"
 
 
 def _groups(what: str, modules: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -75,6 +75,11 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = type(module).original
 
 
+def class_of(module) -> type:
+    """The class that module had before `fuse`."""
+    return type(module).original if isinstance(module, StandIn) else type(module)
+
+
 @functools.cache
 def _stand_in(fused: type[StandIn], original: type) -> _StandInType:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}

@@ -1,5 +1,5 @@
-"""fuse(model): a model's GroupNorms, with the activations after them, and its convolutions on our
-ops."""
+"""fuse(model): a model's GroupNorms, with the activations after them, its convolutions and its
+linear layers on our ops."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import kind, networks_of
+from ..nn import kept_filters, kept_linear
 from ..nn.group_norm_act import GroupNormAct
-from ..nn.kept_filters import filter_bytes, may_gain, packs
 from ..nn.kept_weights import forget
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
 from .activations import ALONE, found_act_of, pair_kind, passes
 from .embedded_blocks import fuse_embedded_block
+from .feed_forward import Form, fuse_projection
 from .modulated import fuse_adaptive_norm
-from .modules import FusedConv2d, FusedGroupNorm, FusedSequential, PairedSequential
-from .probing import computes_conv2d, configuration, looks_like_a_group_norm, norm_kind
+from .modules import FusedConv2d, FusedGroupNorm, FusedLinear, FusedSequential, PairedSequential
+from .probing import (
+    computes_conv2d,
+    computes_linear,
+    configuration,
+    looks_like_a_group_norm,
+    norm_kind,
+)
 from .report import FuseReport
 from .stand_in import StandIn, hooked, restore_class, swap_class
 
@@ -28,7 +35,8 @@ CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions.
+    """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions,
+    its linear layers.
 
     Norms: whatever computes a group norm, as its results tell (see probing.py), with an activation
     of its own too, and adaptive norms, whose scale and shift come from an embedding. The activation
@@ -42,24 +50,28 @@ def fuse(model: nn.Module) -> FuseReport:
     out once, in memory of their own (see `FuseReport`), and again when they change. With gradients,
     3x3 filters of stride 1 and padding 1 run by Winograd's algorithm.
 
+    Linear layers: on a CPU, in float32, without gradients, where that gains on torch's; their
+    weights are laid out as those of convolutions are. The activation or the gate of a feed-forward
+    (GELU, GEGLU, SwiGLU and others of their form) is computed in the same pass.
+
     Parameters, module names, the state dict and the module objects stay; only their classes change.
     A new class stands in for the old one (see stand_in.py), so that adapters and other wrappers
     find what they look for. Modules with hooks, and those that compute something else, are left as
     they are. Where no kernel serves an input (float64, another device), a fused module
     computes as before. Fuse before torch.compile. A pickle of the model needs diffusion_ext.
 
-    Returns: FuseReport of every norm and convolution; print it, or its details(). Fusing again
-    changes nothing.
+    Returns: FuseReport of every norm, convolution and linear layer; print it, or its details().
+        Fusing again changes nothing.
     Raises: TypeError unless model is a torch.nn.Module.
     """
     _check(model)
     kinds: dict[nn.Module, str] = {}  # fused norm -> how
-    reasons: dict[nn.Module, str] = {}  # norm or convolution that is left -> why
+    reasons: dict[nn.Module, str] = {}  # norm, convolution or linear layer that is left -> why
     diffusers = _diffusers_blocks()
     for module in model.modules():
         how, why = _fuse_norm(module)
         if how is None:
-            why = _fuse_convolution(module) or why
+            why = _fuse_convolution(module) or _fuse_linear(module) or why
         if how is not None:
             kinds[module] = how
         elif why is not None:
@@ -71,8 +83,10 @@ def fuse(model: nn.Module) -> FuseReport:
         if isinstance(module, nn.Sequential):
             kinds.update(_fuse_sequential(module))
     known: dict[tuple, bool] = {}
+    forms: dict[tuple, Form | None] = {}
     for module in model.modules():
         kinds.update(_fuse_block(module, references, known))
+        fuse_projection(module, forms)
     return _report(model, kinds, reasons)
 
 
@@ -82,8 +96,11 @@ def _report(model: nn.Module, kinds: dict, reasons: dict) -> FuseReport:
         name = name or "(model)"
         if isinstance(module, WinogradConv2d):
             report.convolutions.append(name)
-            report.filter_bytes += filter_bytes(module)
+            report.filter_bytes += kept_filters.filter_bytes(module)
             report.contiguous += not suggests_channels_last(module.weight)
+        elif isinstance(module, FusedLinear):
+            report.linears.append(name)
+            report.linear_bytes += kept_linear.weight_bytes(module)
         elif module in kinds:
             report.fused.append((name, kinds[module]))
         elif module in reasons:
@@ -166,11 +183,11 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
         return f"{cls.__name__}: no Conv2d"
     if (reason := _why_untouched(conv)) is not None:
         return reason
-    if not packs(conv):
+    if not kept_filters.packs(conv):
         return _settings(conv)
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
         return f"{cls.__name__}: has no weight yet"
-    if not may_gain(conv):
+    if not kept_filters.may_gain(conv):
         return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
     of = None if torchs else configuration(conv)
@@ -179,6 +196,27 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
     swap_class(conv, FusedConv2d)
     if not torchs:
         conv.__dict__["configuration"] = of
+    return None
+
+
+def _fuse_linear(layer: nn.Module) -> str | None:
+    """Fuse layer, if ours can serve it. Returns: why not, of a linear layer that is left."""
+    if not isinstance(layer, nn.Linear) or isinstance(layer, FusedLinear):
+        return None
+    cls = type(layer)
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return f"{cls.__name__}: has no weight yet"
+    if (reason := _why_untouched(layer)) is not None:
+        return reason
+    if not kept_linear.may_gain(layer):
+        return "torch's is faster for so few channels"
+    torchs = cls.forward is nn.Linear.forward
+    of = None if torchs else configuration(layer)
+    if not torchs and (of is None or not computes_linear(layer)):
+        return f"{cls.__name__}: computes something else than a Linear"
+    swap_class(layer, FusedLinear)
+    if not torchs:
+        layer.__dict__["configuration"] = of
     return None
 
 

@@ -63,11 +63,11 @@ class PackedConv2d:
         # Another thread may set the attributes to None at any time.
         if self.by_winograd(self.batch or batch, height, width):
             if (filters := self.winograd) is None:
-                filters = self.winograd = _lasting(winograd_filters, self.weight.detach())
+                filters = self.winograd = lasting(winograd_filters, self.weight.detach())
             return filters
         if (filters := self.direct) is None:
             weight = self.weight.detach().view(self.shape)
-            filters = self.direct = _lasting(direct_filters, weight, self.side > 1)
+            filters = self.direct = lasting(direct_filters, weight, self.side > 1)
         return filters
 
     def drop(self) -> None:
@@ -92,7 +92,7 @@ class PackedConv2d:
         return self.__dict__ | {"winograd": None, "direct": None, "version": None}
 
 
-def _lasting(make: Callable[..., Tensor], *arguments) -> Tensor:
+def lasting(make: Callable[..., Tensor], *arguments) -> Tensor:
     """What make gives, as no inference tensor, which later calls could not use everywhere."""
     if torch.compiler.is_compiling():
         return make(*arguments)

@@ -219,6 +219,10 @@ def rebuilt(module):
     if isinstance(module, nn.Conv2d):
         sizes = module.in_channels, 4, module.kernel_size
         return type(module)(*sizes, padding=module.padding, bias=False)
+    if isinstance(module, nn.Linear):
+        return type(module)(module.in_features, 4, False)
+    if isinstance(module, diffusers.models.activations.GEGLU):
+        return type(module)(8, 8)
     if isinstance(module, nn.GroupNorm):
         return type(module)(module.num_groups, module.num_channels, module.eps, False)
     if isinstance(module, nn.Sequential):
@@ -247,7 +251,7 @@ def test_a_stand_in_is_the_class_it_stands_for():
         else:
             assert type(cls()) is wanted
     assert kinds == {
-        "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm",
+        "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm", "FusedLinear", "FusedProjection",
         "FusedResnetBlock2D", "FusedSequential", "FusedUpsample2D",
     }  # fmt: skip
 

@@ -1,0 +1,97 @@
+"""Linear layers whose weights are laid out once, kept between calls, and never used once they have
+changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.backend import needs_grad
+from ..ops.conv2d import TIMED
+from ..ops.linear import linear, linear_bytes, linear_filters, serves_linear
+from .kept_weights import (
+    Kept,
+    can_be_laid_out,
+    forget,
+    forget_if_moved,
+    holds_its_numbers,
+    keep,
+    kept_of,
+)
+from .packed_conv2d import lasting
+
+# What a layer of ours has to be for it to gain on torch's: products for each output, and in all.
+# Measured on a Zen 4 with AVX-512, one thread: of 320 channels to 320 and of 768 to 768, two rows
+# take 1.0 and 0.6 of torch's time, four 0.9 and 0.5, a hundred and more 0.9, and of 128 channels to
+# 128 never less than torch's. With AVX2 it is the same.
+LEAST_SUM, LEAST_PRODUCTS = 256, 400_000
+
+
+class PackedLinear:
+    """A linear layer of a weight that stays as it is, for calls without gradients.
+
+    Args: weight: [K, C], gated [2K, C]; float32.
+    """
+
+    def __init__(self, weight: Tensor, gated: bool):
+        self.weight, self.gated, self.filters = weight, gated, None
+
+    def __call__(self, x: Tensor, bias: Tensor | None, **after) -> Tensor:
+        """x [*, C], which `serves_linear` -> [*, K]; `after` as of `linear`."""
+        if (filters := self.filters) is None:  # as another thread may set it at any time
+            filters = self.filters = lasting(linear_filters, self.weight, self.gated)
+        out_features = len(self.weight) // (1 + self.gated)
+        return linear(x, filters, bias, out_features, gated=self.gated, **after)
+
+    def drop(self) -> None:
+        """Give back what is laid out; the next call does it anew."""
+        self.filters = None
+
+
+def projected(layer: nn.Linear, x: Tensor, gated: bool = False, **after) -> Tensor | None:
+    """layer(x) with what is `after` it (see `linear`), by our kernel; None where that is not to be
+    had, or torch is as fast.
+
+    It is to be had of float32 on a CPU where ours are `TIMED`, without gradients. torch.compile and
+    exported programs have torch's.
+    """
+    weight = layer._parameters.get("weight")
+    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+        forget_if_moved(layer, weight)
+        return None
+    if weight is None or torch.compiler.is_compiling():
+        return None
+    bias = layer._parameters.get("bias")
+    if needs_grad(x, weight, bias, after.get("residual")):
+        forget(layer)  # it trains
+        return None
+    if not serves_linear(x) or x.numel() * len(weight) < LEAST_PRODUCTS:
+        return None
+    if x.shape[-1] != weight.shape[-1] or (kept := _kept_of(layer, weight, gated)) is None:
+        return None  # of the first torch makes its error
+    if not holds_its_numbers(kept, weight):
+        forget(layer)  # memory is short
+        return None
+    return kept.packed(x, bias, **after)
+
+
+def _kept_of(layer: nn.Linear, weight: Tensor, gated: bool) -> Kept | None:
+    """What is kept of layer; None where nothing can be."""
+
+    def make(of: tuple) -> Kept | None:
+        dense = weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0
+        if not dense or not can_be_laid_out(layer, weight):
+            return None
+        return Kept(of, PackedLinear(weight.detach(), gated))
+
+    return keep(layer, kept_of(layer), weight, (weight.shape, gated), make)
+
+
+def may_gain(layer: nn.Linear) -> bool:
+    """Whether ours gain on torch's for some number of rows."""
+    return layer.in_features >= LEAST_SUM
+
+
+def weight_bytes(layer: nn.Linear) -> int:
+    """Of layer's weight once it is laid out."""
+    return linear_bytes(layer.out_features, layer.in_features)
