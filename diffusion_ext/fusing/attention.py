@@ -92,7 +92,9 @@ def fuse_attention(module: nn.Module) -> bool:
 
 def _attends(module: nn.Module) -> bool:
     processor = getattr(module, "processor", None)
-    return _names_it(type(module).forward) or _names_it(getattr(type(processor), "__call__", None))
+    if callable(processor) and _names_it(type(processor).__call__):
+        return True
+    return _names_it(type(module).forward)
 
 
 def _names_it(function) -> bool:

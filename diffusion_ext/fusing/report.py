@@ -23,6 +23,7 @@ class FuseReport:
         filter_bytes: what their filters take beside the weights once they are laid out, on a CPU in
             float32 without gradients.
         linears: names of the linear layers that ours serve. linear_bytes: as `filter_bytes`.
+        attentions: names of the modules whose attention ours serves.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
@@ -32,6 +33,7 @@ class FuseReport:
     filter_bytes: int = 0
     linears: list[str] = field(default_factory=list)
     linear_bytes: int = 0
+    attentions: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{len(self.fused)} norms fused"]
@@ -47,6 +49,8 @@ class FuseReport:
                 f"{len(self.linears)} linear layers ours "
                 f"({_mebibytes(self.linear_bytes)} of weights)"
             )
+        if self.attentions:
+            parts.append(f"{len(self.attentions)} attentions ours")
         parts.append(f"{len(self.left)} layers left; .details() has their names and reasons")
         return ", ".join(parts)
 
@@ -61,6 +65,11 @@ class FuseReport:
             lines += self._of_convolutions()
         if self.linears:
             lines += self._of_linears()
+        if self.attentions:
+            count = len(self.attentions)
+            lines.append(
+                f"{count} attentions of ours: on a CPU, without gradients, of enough queries."
+            )
         return "\n".join(lines)
 
     def _of_convolutions(self) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""fuse(model): a model's GroupNorms, with the activations after them, its convolutions and its
-linear layers on our ops."""
+"""fuse(model): a model's GroupNorms, with the activations after them, its convolutions, its linear
+layers and its attention on our ops."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..nn.kept_weights import forget
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.layouts import suggests_channels_last
 from .activations import ALONE, found_act_of, pair_kind, passes
+from .attention import FusedAttention, fuse_attention
 from .embedded_blocks import fuse_embedded_block
 from .feed_forward import Form, fuse_projection
 from .modulated import fuse_adaptive_norm
@@ -36,7 +37,7 @@ CONVOLUTIONS = nn.modules.conv._ConvNd
 
 def fuse(model: nn.Module) -> FuseReport:
     """Make a model faster, in place: its GroupNorms, the activations after them, its convolutions,
-    its linear layers.
+    its linear layers, its attention.
 
     Norms: whatever computes a group norm, as its results tell (see probing.py), with an activation
     of its own too, and adaptive norms, whose scale and shift come from an embedding. The activation
@@ -53,6 +54,9 @@ def fuse(model: nn.Module) -> FuseReport:
     Linear layers: on a CPU, in float32, without gradients, where that gains on torch's; their
     weights are laid out as those of convolutions are. The activation or the gate of a feed-forward
     (GELU, GEGLU, SwiGLU and others of their form) is computed in the same pass.
+
+    Attention: on a CPU, without gradients, wherever a module, or its processor, calls torch's
+    scaled_dot_product_attention and `attention` gains on that.
 
     Parameters, module names, the state dict and the module objects stay; only their classes change.
     A new class stands in for the old one (see stand_in.py), so that adapters and other wrappers
@@ -87,6 +91,7 @@ def fuse(model: nn.Module) -> FuseReport:
     for module in model.modules():
         kinds.update(_fuse_block(module, references, known))
         fuse_projection(module, forms)
+        fuse_attention(module)
     return _report(model, kinds, reasons)
 
 
@@ -101,6 +106,8 @@ def _report(model: nn.Module, kinds: dict, reasons: dict) -> FuseReport:
         elif isinstance(module, FusedLinear):
             report.linears.append(name)
             report.linear_bytes += kept_linear.weight_bytes(module)
+        elif isinstance(module, FusedAttention):
+            report.attentions.append(name)
         elif module in kinds:
             report.fused.append((name, kinds[module]))
         elif module in reasons:
