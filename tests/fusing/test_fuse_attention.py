@@ -199,7 +199,7 @@ NETWORKS = {
             in_channels=4,
             out_channels=4,
             pos_embed_max_size=16,
-        ),  # fmt: skip
+        ),
         lambda: (
             torch.randn(1, 4, 16, 16),
             torch.randn(1, 20, 24),
@@ -218,7 +218,7 @@ NETWORKS = {
             freq_dim=16,
             ffn_dim=64,
             num_layers=2,
-        ),  # fmt: skip
+        ),
         lambda: (torch.randn(1, 4, 2, 16, 16), torch.tensor([5]), torch.randn(1, 9, 24)),
         {},
     ),
