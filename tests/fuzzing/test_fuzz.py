@@ -177,6 +177,25 @@ def test_group_norm_act(data):
 
 @fuzzed
 @given(st.data())
+def test_attention(data):
+    """Of enough queries and keys that a kernel serves, and of fewer."""
+    batch, heads, size = (data.draw(st.integers(0, most)) for most in (2, 3, 20))
+    queries, keys = (data.draw(st.integers(0, 9) | st.integers(60, 300)) for _ in range(2))
+    dtype = data.draw(floats)
+    lead = data.draw(st.sampled_from([(batch,), (batch, heads)]))
+    shapes = {"q": (*lead, queries, size), "k": (*lead, keys, size), "v": (*lead, keys, size)}
+    masks = sized((queries, keys), torch.bool) | sized((1, keys), dtype, "normal")
+    arguments = {
+        **{name: sized(shape, dtype) for name, shape in shapes.items()},
+        "mask": st.none() | masks,
+        "scale": st.none() | st.floats(-2, 2),
+        "causal": st.booleans(),
+    }
+    survives(dx.attention, data.draw(call(arguments)))
+
+
+@fuzzed
+@given(st.data())
 def test_philox_normal(data):
     shape = data.draw(sample_shapes)
     arguments = {

@@ -13,6 +13,7 @@ import torch
 
 import diffusion_ext as dx
 from diffusion_ext import _C
+from diffusion_ext.ops.attention import attention_unchecked
 from diffusion_ext.ops.conv2d import conv2d, direct_filters, winograd_filters
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
 from diffusion_ext.ops.perturb import perturb_by_table
@@ -122,6 +123,13 @@ def convolutions():
     yield conv2d(whole[0], direct_filters(whole[1]), None, 40)
 
 
+def attentions(dtype):
+    """Of heads of less than a vector to several panels, and of two blocks of keys."""
+    for size in (5, 40, 64, 72):
+        q, k, v = (numbers(1, 2, tokens, size).to(dtype) for tokens in (50, 300, 300))
+        yield attention_unchecked(q, k, v, numbers(50, 300) > -1, 0.1, False)
+
+
 def answers():
     yield from known_answers()
     yield from noise()
@@ -136,6 +144,8 @@ def answers():
                     yield f"bits/elementwise, {name}, {of}, {i}", answer
             for i, answer in enumerate(norms(dtype, layout)):
                 yield f"near/group_norm_act, {of}, {i}", answer
+        for i, answer in enumerate(attentions(dtype)):
+            yield f"near/attention, {dtype}, {i}", answer
     direct, winograd, whole = convolutions()
     yield from (("near/direct", direct), ("near/winograd", winograd), ("bits/whole numbers", whole))
 
