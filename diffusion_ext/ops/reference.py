@@ -306,3 +306,21 @@ def normalised(x: Tensor, num_groups: int, eps: float) -> Tensor:
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "identity") -> Tensor:
     """act of the convolution of x [B,C,H,W] with weight [K,C,3,3], padding 1, plus bias [K]."""
     return ACTIVATIONS[act](F.conv2d(x, weight, bias, padding=1))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    gated: bool = False,
+) -> Tensor:
+    """act(x W^T + bias) + residual, of x [*,C] and weight [K,C]; gated: values·act(gates) of the
+    halves [values, gates] of x W^T + bias."""
+    y = F.linear(x, weight, bias)
+    if gated:
+        values, gates = y.chunk(2, dim=-1)
+        return values * ACTIVATIONS[act](gates)
+    y = ACTIVATIONS[act](y)
+    return y if residual is None else y + residual

@@ -15,6 +15,7 @@ import diffusion_ext as dx
 from diffusion_ext import _C
 from diffusion_ext.ops.conv2d import conv2d, direct_filters, winograd_filters
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
+from diffusion_ext.ops.linear import linear, linear_filters
 from diffusion_ext.ops.perturb import perturb_by_table
 from diffusion_ext.ops.row_shape import RowShape
 
@@ -122,6 +123,12 @@ def convolutions():
     yield conv2d(whole[0], direct_filters(whole[1]), None, 40)
 
 
+def linear_layers():
+    x, weight, bias = numbers(29, 50), numbers(70, 50), numbers(70)
+    yield linear(x, linear_filters(weight, gated=True), bias, 35, act="silu", gated=True)
+    yield linear(x.round(), linear_filters(weight.round()), None, 70)  # exact sums, as above
+
+
 def answers():
     yield from known_answers()
     yield from noise()
@@ -138,6 +145,8 @@ def answers():
                 yield f"near/group_norm_act, {of}, {i}", answer
     direct, winograd, whole = convolutions()
     yield from (("near/direct", direct), ("near/winograd", winograd), ("bits/whole numbers", whole))
+    gated, whole = linear_layers()
+    yield from (("near/linear", gated), ("bits/linear, whole numbers", whole))
 
 
 def as_array(answer) -> np.ndarray:
