@@ -9,10 +9,12 @@ known by the name of their layer, and by running them.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..nn.kept_linear import is_worth_it
+from ..ops import reference
 from ..ops.reference import ACTIVATIONS
 from .modules import FusedLinear, as_probed, projected_by
 from .probing import agrees, apart, configuration, random, twin_of
@@ -28,10 +30,12 @@ class FusedProjection(StandIn):
     notes = ("form", "configuration")
 
     def forward(self, *args, **kwargs) -> Tensor:  # [*, C] -> [*, K]
-        if len(args) == 1 and not kwargs and as_probed(self):
+        layer = self._modules[LAYER]
+        usual = len(args) == 1 and not kwargs and isinstance(layer, FusedLinear)
+        # A glance first: to compare the configuration takes longer than a small layer.
+        if usual and is_worth_it(layer, *args) and as_probed(self):
             act, gated = self.form
-            y = projected_by(self._modules[LAYER], args[0], act=act, gated=gated)
-            if y is not None:
+            if (y := projected_by(layer, *args, act=act, gated=gated)) is not None:
                 return y
         return super().forward(*args, **kwargs)
 
@@ -63,14 +67,9 @@ def _form_of(module: nn.Module) -> Form | None:
         layer.weight.mul_(0.1)  # large results would be linear, or zeros, by every activation
         x = random(2, layer.in_features) / layer.in_features**0.5
         for act, gated in itertools.product(ACTIVATIONS, (False, True)):
-
-            def formula(x: Tensor, act=act, gated=gated) -> Tensor:
-                y = F.linear(x, layer.weight, layer.bias)
-                if not gated:
-                    return ACTIVATIONS[act](y)
-                values, gates = y.chunk(2, dim=-1)
-                return values * ACTIVATIONS[act](gates)
-
+            formula = partial(
+                reference.linear, weight=layer.weight, bias=layer.bias, act=act, gated=gated
+            )
             if layer.out_features % (1 + gated) == 0 and agrees(twin, x, formula, 8 * x):
                 return act, gated
     return None

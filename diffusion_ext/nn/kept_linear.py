@@ -75,6 +75,15 @@ def projected(layer: nn.Linear, x: Tensor, gated: bool = False, **after) -> Tens
     return kept.packed(x, bias, **after)
 
 
+def is_worth_it(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether `projected` of layer and x is to be had, as far as a glance tells."""
+    if not TIMED or type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if needs_grad(x, layer._parameters.get("weight")) or not serves_linear(x):
+        return False
+    return x.numel() * layer.out_features >= LEAST_PRODUCTS
+
+
 def _kept_of(layer: nn.Linear, weight: Tensor, gated: bool) -> Kept | None:
     """What is kept of layer; None where nothing can be."""
 

@@ -327,3 +327,21 @@ def attention(
     none = (scores == -math.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
     return (weights @ _wide(v)).to(q.dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    gated: bool = False,
+) -> Tensor:
+    """act(x W^T + bias) + residual, of x [*,C] and weight [K,C]; gated: values·act(gates) of the
+    halves [values, gates] of x W^T + bias."""
+    y = F.linear(x, weight, bias)
+    if gated:
+        values, gates = y.chunk(2, dim=-1)
+        return values * ACTIVATIONS[act](gates)
+    y = ACTIVATIONS[act](y)
+    return y if residual is None else y + residual

@@ -1,11 +1,11 @@
-"""Where nobody has timed our convolutions, as on ARM: torch's serve, but for a network that was
-timed with both on the machine itself."""
+"""Where nobody has timed our convolutions and linear layers, as on ARM: torch's serve, but for a
+network that was timed with both on the machine itself."""
 
 import pytest
 import torch
 
 import diffusion_ext as dx
-from diffusion_ext.nn import kept_filters, optimized
+from diffusion_ext.nn import kept_filters, kept_linear, optimized
 from diffusion_ext.nn.optimized import OptimizedContextUnet
 from diffusion_ext.nn.winograd_conv2d import WinogradConv2d
 from diffusion_ext.ops import measuring
@@ -18,6 +18,7 @@ BATCH, SIDE = 3, 16
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch):
     monkeypatch.setattr(kept_filters, "TIMED", False)
+    monkeypatch.setattr(kept_linear, "TIMED", False)
     monkeypatch.setattr(optimized, "TIMED", False)
 
 
@@ -48,6 +49,12 @@ def test_torch_serves_a_module(grad):
     keys = {event.key for event in profile.key_averages()}
     assert "aten::conv2d" in keys
     assert not any("diffusion_ext" in key for key in keys)
+
+
+def test_torch_serves_a_linear_layer():
+    layer = torch.nn.Linear(320, 320)
+    dx.fuse(layer)
+    assert ops_of(lambda: layer(torch.randn(64, 320))) == set()
 
 
 def test_torch_serves_a_network_that_was_not_timed(model):

@@ -16,6 +16,7 @@ from diffusion_ext import _C
 from diffusion_ext.ops.attention import attention_unchecked
 from diffusion_ext.ops.conv2d import conv2d, direct_filters, winograd_filters
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
+from diffusion_ext.ops.linear import linear, linear_filters
 from diffusion_ext.ops.perturb import perturb_by_table
 from diffusion_ext.ops.row_shape import RowShape
 
@@ -130,6 +131,12 @@ def attentions(dtype):
         yield attention_unchecked(q, k, v, numbers(50, 300) > -1, 0.1, False)
 
 
+def linear_layers():
+    x, weight, bias = numbers(29, 50), numbers(70, 50), numbers(70)
+    yield linear(x, linear_filters(weight, gated=True), bias, 35, act="silu", gated=True)
+    yield linear(x.round(), linear_filters(weight.round()), None, 70)  # exact sums, as above
+
+
 def answers():
     yield from known_answers()
     yield from noise()
@@ -148,6 +155,8 @@ def answers():
             yield f"near/attention, {dtype}, {i}", answer
     direct, winograd, whole = convolutions()
     yield from (("near/direct", direct), ("near/winograd", winograd), ("bits/whole numbers", whole))
+    gated, whole = linear_layers()
+    yield from (("near/linear", gated), ("bits/linear, whole numbers", whole))
 
 
 def as_array(answer) -> np.ndarray:
