@@ -47,10 +47,11 @@ def _whole_float32(monkeypatch):
 @pytest.fixture
 def small_work_counts(monkeypatch):
     """The test's network is small; ours serve its convolutions nevertheless."""
-    from diffusion_ext.nn import kept_filters
+    from diffusion_ext.nn import kept_filters, kept_filters_3d
 
-    monkeypatch.setattr(kept_filters, "LEAST_SUM", 0)
-    monkeypatch.setattr(kept_filters, "LEAST_PRODUCTS", 0)
+    for module in (kept_filters, kept_filters_3d):
+        monkeypatch.setattr(module, "LEAST_SUM", 0)
+        monkeypatch.setattr(module, "LEAST_PRODUCTS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -59,13 +59,13 @@ def tiles_of(batch: int, height: int, width: int) -> int:
 
 
 def winograd_filters(weight: Tensor) -> Tensor:
-    """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm, or [K, C, T, 3, 3]
-    as `conv3d` does."""
+    """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm, and
+    [K, C, T, 3, 3] as `conv3d` does."""
     return kernels().conv3x3_filters(weight)
 
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
-    """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, or
+    """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, and
     [K, C, T, R, S] as `conv3d` does."""
     return kernels().conv2d_filters(weight, transposed)
 
