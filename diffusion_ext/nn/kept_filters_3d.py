@@ -80,7 +80,8 @@ def _filters_of(conv: nn.Conv3d, weight: Tensor) -> KeptFilters3d | None:
 
 def _format_of(conv: nn.Conv3d, kept: KeptFilters3d, x: Tensor) -> torch.memory_format | None:
     """The memory format of torch's result for x; None where ours do not gain on torch."""
-    # Small images have another convolution of torch's, with contiguous results, on one thread.
+    # Small images have another convolution of torch's, whose results are contiguous; which are
+    # small depends on the threads too.
     key = x.shape, x.stride(), torch.get_num_threads()
     if key not in kept.formats:
         if len(kept.formats) >= MOST_SIZES:

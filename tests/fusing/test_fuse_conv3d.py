@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion_ext as dx
+from diffusion_ext.nn import kept_weights
 from diffusion_ext.nn.kept_filters_3d import layout_of_conv3d
 from diffusion_ext.nn.kept_weights import kept_of
 from diffusion_ext.ops.conv2d import TIMED
@@ -69,7 +70,7 @@ def test_results_are_those_of_the_original(options, of_x, of_weight):
         x = film(frames=frames, layout=of_x)
         assert_same(fused(x), plain(x))
     one_pixel = options.get("kernel_size") in (1, (3, 1, 1))
-    # On one thread torch's result for so small images is contiguous.
+    # Of small images torch's result may be contiguous whatever they are.
     in_place = of_x == torch.channels_last_3d and plain(x).stride(1) == 1
     assert calls(fused, x) == (TIMED and (in_place or not one_pixel))
 
@@ -224,6 +225,26 @@ def test_inference_mode():
     x = film()
     assert_same(fused(x), plain(x))
     assert calls(fused, x) == TIMED
+
+
+@torch.no_grad()
+def test_little_memory(monkeypatch):
+    plain, fused, _ = pair()
+    x = film()
+    monkeypatch.setattr(kept_weights, "memory_available", lambda: 0)
+    assert torch.equal(fused(x), plain(x))
+    assert kept_of(fused) is None
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not TIMED, reason="no kernel of ours")
+def test_what_memory_the_report_says():
+    _, fused, report = pair()
+    fused(torch.randn(2, 16, 5, 32, 32))
+    assert kept_of(fused).packed.winograd.nbytes == report.filter_bytes
+    _, fused, report = pair(kernel_size=(3, 1, 1), padding=0)
+    fused(film().repeat(8, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d))
+    assert kept_of(fused).packed.direct.nbytes == report.filter_bytes
 
 
 @torch.no_grad()
