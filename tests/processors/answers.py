@@ -14,6 +14,7 @@ import torch
 import diffusion_ext as dx
 from diffusion_ext import _C
 from diffusion_ext.ops.conv2d import conv2d, direct_filters, winograd_filters
+from diffusion_ext.ops.conv3d import conv3d
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
 from diffusion_ext.ops.perturb import perturb_by_table
 from diffusion_ext.ops.row_shape import RowShape
@@ -116,10 +117,15 @@ def norms(dtype, layout):
 def convolutions():
     x = numbers(2, 32, 9, 13).contiguous(memory_format=torch.channels_last)
     weight, bias = numbers(40, 32, 3, 3), numbers(40)
-    yield conv2d(x, direct_filters(weight), bias, 40, act="gelu")
-    yield conv2d(x, winograd_filters(weight), bias, 40, act="gelu")
+    yield "near/direct", conv2d(x, direct_filters(weight), bias, 40, act="gelu")
+    yield "near/winograd", conv2d(x, winograd_filters(weight), bias, 40, act="gelu")
     whole = x.round(), weight.round()  # whose sums are exact in any order
-    yield conv2d(whole[0], direct_filters(whole[1]), None, 40)
+    yield "bits/whole numbers", conv2d(whole[0], direct_filters(whole[1]), None, 40)
+    x, weight = numbers(2, 32, 4, 9, 7), numbers(40, 32, 3, 3, 3)
+    y = conv3d(x, winograd_filters(weight), bias, 40, act="gelu", contiguous=True)
+    yield "near/winograd, moving", y
+    whole = x.round(), weight.round()
+    yield "bits/whole numbers, moving", conv3d(whole[0], direct_filters(whole[1]), None, 40)
 
 
 def answers():
@@ -136,8 +142,7 @@ def answers():
                     yield f"bits/elementwise, {name}, {of}, {i}", answer
             for i, answer in enumerate(norms(dtype, layout)):
                 yield f"near/group_norm_act, {of}, {i}", answer
-    direct, winograd, whole = convolutions()
-    yield from (("near/direct", direct), ("near/winograd", winograd), ("bits/whole numbers", whole))
+    yield from convolutions()
 
 
 def as_array(answer) -> np.ndarray:
