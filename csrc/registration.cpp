@@ -50,6 +50,10 @@ DX_DEFINE_OPS(DX_NAMESPACE, m) {
       "linear(Tensor x, Tensor filters, Tensor? bias, Tensor? residual, int out_channels, int act, "
       "bool gated) -> Tensor");
   m.def(
+      "conv3d(Tensor x, Tensor filters, Tensor? bias, Tensor? residual, int out_channels, "
+      "int stride_time, int stride_high, int stride_wide, int padding_time, int padding_high, "
+      "int padding_wide, int act, float scale, bool contiguous) -> Tensor");
+  m.def(
       "context_unet(Tensor x, Tensor scale1, Tensor shift1, Tensor scale2, Tensor shift2, "
       "Tensor[] filters, Tensor[] biases, Tensor[] norms, int groups, float eps, int shortcut, "
       "int window) -> Tensor");

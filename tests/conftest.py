@@ -47,9 +47,9 @@ def _whole_float32(monkeypatch):
 @pytest.fixture
 def small_work_counts(monkeypatch):
     """The test's network is small; ours serve its convolutions and linear layers nevertheless."""
-    from diffusion_ext.nn import kept_filters, kept_linear
+    from diffusion_ext.nn import kept_filters, kept_filters_3d, kept_linear
 
-    for module in (kept_filters, kept_linear):
+    for module in (kept_filters, kept_filters_3d, kept_linear):
         monkeypatch.setattr(module, "LEAST_SUM", 0)
         monkeypatch.setattr(module, "LEAST_PRODUCTS", 0)
 

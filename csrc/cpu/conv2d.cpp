@@ -9,22 +9,19 @@ namespace {
 
 constexpr int64_t kPixels = 192;  // of a task at the most: their table and inputs stay in cache
 
-struct Filter {
-  int64_t high, wide, stride_high, stride_wide, padding_high, padding_wide;
-  int64_t taps() const { return high * wide; }
-};
-
-// To y [B, H·side, W·side, K]. side > 1: a transposed convolution whose stride is the filter's
+// To y [B, T, H·side, W·side, K]. side > 1: a transposed convolution whose stride is the filter's
 // side, of which each pixel's column blocks are those of its side x side outputs, one after the
 // other.
-struct Direct {
-  Inputs in;
-  Filter filter;
-  const float* filters;
-  Outputs out;
-  int64_t height, width, side;  // of what the filters pass over
+struct Direct : Convolution {
+  int64_t side, frames, height, width;  // of what the filters pass over
 
-  int64_t pixels() const { return in.batch * height * width; }
+  Direct(const Convolution& c, int64_t side)
+      : Convolution(c),
+        side(side),
+        frames(filter.time.outputs()),
+        height(filter.high.outputs()),
+        width(filter.wide.outputs()) {}
+  int64_t pixels() const { return in.batch * frames * height * width; }
   int64_t columns() const { return side * side * column_blocks(out.channels); }
 
   // Where in y the outputs of a pixel lie that the column block belongs to.
@@ -42,17 +39,18 @@ void find_inputs(const Direct& c, int64_t first, int64_t count, const float* zer
   const Filter& f = c.filter;
   const int64_t parts = c.in.count();
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t pixel = first + n, b = pixel / (c.height * c.width);
-    const int64_t top = pixel / c.width % c.height * f.stride_high - f.padding_high;
-    const int64_t left = pixel % c.width * f.stride_wide - f.padding_wide;
-    for (int64_t i = 0; i < f.high; ++i)
-      for (int64_t j = 0; j < f.wide; ++j) {
-        const int64_t from = c.in.pixel(b, top + i, left + j);
-        const float** of_tap = table + (i * f.wide + j) * parts * kPixels + n;
-        for (int64_t p = 0; p < parts; ++p)
-          of_tap[p * kPixels] =
-              from < 0 ? zeros : c.in.parts[p].data + from * c.in.parts[p].channels;
-      }
+    const int64_t pixel = first + n, frame = pixel / (c.height * c.width), b = frame / c.frames;
+    const int64_t before = f.time.first(frame % c.frames);
+    const int64_t top = f.high.first(pixel / c.width % c.height);
+    const int64_t left = f.wide.first(pixel % c.width);
+    const float** of_tap = table + n;
+    for (int64_t t = 0; t < f.time.taps; ++t)
+      for (int64_t i = 0; i < f.high.taps; ++i)
+        for (int64_t j = 0; j < f.wide.taps; ++j) {
+          const int64_t from = c.in.pixel(b, before + t, top + i, left + j);
+          for (int64_t p = 0; p < parts; ++p, of_tap += kPixels)
+            *of_tap = from < 0 ? zeros : c.in.parts[p].data + from * c.in.parts[p].channels;
+        }
   }
 }
 
@@ -92,36 +90,37 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
   }
 }
 
-void convolve_directly(const Direct& c) {
-  if (c.pixels() == 0 || c.out.channels == 0) return;
-  const Grid grid(c.pixels(), kPixels, c.columns());
-  for_each_with_scratch(grid.tasks, scratch_size(c),
-                        [&](int64_t task, float* scratch) { convolve(c, grid, task, scratch); });
-}
-
 // --- the ops -------------------------------------------------------------------------------------
 
 // Filters as the direct convolution multiplies with them. weight [K, C, R, S] to [K / 32 rounded
-// up, R, S, C, 32]; transposed, weight [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
+// up, R, S, C, 32], and [K, C, T, R, S] to [K / 32 rounded up, T, R, S, C, 32]; transposed, weight
+// [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
 Tensor conv2d_filters(const Tensor& weight, bool transposed) {
   check_float32("weight", weight);
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: wanted four dimensions");
+  const bool moving = weight.dim() == 5;
+  STD_TORCH_CHECK(weight.dim() == 4 || (moving && !transposed),
+                  "weight: wanted shape [K, C, R, S] or [K, C, T, R, S]");
   const auto of = transposed ? std::pair(1, 0) : std::pair(0, 1);
   const int64_t out = weight.size(of.first), in = weight.size(of.second);
-  const int64_t high = weight.size(2), wide = weight.size(3), taps = high * wide;
-  const int64_t blocks = column_blocks(out);
-  const Tensor filters = transposed ? fresh(weight, {taps * blocks, 1, 1, in, kColumns})
-                                    : fresh(weight, {blocks, high, wide, in, kColumns});
+  const int64_t rows = moving ? 3 : 2, frames = moving ? weight.size(2) : 1;
+  const int64_t high = weight.size(rows), wide = weight.size(rows + 1);
+  const int64_t taps = frames * high * wide, blocks = column_blocks(out);
+  Strides sizes{blocks, frames, high, wide, in, kColumns};
+  if (!moving) sizes.erase(sizes.begin() + 1);
+  if (transposed) sizes = {taps * blocks, 1, 1, in, kColumns};
+  const Tensor filters = fresh(weight, sizes);
   const float* from = data_of<float>(weight);
   float* to = static_cast<float*>(filters.mutable_data_ptr());
   const int64_t of_out = weight.stride(of.first), of_in = weight.stride(of.second);
-  const int64_t of_row = weight.stride(2), of_column = weight.stride(3);
+  const int64_t of_frame = moving ? weight.stride(2) : 0;
+  const int64_t of_row = weight.stride(rows), of_column = weight.stride(rows + 1);
   const int64_t panel = dx::panel(), taps_of_block = transposed ? 1 : taps;
   share_work(blocks * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t k = (transposed ? n % blocks : n / taps) * kColumns;
       const int64_t tap = transposed ? n / blocks : n % taps;
-      const float* of_tap = from + tap / wide * of_row + tap % wide * of_column;
+      const float* of_tap = from + tap / (high * wide) * of_frame + tap / wide % high * of_row +
+                            tap % wide * of_column;
       const int64_t numbers = taps_of_block * in, first = n % taps_of_block * in;
       float* block = to + n / taps_of_block * numbers * kColumns;
       for (int64_t c = 0; c < in; ++c)
@@ -140,6 +139,14 @@ void check_images(const char* name, const MaybeTensor& t, int64_t batch, int64_t
 }
 
 }  // namespace
+
+void convolve_directly(const Convolution& convolution, int64_t side) {
+  const Direct c(convolution, side);
+  if (c.pixels() == 0 || c.out.channels == 0) return;
+  const Grid grid(c.pixels(), kPixels, c.columns());
+  for_each_with_scratch(grid.tasks, scratch_size(c),
+                        [&](int64_t task, float* scratch) { convolve(c, grid, task, scratch); });
+}
 
 Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_,
               const MaybeTensor& bias_, const MaybeTensor& residual_, int64_t channels,
@@ -160,9 +167,11 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   const Inputs in(x, skip, repeat);
   const bool winograd = filters_.dim() == 4;
   STD_TORCH_CHECK(winograd || filters_.dim() == 5, "filters: wanted what conv2d_filters made");
-  const Filter filter = winograd ? Filter{3, 3, 1, 1, 1, 1}
-                                 : Filter{filters_.size(1), filters_.size(2), stride_high,
-                                          stride_wide,      padding_high,     padding_wide};
+  const int64_t rows = winograd ? kFilterSide : filters_.size(1);
+  const int64_t columns = winograd ? kFilterSide : filters_.size(2);
+  const Filter filter{{1},
+                      {in.height, rows, stride_high, padding_high},
+                      {in.width, columns, stride_wide, padding_wide}};
   const int64_t taps = winograd ? kPoints : filter.taps();
   STD_TORCH_CHECK(filters_.size(0) == side * side * column_blocks(channels) &&
                       filters_.numel() == filters_.size(0) * taps * in.channels() * kColumns,
@@ -170,11 +179,9 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   STD_TORCH_CHECK(!winograd || (stride_high == 1 && stride_wide == 1 && padding_high == 1 &&
                                 padding_wide == 1 && side == 1),
                   "filters: those of Winograd's algorithm have stride 1 and padding 1");
-  const int64_t height = (in.height + 2 * padding_high - filter.high) / filter.stride_high + 1;
-  const int64_t width = (in.width + 2 * padding_wide - filter.wide) / filter.stride_wide + 1;
-  STD_TORCH_CHECK(
-      in.height + 2 * padding_high >= filter.high && in.width + 2 * padding_wide >= filter.wide,
-      "x: wanted images at least as large as the filters");
+  STD_TORCH_CHECK(filter.high.fits() && filter.wide.fits(),
+                  "x: wanted images at least as large as the filters");
+  const int64_t height = filter.high.outputs(), width = filter.wide.outputs();
   check_images("residual", residual, x.size(0), height * side, width * side);
   STD_TORCH_CHECK(!residual || residual->size(1) == channels, "residual: wanted ", channels,
                   " channels");
@@ -187,12 +194,13 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
                     data_of<float>(residual),
                     float(scale),
                     Act(act)};
+  const Convolution c{in, filter, data_of<float>(filters), out};
   if (winograd) {
     check_lanes("x", x);
     if (skip) check_lanes("skip", *skip);
-    convolve_by_winograd(in, data_of<float>(filters), out);
+    convolve_by_winograd(c);
   } else {
-    convolve_directly({in, filter, data_of<float>(filters), out, height, width, side});
+    convolve_directly(c, side);
   }
   return y;
 }

@@ -13,7 +13,10 @@ namespace {
 // Of x [B, H, W, C] and dy [B, H, W, K].
 struct Gradient {
   Inputs images;
+  Filter filter;
   ChannelRange x, dy;
+
+  Tiles tiles() const { return {images.batch, 1, images.height, images.width}; }
 };
 
 // dweight [K, C, 3, 3], of any strides.
@@ -60,13 +63,17 @@ DX_INLINE void multiply_all(const Gradient& g, const float* v, const float* m, i
 void add_block(const Gradient& g, int64_t first, int64_t count, const float* zeros, float* v,
                float* m, float* u) {
   const int64_t channels = g.x.count, columns = g.dy.count;
-  transform_inputs(g.images, first, count, g.x, zeros, v, channels);
-  const Tiles tiles(g.images);
+  const Tiles tiles = g.tiles();
   on_best_isa([&]() DX_KERNEL {
     for (int64_t t = 0; t < count; ++t)
-      transform_pixels<kTileOut, 0>(
+      transform_input(g.images, g.filter, Tile(tiles, first + t), 0, g.x, zeros, v + t * channels,
+                      point_stride(channels));
+  });
+  on_best_isa([&]() DX_KERNEL {
+    for (int64_t t = 0; t < count; ++t)
+      transform_pixels<kTileOut>(
           [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
-          Tile(tiles, first + t), g.dy, zeros, m + t * columns, columns);
+          Tile(tiles, first + t), g.dy, zeros, m + t * columns, point_stride(columns));
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t p = 0; p < kPoints; ++p) {
@@ -108,7 +115,7 @@ int64_t scratch_size(int64_t in, int64_t out) {
 
 // The part of dweight that belongs to the channels of g.
 void run(const Gradient& g, const Filters& dweight, float* v) {
-  const int64_t channels = g.x.count, columns = g.dy.count, tiles = Tiles(g.images).count;
+  const int64_t channels = g.x.count, columns = g.dy.count, tiles = g.tiles().count;
   float *m = v + kPoints * point_stride(channels), *u = m + kPoints * point_stride(columns),
         *zeros = u + kPoints * channels * columns;
   std::fill(u, v + scratch_size(channels, columns), 0.0f);
@@ -149,7 +156,10 @@ Tensor conv3x3_weight_gradient(const Tensor& x_, const Tensor& dy_, const Tensor
                   "weight: wanted shape [", out, ", ", in, ", 3, 3]");
   const Tensor dweight = fresh_like(weight);
   if (in > 0)
-    run_all({images, {data_of<float>(x), in, 0, in}, {data_of<float>(dy), out, 0, out}},
+    run_all({images,
+             filter_3x3(images),
+             {data_of<float>(x), in, 0, in},
+             {data_of<float>(dy), out, 0, out}},
             Filters(dweight));
   return dweight;
 }

@@ -25,7 +25,7 @@ inline int64_t column_blocks(int64_t channels) { return ceil_div(channels, kColu
 
 // --- what is read --------------------------------------------------------------------------------
 
-// Images [B, H, W, channels].
+// Images [B, T, H, W, channels], of T = 1 frame where they do not move.
 struct Part {
   const float* data = nullptr;
   int64_t channels = 0;
@@ -35,22 +35,42 @@ struct Part {
 // pixel `repeat` times in both directions (nearest upsampling). Neither is written down.
 struct Inputs {
   Part parts[2];
-  int64_t batch, height, width, repeat;
+  int64_t batch, frames, height, width, repeat;
 
   explicit Inputs(const Tensor& x, const MaybeTensor& skip = std::nullopt, int64_t repeat = 1)
-      : batch(x.size(0)), height(x.size(2) * repeat), width(x.size(3) * repeat), repeat(repeat) {
+      : batch(x.size(0)),
+        frames(x.dim() == 5 ? x.size(2) : 1),
+        height(x.size(x.dim() - 2) * repeat),
+        width(x.size(x.dim() - 1) * repeat),
+        repeat(repeat) {
     parts[0] = {data_of<float>(x), x.size(1)};
     if (skip) parts[1] = {data_of<float>(*skip), skip->size(1)};
   }
   int64_t channels() const { return parts[0].channels + parts[1].channels; }
   int64_t count() const { return parts[1].channels > 0 ? 2 : 1; }
 
-  // Where pixel (h, w) of image b lies in the tensors, in pixels; -1 outside the image.
-  DX_INLINE int64_t pixel(int64_t b, int64_t h, int64_t w) const {
-    if (h < 0 || h >= height || w < 0 || w >= width) return -1;
-    if (repeat == 1) return (b * height + h) * width + w;
-    return (b * (height / repeat) + h / repeat) * (width / repeat) + w / repeat;
+  // Where pixel (h, w) of frame t of image b lies in the tensors, in pixels; -1 outside the image.
+  DX_INLINE int64_t pixel(int64_t b, int64_t t, int64_t h, int64_t w) const {
+    if (t < 0 || t >= frames || h < 0 || h >= height || w < 0 || w >= width) return -1;
+    const int64_t frame = b * frames + t;
+    if (repeat == 1) return (frame * height + h) * width + w;
+    return (frame * (height / repeat) + h / repeat) * (width / repeat) + w / repeat;
   }
+};
+
+// The filters' way over the images in one direction, in which these are `size` pixels long.
+struct Axis {
+  int64_t size, taps = 1, stride = 1, padding = 0;
+  bool fits() const { return size + 2 * padding >= taps; }
+  int64_t outputs() const { return (size + 2 * padding - taps) / stride + 1; }
+  // The first place that an output sees.
+  DX_INLINE int64_t first(int64_t output) const { return output * stride - padding; }
+};
+
+// And in all three. Images that do not move have the time's defaults, of one frame.
+struct Filter {
+  Axis time, high, wide;
+  int64_t taps() const { return time.taps * high.taps * wide.taps; }
 };
 
 // --- what is written -----------------------------------------------------------------------------
@@ -61,7 +81,7 @@ DX_INLINE void copy_columns(const float* from, int64_t channels, int64_t k, floa
   if (from != nullptr) std::copy_n(from + k, std::min<int64_t>(kColumns, channels - k), to);
 }
 
-// y = scale (act(sum + bias) + residual), [B, H, W, channels].
+// y = scale (act(sum + bias) + residual), [B, T, H, W, channels].
 struct Outputs {
   float* y;
   int64_t channels;
@@ -209,7 +229,19 @@ Tensor conv2d(const Tensor& x, const MaybeTensor& skip, const Tensor& filters,
               int64_t stride_high, int64_t stride_wide, int64_t padding_high, int64_t padding_wide,
               int64_t repeat, int64_t side, int64_t act, double scale);
 
-// conv3x3.cpp: 3x3 filters [K / 32 rounded up, 36, C, 32] of stride 1 and padding 1.
-void convolve_by_winograd(const Inputs& in, const float* filters, const Outputs& out);
+// A convolution: the inputs, the filters' way over them, the filters, and what becomes of the sums.
+struct Convolution {
+  Inputs in;
+  Filter filter;
+  const float* filters;
+  Outputs out;
+};
+
+// conv2d.cpp: filters [K / 32 rounded up, taps, C, 32] of any size and stride. side > 1: transposed
+// ones of that stride, to y [B, T, H side, W side, K].
+void convolve_directly(const Convolution& c, int64_t side = 1);
+
+// conv3x3.cpp: filters [K / 32 rounded up, 36, T C, 32] of T frames of 3x3, of stride 1 in these.
+void convolve_by_winograd(const Convolution& c);
 
 }  // namespace dx

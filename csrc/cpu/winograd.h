@@ -1,4 +1,4 @@
-// Tiles of images [B, H, W, channels] and their transforms (math/winograd.h), as the CPU's 3x3
+// Tiles of images [B, T, H, W, channels] and their transforms (math/winograd.h), as the CPU's 3x3
 // convolutions and their gradients walk over them.
 #pragma once
 
@@ -9,26 +9,29 @@ namespace dx {
 
 constexpr int kTiles = 32;  // of a block, at the most
 
-// What lies between the transforms' 36 matrices [kTiles, row]. A line more than they take: at
+// What lies between the transforms' 36 matrices [tiles, row]. A line more than they take: at
 // powers of two, lines of all 36 would fall into the same few places of the first-level cache.
-constexpr int64_t point_stride(int64_t row) { return kTiles * row + 16; }
+constexpr int64_t point_stride(int64_t row, int64_t tiles = kTiles) { return tiles * row + 16; }
 
-// The tiles of images, 4x4 pixels of the outputs each.
+// The tiles of images, 4x4 pixels of the outputs each: of all frames in one place after the other.
 struct Tiles {
-  int64_t high, wide, count;
-  explicit Tiles(const Inputs& x)
-      : high(ceil_div(x.height, kTileOut)),
-        wide(ceil_div(x.width, kTileOut)),
-        count(x.batch * high * wide) {}
+  int64_t frames, high, wide, count;
+  Tiles(int64_t batch, int64_t frames, int64_t height, int64_t width)
+      : frames(frames),
+        high(ceil_div(height, kTileOut)),
+        wide(ceil_div(width, kTileOut)),
+        count(batch * frames * high * wide) {}
 };
 
-// 4x4 pixels from (row, column) of image b on.
+// 4x4 pixels from (row, column) of frame t of image b on.
 struct Tile {
-  int64_t b, row, column;
-  DX_INLINE Tile(const Tiles& tiles, int64_t i)
-      : b(i / (tiles.high * tiles.wide)),
-        row(i / tiles.wide % tiles.high * kTileOut),
-        column(i % tiles.wide * kTileOut) {}
+  int64_t b, t, row, column;
+  DX_INLINE Tile(const Tiles& tiles, int64_t i) : t(i % tiles.frames) {
+    const int64_t place = i / tiles.frames;
+    b = place / (tiles.high * tiles.wide);
+    row = place / tiles.wide % tiles.high * kTileOut;
+    column = place % tiles.wide * kTileOut;
+  }
 };
 
 // A one-dimensional transform f of From numbers to To, of the rows of a matrix and then of its
@@ -55,25 +58,30 @@ DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
     }
 }
 
-// Neighbouring channels of images [B, H, W, channels]: `count` from `first` on, multiples of
+// The way of a 3x3 filter of stride 1 and padding 1 over images that do not move.
+inline Filter filter_3x3(const Inputs& images) {
+  return {{1}, {images.height, kFilterSide, 1, 1}, {images.width, kFilterSide, 1, 1}};
+}
+
+// Neighbouring channels of images [B, T, H, W, channels]: `count` from `first` on, multiples of
 // kLanes.
 struct ChannelRange {
   const float* data;
   int64_t channels, first, count;
 };
 
-// The 36 numbers of each channel of Side x Side pixels, from `offset` of the tile's first on, to v
-// [36, kTiles, row]. Outside the image are zeros, `count` of them.
-template <int Side, int offset, class F>
+// The 36 numbers of each channel of Side x Side pixels, the tile's first ones, to v, `stride` from
+// one to the next. Outside the image are zeros, `count` of them.
+template <int Side, class F>
 DX_INLINE void transform_pixels(const F& f, const Inputs& images, const Tile& tile,
-                                const ChannelRange& x, const float* zeros, float* v, int64_t row) {
+                                const ChannelRange& x, const float* zeros, float* v,
+                                int64_t stride) {
   const float* pixels[Side][Side];
   for (int i = 0; i < Side; ++i)
     for (int j = 0; j < Side; ++j) {
-      const int64_t p = images.pixel(tile.b, tile.row + i + offset, tile.column + j + offset);
+      const int64_t p = images.pixel(tile.b, tile.t, tile.row + i, tile.column + j);
       pixels[i][j] = p < 0 ? zeros : x.data + p * x.channels + x.first;
     }
-  const int64_t stride = point_stride(row);
   for (int64_t k = 0; k < x.count; k += kLanes)
     transform<Side, kTileIn, kLanes, float>(
         f, [&](int i, int j, int lane) DX_KERNEL { return pixels[i][j][k + lane]; },
@@ -81,15 +89,14 @@ DX_INLINE void transform_pixels(const F& f, const Inputs& images, const Tile& ti
             DX_KERNEL { v[(i * kTileIn + j) * stride + k + lane] = number; });
 }
 
-// B^T d B of the tiles first, ..., first + count - 1 of x, to v [36, kTiles, row].
-inline void transform_inputs(const Inputs& images, int64_t first, int64_t count,
-                             const ChannelRange& x, const float* zeros, float* v, int64_t row) {
-  const Tiles tiles(images);
-  on_best_isa([&]() DX_KERNEL {
-    for (int64_t t = 0; t < count; ++t)
-      transform_pixels<kTileIn, -1>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); },
-                                    images, Tile(tiles, first + t), x, zeros, v + t * row, row);
-  });
+// B^T d B of what the filters see in frame t, from a tile of their outputs.
+DX_INLINE void transform_input(const Inputs& images, const Filter& filter, Tile tile, int64_t t,
+                               const ChannelRange& x, const float* zeros, float* v,
+                               int64_t stride) {
+  tile.t = t;
+  tile.row = filter.high.first(tile.row), tile.column = filter.wide.first(tile.column);
+  transform_pixels<kTileIn>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); }, images,
+                            tile, x, zeros, v, stride);
 }
 
 }  // namespace dx

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.kept_filters import convolved
+from ..nn.kept_filters_3d import convolved_3d
 from ..nn.kept_linear import projected
 from ..nn.winograd_conv2d import WinogradConv2d
 from ..ops.backend import serves_faster
@@ -282,3 +283,13 @@ class FusedLinear(StandIn):
             if torch.compiler.is_compiling():  # see FusedGroupNorm
                 return F.linear(input, self.weight, self.bias)
         return super().forward(input, *args, **kwargs)
+
+
+class FusedConv3d(StandIn):
+    """A Conv3d that `fuse` has taken, or of a subclass that runs Conv3d's forward on what it has
+    made of its input: causal ones pad it before."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (y := convolved_3d(self, input, weight, bias)) is not None:
+            return y
+        return nn.Conv3d._conv_forward(self, input, weight, bias)

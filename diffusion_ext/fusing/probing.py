@@ -111,6 +111,23 @@ def _computes(module: nn.Module, formula: Callable, *sizes: int) -> bool:
         return configuration(twin) == before
 
 
+def runs_conv3d(conv: nn.Conv3d) -> bool:
+    """Whether the forward of conv, of a subclass of Conv3d, has Conv3d convolve with its weight."""
+    seen = []
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(weight is twin.weight and bias is twin.bias)
+        return nn.Conv3d._conv_forward(twin, x, weight, bias)
+
+    with apart():
+        twin = twin_of(conv)
+        twin.__dict__["_conv_forward"] = convolve
+        sides = [d * (k - 1) + 3 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        with contextlib.suppress(Exception):  # as in _agree
+            twin(random(1, conv.in_channels, *sides))
+    return bool(seen) and all(seen)
+
+
 def looks_like_a_group_norm(module: nn.Module) -> bool:
     """Whether module has the attributes of a GroupNorm."""
     groups, eps = vars(module).get("num_groups"), vars(module).get("eps")

@@ -75,8 +75,8 @@ class FuseReport:
     def _of_convolutions(self) -> Iterator[str]:
         mebibytes = _mebibytes(self.filter_bytes)
         count = len(self.convolutions)
-        yield f"{count} convolutions of ours: in float32 on a CPU, where the weight or the images"
-        yield "  are channels_last and a call has enough work."
+        yield f"{count} convolutions of ours: in float32 on a CPU, where a call has enough work and"
+        yield "  the weight or the images are channels_last, of Conv3d's 3x3 filters in any format."
         yield f"  To sample, their filters take {mebibytes} more at the most."
         if self.contiguous:
             yield f"  The weights of {self.contiguous} are contiguous now:"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import kind, networks_of
-from ..nn import kept_filters, kept_linear
+from ..nn import kept_filters, kept_filters_3d, kept_linear
 from ..nn.group_norm_act import GroupNormAct
 from ..nn.kept_weights import forget
 from ..nn.winograd_conv2d import WinogradConv2d
@@ -21,13 +21,21 @@ from .attention import FusedAttention, fuse_attention
 from .embedded_blocks import fuse_embedded_block
 from .feed_forward import Form, fuse_projection
 from .modulated import fuse_adaptive_norm
-from .modules import FusedConv2d, FusedGroupNorm, FusedLinear, FusedSequential, PairedSequential
+from .modules import (
+    FusedConv2d,
+    FusedConv3d,
+    FusedGroupNorm,
+    FusedLinear,
+    FusedSequential,
+    PairedSequential,
+)
 from .probing import (
     computes_conv2d,
     computes_linear,
     configuration,
     looks_like_a_group_norm,
     norm_kind,
+    runs_conv3d,
 )
 from .report import FuseReport
 from .stand_in import StandIn, hooked, restore_class, swap_class
@@ -49,7 +57,9 @@ def fuse(model: nn.Module) -> FuseReport:
     Convolutions: on a CPU, in float32, where the weight or the images are channels_last, and where
     that gains on torch's; so move the model to channels_last. Without gradients, weights are laid
     out once, in memory of their own (see `FuseReport`), and again when they change. With gradients,
-    3x3 filters of stride 1 and padding 1 run by Winograd's algorithm.
+    3x3 filters of stride 1 and padding 1 run by Winograd's algorithm. Conv3d, without gradients
+    alone: filters of 3x3 in each frame and stride 1 there, in either memory format; those of one
+    pixel in channels_last_3d.
 
     Linear layers: on a CPU, in float32, without gradients, where that gains on torch's; their
     weights are laid out as those of convolutions are. The activation or the gate of a feed-forward
@@ -103,6 +113,9 @@ def _report(model: nn.Module, kinds: dict, reasons: dict) -> FuseReport:
             report.convolutions.append(name)
             report.filter_bytes += kept_filters.filter_bytes(module)
             report.contiguous += not suggests_channels_last(module.weight)
+        elif isinstance(module, FusedConv3d):
+            report.convolutions.append(name)
+            report.filter_bytes += kept_filters_3d.filter_bytes_3d(module)
         elif isinstance(module, FusedLinear):
             report.linears.append(name)
             report.linear_bytes += kept_linear.weight_bytes(module)
@@ -181,19 +194,25 @@ def _is_a_convolution(module: nn.Module) -> bool:
 
 def _fuse_convolution(conv: nn.Module) -> str | None:
     """Fuse conv, if ours can serve it. Returns: why not, of a convolution that is left."""
-    if not _is_a_convolution(conv) or isinstance(conv, WinogradConv2d):
+    if not _is_a_convolution(conv) or isinstance(conv, (WinogradConv2d, FusedConv3d)):
         return None
     cls = type(conv)
     if cls is nn.Conv1d:
         return "Conv1d: torch's is as fast"
-    if not isinstance(conv, nn.Conv2d):
-        return f"{cls.__name__}: no Conv2d"
+    moving = isinstance(conv, nn.Conv3d)
+    if not moving and not isinstance(conv, nn.Conv2d):
+        return f"{cls.__name__}: no Conv2d or Conv3d"
     if (reason := _why_untouched(conv)) is not None:
         return reason
-    if not kept_filters.packs(conv):
+    if not (kept_filters_3d.packs_3d if moving else kept_filters.packs)(conv):
         return _settings(conv)
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
         return f"{cls.__name__}: has no weight yet"
+    return (_take_conv3d if moving else _take_conv2d)(conv)
+
+
+def _take_conv2d(conv: nn.Conv2d) -> str | None:
+    cls = type(conv)
     if not kept_filters.may_gain(conv):
         return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
@@ -203,6 +222,17 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
     swap_class(conv, FusedConv2d)
     if not torchs:
         conv.__dict__["configuration"] = of
+    return None
+
+
+def _take_conv3d(conv: nn.Conv3d) -> str | None:
+    cls = type(conv)
+    if not kept_filters_3d.may_gain_3d(conv):
+        return "torch's is as fast for such filters"
+    own = cls._conv_forward is not nn.Conv3d._conv_forward
+    if own or not (cls.forward is nn.Conv3d.forward or runs_conv3d(conv)):
+        return f"{cls.__name__}: does not run Conv3d's forward"
+    swap_class(conv, FusedConv3d)
     return None
 
 
@@ -237,9 +267,10 @@ def _why_untouched(module: nn.Module) -> str | None:
     return "has hooks" if hooked(module) else None
 
 
-def _settings(conv: nn.Conv2d) -> str:
+def _settings(conv: nn.Conv2d | nn.Conv3d) -> str:
     """Which of its settings ours do not have."""
-    others = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
+    ones = (1,) * len(conv.kernel_size)
+    others = {"groups": 1, "dilation": ones, "padding_mode": "zeros"}
     found = [
         f"{name} {getattr(conv, name)}" for name, of in others.items() if getattr(conv, name) != of
     ]

@@ -36,7 +36,7 @@ class PackedConv2d:
         lanes: bool = True,
     ):
         self.weight, self.stride, self.padding, self.batch = weight, stride, padding, batch
-        self.shape = (*weight.shape, 1, 1)[:4]
+        self.shape = (*weight.shape, 1, 1)[: max(4, weight.dim())]
         self.side = self.shape[2] if transposed else 1
         channels = self.shape[:2]
         self.channels, self.out_channels = channels if transposed else channels[::-1]

@@ -59,12 +59,14 @@ def tiles_of(batch: int, height: int, width: int) -> int:
 
 
 def winograd_filters(weight: Tensor) -> Tensor:
-    """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm."""
+    """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm, and
+    [K, C, T, 3, 3] as `conv3d` does."""
     return kernels().conv3x3_filters(weight)
 
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
-    """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it."""
+    """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, and
+    [K, C, T, R, S] as `conv3d` does."""
     return kernels().conv2d_filters(weight, transposed)
 
 
@@ -104,17 +106,18 @@ def conv2d(
 
 @register_fake("conv3x3_filters")
 def _(weight):
-    out_channels, channels = weight.shape[:2]
-    return weight.new_empty(-(-out_channels // COLUMNS), POINTS, channels, COLUMNS)
+    out_channels, channels, *frames = weight.shape[:-2]
+    return weight.new_empty(-(-out_channels // COLUMNS), POINTS, *frames, channels, COLUMNS)
 
 
 @register_fake("conv2d_filters")
 def _(weight, transposed):
-    out_channels, channels, rows, columns = weight.shape
+    out_channels, channels, *sides = weight.shape
     if transposed:
+        rows, columns = sides
         blocks = rows * columns * -(-channels // COLUMNS)
         return weight.new_empty(blocks, 1, 1, out_channels, COLUMNS)
-    return weight.new_empty(-(-out_channels // COLUMNS), rows, columns, channels, COLUMNS)
+    return weight.new_empty(-(-out_channels // COLUMNS), *sides, channels, COLUMNS)
 
 
 @register_fake("conv2d")

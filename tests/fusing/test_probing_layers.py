@@ -221,15 +221,15 @@ class ChannelNorm(RMS):
 
 def test_every_norm_and_convolution_that_is_left_is_named():
     model = nn.Sequential(
-        nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 1), nn.ConvTranspose2d(4, 4, 2),
+        nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 3), nn.ConvTranspose2d(4, 4, 2),
         nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4),
         nn.LayerNorm(4), ChannelNorm(), nn.Linear(4, 4), nn.Conv2d(4, 4, 1),
     )  # fmt: skip
     report = dx.fuse(model)
     assert report.left == [
         ("0", "Conv1d: torch's is as fast"),
-        ("1", "Conv3d: no Conv2d"),
-        ("2", "ConvTranspose2d: no Conv2d"),
+        ("1", "torch's is as fast for such filters"),
+        ("2", "ConvTranspose2d: no Conv2d or Conv3d"),
         ("3", "groups 2"),
         ("4", "padding 'same'"),
         ("5", "BatchNorm2d: no group norm"),

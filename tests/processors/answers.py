@@ -15,6 +15,7 @@ import diffusion_ext as dx
 from diffusion_ext import _C
 from diffusion_ext.ops.attention import attention_unchecked
 from diffusion_ext.ops.conv2d import conv2d, direct_filters, winograd_filters
+from diffusion_ext.ops.conv3d import conv3d
 from diffusion_ext.ops.group_norm_act import ACTIVATIONS
 from diffusion_ext.ops.linear import linear, linear_filters
 from diffusion_ext.ops.perturb import perturb_by_table
@@ -118,10 +119,15 @@ def norms(dtype, layout):
 def convolutions():
     x = numbers(2, 32, 9, 13).contiguous(memory_format=torch.channels_last)
     weight, bias = numbers(40, 32, 3, 3), numbers(40)
-    yield conv2d(x, direct_filters(weight), bias, 40, act="gelu")
-    yield conv2d(x, winograd_filters(weight), bias, 40, act="gelu")
+    yield "near/direct", conv2d(x, direct_filters(weight), bias, 40, act="gelu")
+    yield "near/winograd", conv2d(x, winograd_filters(weight), bias, 40, act="gelu")
     whole = x.round(), weight.round()  # whose sums are exact in any order
-    yield conv2d(whole[0], direct_filters(whole[1]), None, 40)
+    yield "bits/whole numbers", conv2d(whole[0], direct_filters(whole[1]), None, 40)
+    x, weight = numbers(2, 32, 4, 9, 7), numbers(40, 32, 3, 3, 3)
+    y = conv3d(x, winograd_filters(weight), bias, 40, act="gelu", contiguous=True)
+    yield "near/winograd, moving", y
+    whole = x.round(), weight.round()
+    yield "bits/whole numbers, moving", conv3d(whole[0], direct_filters(whole[1]), None, 40)
 
 
 def attentions(dtype):
@@ -153,8 +159,7 @@ def answers():
                 yield f"near/group_norm_act, {of}, {i}", answer
         for i, answer in enumerate(attentions(dtype)):
             yield f"near/attention, {dtype}, {i}", answer
-    direct, winograd, whole = convolutions()
-    yield from (("near/direct", direct), ("near/winograd", winograd), ("bits/whole numbers", whole))
+    yield from convolutions()
     gated, whole = linear_layers()
     yield from (("near/linear", gated), ("bits/linear, whole numbers", whole))
 
