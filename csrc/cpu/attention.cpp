@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kQueries = 48;      // rows of a tile: whole blocks of panels.h
 constexpr int64_t kKeys = 256;        // of a block
-constexpr int64_t kSummed = 128;      // of them, one after the other: longer sums round more
+constexpr int64_t kWeighed = 128;     // of them, whose values are summed up one after the other
 constexpr int64_t kRow = kKeys + 16;  // from a row of scores to the next, which so share no set
 constexpr float kLog2E = 1.442695041f;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -134,13 +134,13 @@ void lay_out_keys(const Attention& a, int64_t b, int64_t h, float* to) {
   }
 }
 
-// Its values, [keys, dv] of each kSummed keys.
+// Its values, [keys, dv] of each kWeighed keys.
 void lay_out_values(const Attention& a, int64_t b, int64_t h, float* to) {
   const Panels panels = a.values();
   TileBuffer buffer;
   for (int64_t j = 0; j < a.keys; ++j) {
     const float* row = a.v.row(b, h, j, buffer);
-    const int64_t first = j / kSummed * kSummed, keys = std::min(kSummed, a.keys - first);
+    const int64_t first = j / kWeighed * kWeighed, keys = std::min(kWeighed, a.keys - first);
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);
       const int64_t there = std::min(a.v.size - c, width);
@@ -222,8 +222,8 @@ void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t f
 // y = shrink y + weights times values.
 void weigh(const Attention& a, const Scratch& t, int64_t count, int64_t from, int64_t keys) {
   const Panels panels = a.values();
-  for (int64_t j = 0; j < keys; j += kSummed) {
-    const int64_t summed = std::min(kSummed, keys - j);
+  for (int64_t j = 0; j < keys; j += kWeighed) {
+    const int64_t summed = std::min(kWeighed, keys - j);
     const float* values = t.values + (from + j) * a.width();
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);

@@ -3,6 +3,7 @@
 // products a second on AVX2, where this does 52 to 57.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -17,6 +18,9 @@
 namespace dx {
 
 constexpr int kColumns = 32;  // output channels that are computed together
+// Products that are summed up one after the other, before these sums are added up: in one sum of
+// thousands each is rounded to what the others have come to.
+constexpr int64_t kSummed = 256;
 
 // Sums [count, 32] of rows times filters. A row is given in segments, which lie apart: the pixels
 // under a filter, each in one tensor or two.
@@ -37,6 +41,7 @@ inline Vector zero() { return 0.0f; }
 inline Vector load(const float* p) { return *p; }
 inline Vector broadcast(float x) { return x; }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector add(Vector a, Vector b) { return a + b; }
 inline void store(float* p, Vector v) { *p = v; }
 #include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
@@ -53,6 +58,7 @@ DX_PRODUCTS_TARGET inline Vector broadcast(float x) { return _mm256_set1_ps(x); 
 DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm256_fmadd_ps(a, b, c);
 }
+DX_PRODUCTS_TARGET inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 DX_PRODUCTS_TARGET inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
 #include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
@@ -68,6 +74,7 @@ DX_PRODUCTS_TARGET inline Vector broadcast(float x) { return _mm512_set1_ps(x); 
 DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm512_fmadd_ps(a, b, c);
 }
+DX_PRODUCTS_TARGET inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 DX_PRODUCTS_TARGET inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
 #include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET
@@ -83,6 +90,7 @@ inline Vector zero() { return vdupq_n_f32(0.0f); }
 inline Vector load(const float* p) { return vld1q_f32(p); }
 inline Vector broadcast(float x) { return vdupq_n_f32(x); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 inline void store(float* p, Vector v) { vst1q_f32(p, v); }
 #include "products_of_one_isa.h"
 #undef DX_PRODUCTS_TARGET

@@ -3,30 +3,51 @@
 
 constexpr int kPanel = 2 * kWidth;
 
+// Writes the sums of R rows of N vectors, or adds them to what is there; they begin again at zero.
+template <int R, int N>
+DX_KERNEL DX_PRODUCTS_TARGET inline void take(Vector (&own)[R][N], float* sums, bool first) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      float* to = sums + r * kColumns + n * kWidth;
+      store(to, first ? own[r][n] : add(load(to), own[r][n]));
+      own[r][n] = zero();
+    }
+}
+
 template <int R, int N>
 DX_PRODUCTS_TARGET void multiply(const Products& p, const float* const* rows, const float* u,
                                  float* sums) {
   Vector own[R][N];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int n = 0; n < N; ++n) own[r][n] = zero();
+  bool first = true;
+  int64_t left = kSummed;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     const float* a[R];
     for (int r = 0; r < R; ++r) a[r] = rows[segment * p.stride + r] + p.offset;
     const int64_t count = p.counts[segment % p.parts];
-    for (int64_t c = 0; c < count; ++c, u += kPanel) {
-      Vector b[N];
+    for (int64_t c = 0; c < count;) {
+      const int64_t end = std::min(count, c + left);
+      left -= end - c;
+      for (; c < end; ++c, u += kPanel) {
+        Vector b[N];
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) b[n] = load(u + n * kWidth);
+        for (int n = 0; n < N; ++n) b[n] = load(u + n * kWidth);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vector number = broadcast(a[r][c]);
+        for (int r = 0; r < R; ++r) {
+          const Vector number = broadcast(a[r][c]);
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) own[r][n] = multiply_add(number, b[n], own[r][n]);
+          for (int n = 0; n < N; ++n) own[r][n] = multiply_add(number, b[n], own[r][n]);
+        }
       }
+      if (left == 0) take(own, sums, first), first = false, left = kSummed;
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) store(sums + r * kColumns + n * kWidth, own[r][n]);
+  take(own, sums, first);
 }
 
 // All rows, as many at once as there are registers for, of N vectors of columns.
