@@ -212,6 +212,7 @@ def _fuse_convolution(conv: nn.Module) -> str | None:
 
 
 def _take_conv2d(conv: nn.Conv2d) -> str | None:
+    """`_fuse_convolution` of a Conv2d whose settings ours have."""
     cls = type(conv)
     if not kept_filters.may_gain(conv):
         return "torch's is faster for so few channels"
@@ -226,6 +227,7 @@ def _take_conv2d(conv: nn.Conv2d) -> str | None:
 
 
 def _take_conv3d(conv: nn.Conv3d) -> str | None:
+    """`_fuse_convolution` of a Conv3d whose settings ours have."""
     cls = type(conv)
     if not kept_filters_3d.may_gain_3d(conv):
         return "torch's is as fast for such filters"
