@@ -208,6 +208,7 @@ def every_kind():
         {
             "unet": unet(),
             "sequential": nn.Sequential(CastingNorm(4, 16), nn.GELU("tanh"), nn.Conv2d(16, 4, 1)),
+            "moving": nn.Conv3d(16, 16, 3, padding=1),
         }
     ).eval()
     dx.fuse(model)
@@ -216,13 +217,15 @@ def every_kind():
 
 def rebuilt(module):
     """Another layer, of the same type and sizes, as libraries make it."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         sizes = module.in_channels, 4, module.kernel_size
         return type(module)(*sizes, padding=module.padding, bias=False)
     if isinstance(module, nn.Linear):
         return type(module)(module.in_features, 4, False)
     if isinstance(module, diffusers.models.activations.GEGLU):
         return type(module)(8, 8)
+    if isinstance(module, diffusers.models.attention_processor.Attention):
+        return type(module)(8, heads=2, dim_head=4)
     if isinstance(module, nn.GroupNorm):
         return type(module)(module.num_groups, module.num_channels, module.eps, False)
     if isinstance(module, nn.Sequential):
@@ -251,7 +254,7 @@ def test_a_stand_in_is_the_class_it_stands_for():
         else:
             assert type(cls()) is wanted
     assert kinds == {
-        "AbsorbedActivation", "FusedConv2d", "FusedGroupNorm", "FusedLinear", "FusedProjection",
+        "AbsorbedActivation", "FusedAttention", "FusedConv2d", "FusedConv3d", "FusedGroupNorm", "FusedLinear", "FusedProjection",
         "FusedResnetBlock2D", "FusedSequential", "FusedUpsample2D",
     }  # fmt: skip
 
