@@ -254,8 +254,9 @@ def test_a_stand_in_is_the_class_it_stands_for():
         else:
             assert type(cls()) is wanted
     assert kinds == {
-        "AbsorbedActivation", "FusedAttention", "FusedConv2d", "FusedConv3d", "FusedGroupNorm", "FusedLinear", "FusedProjection",
-        "FusedResnetBlock2D", "FusedSequential", "FusedUpsample2D",
+        "AbsorbedActivation", "FusedAttention", "FusedConv2d", "FusedConv3d", "FusedGroupNorm",
+        "FusedLinear", "FusedProjection", "FusedResnetBlock2D", "FusedSequential",
+        "FusedUpsample2D",
     }  # fmt: skip
 
 
