@@ -1,14 +1,12 @@
 // attention: softmax(scale q k^T + mask) v, block by block of the keys, so that no row of scores is
 // ever whole (Rabe & Staats 2021; Dao et al. 2022). A task is a tile of the queries of one head:
 // its scores of a block of keys stay in the cache, and so do those keys.
-#include <cmath>
-#include <limits>
 #include <utility>
 
 #include "../math/activation.h"
+#include "attention_inputs.h"
 #include "convolution.h"
 #include "panels.h"
-#include "tiles.h"
 
 namespace dx {
 namespace {
@@ -17,60 +15,6 @@ constexpr int64_t kQueries = 48;      // rows of a tile: whole blocks of panels.
 constexpr int64_t kKeys = 256;        // of a block
 constexpr int64_t kWeighed = 128;     // of them, whose values are summed up one after the other
 constexpr int64_t kRow = kKeys + 16;  // from a row of scores to the next, which so share no set
-constexpr float kLog2E = 1.442695041f;
-constexpr float kMasked = -std::numeric_limits<float>::infinity();
-
-// Heads [B, H, T, d] of any dtype, whose last stride is 1.
-struct Heads {
-  Source data;
-  int64_t batch_stride, head_stride, row_stride, size;
-
-  // Rows of head h of sample b as float32, in place or in the buffer.
-  Tile<const float> rows(int64_t b, int64_t h, int64_t t, int64_t count, TileBuffer& buffer) const {
-    const int64_t at = b * batch_stride + h * head_stride + t * row_stride;
-    return data.view({at, row_stride, count, size}, buffer);
-  }
-  const float* row(int64_t b, int64_t h, int64_t t, TileBuffer& buffer) const {
-    return rows(b, h, t, 1, buffer).at;
-  }
-};
-
-// Of a bool, as a byte: GCC vectorises no loop over bool.
-DX_INLINE float added(uint8_t counts) { return counts != 0 ? 0.0f : kMasked; }
-template <class T>
-DX_INLINE float added(T number) {
-  return to_float(number);
-}
-
-// What is added to the scores, of any strides: numbers, or bools, which let a key count or not.
-struct Mask {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
-
-  // s = scale s + the mask of a row's keys from one on, both in powers of two.
-  DX_INLINE void add(int64_t at, int64_t keys, float scale, float* s) const {
-    switch (dtype) {
-      case ScalarType::Bool: return add_of<uint8_t>(at, keys, scale, s);
-      case ScalarType::Half: return add_of<Half>(at, keys, scale, s);
-      case ScalarType::BFloat16: return add_of<BFloat16>(at, keys, scale, s);
-      default: return add_of<float>(at, keys, scale, s);
-    }
-  }
-
- private:
-  template <class T>
-  DX_INLINE void add_of(int64_t at, int64_t keys, float scale, float* __restrict s) const {
-    const T* __restrict from = static_cast<const T*>(data) + at;
-    if (key_stride == 1) {
-#pragma omp simd
-      for (int64_t j = 0; j < keys; ++j) s[j] = multiply_add(s[j], scale, kLog2E * added(from[j]));
-    } else {
-      for (int64_t j = 0; j < keys; ++j)
-        s[j] = multiply_add(s[j], scale, kLog2E * added(from[j * key_stride]));
-    }
-  }
-};
 
 struct Attention {
   Heads q, k, v;
