@@ -26,7 +26,7 @@ class DiffusersNetwork:
 
     Attributes:
         name: what it is. input: shape of its images or latents. channels: block_out_channels.
-        attention: on the lowest level but one.
+        attention: the levels that have it, from the uppermost, 0, on.
         text: [tokens, width] of the prompt that it reads on all levels but the lowest.
         apart: it is too large to be there more than twice.
     """
@@ -34,7 +34,7 @@ class DiffusersNetwork:
     name: str
     input: tuple[int, ...]
     channels: tuple[int, ...]
-    attention: bool = False
+    attention: tuple[int, ...] = ()
     text: tuple[int, int] | None = None
     apart: bool = False
     layout = "channels_last"
@@ -66,8 +66,8 @@ class Unet(nn.Module):
 
         levels = len(network.channels)
         down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
-        if network.attention:
-            down[-2], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
+        for level in network.attention:
+            down[level], up[levels - 1 - level] = "AttnDownBlock2D", "AttnUpBlock2D"
         self.unet = UNet2DModel(
             sample_size=network.input[-1],
             block_out_channels=network.channels,
@@ -127,7 +127,13 @@ class Decoder(nn.Module):
 WHOLE = (
     DiffusersNetwork("UNet2DModel", (4, 3, 32, 32), (64, 128, 128, 256)),
     DiffusersNetwork(
-        "UNet2DModel with attention", (1, 3, 64, 64), (128, 128, 256, 256, 512, 512), True
+        "UNet2DModel with attention", (1, 3, 64, 64), (128, 128, 256, 256, 512, 512), (4,)
+    ),
+    DiffusersNetwork(
+        "UNet2DModel with attention on three levels",
+        (1, 3, 32, 32),
+        (64, 128, 128, 256),
+        (1, 2, 3),
     ),
     DiffusersNetwork("AutoencoderKL", (1, 4, 16, 16), (128, 256, 512, 512)),
     # Stable Diffusion 1.5 at 512 pixels, one picture with guidance: 3.4 GB of weights.
@@ -140,7 +146,7 @@ WHOLE = (
     ),
 )
 QUICK = (
-    DiffusersNetwork("UNet2DModel with attention", (2, 3, 16, 16), (16, 32, 32), True),
+    DiffusersNetwork("UNet2DModel with attention", (2, 3, 16, 16), (16, 32, 32), (1,)),
     DiffusersNetwork("AutoencoderKL", (1, 4, 4, 4), (16, 32)),
     DiffusersNetwork("UNet2DConditionModel", (2, 4, 4, 4), (16, 32), text=(3, 8)),
 )
