@@ -11,9 +11,11 @@
 namespace dx {
 namespace {
 
-constexpr int64_t kQueries = 48;      // rows of a tile: whole blocks of panels.h
-constexpr int64_t kKeys = 256;        // of a block
-constexpr int64_t kWeighed = 128;     // of them, whose values are summed up one after the other
+constexpr int64_t kQueries = 48;  // rows of a tile: whole blocks of panels.h
+constexpr float kLog2E = 1.442695041f;
+constexpr int64_t kKeys = 256;  // of a block
+// Products that are summed up one after the other; longer sums than torch's would round more.
+constexpr int64_t kPart = 128;
 constexpr int64_t kRow = kKeys + 16;  // from a row of scores to the next, which so share no set
 
 struct Attention {
@@ -78,13 +80,13 @@ void lay_out_keys(const Attention& a, int64_t b, int64_t h, float* to) {
   }
 }
 
-// Its values, [keys, dv] of each kWeighed keys.
+// Its values, [keys, dv] of each kPart keys.
 void lay_out_values(const Attention& a, int64_t b, int64_t h, float* to) {
   const Panels panels = a.values();
   TileBuffer buffer;
   for (int64_t j = 0; j < a.keys; ++j) {
     const float* row = a.v.row(b, h, j, buffer);
-    const int64_t first = j / kWeighed * kWeighed, keys = std::min(kWeighed, a.keys - first);
+    const int64_t first = j / kPart * kPart, keys = std::min(kPart, a.keys - first);
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);
       const int64_t there = std::min(a.v.size - c, width);
@@ -109,7 +111,8 @@ DX_INLINE float fold(float (&parts)[kColumns], const F& f) {
 
 // A row of scores s as weights 2^(factor (s - the largest so far)). `total` is that of all so far,
 // and `shrink` what those before this block shrink by. Where no key has counted yet, `most` is
-// -infinity and the weights are 0.
+// -infinity and the weights are 0. Differences are taken before anything else, for scores may be
+// as large as floats are: what masks a key is often the least of them.
 DX_INLINE void soften(float* __restrict s, int64_t keys, float factor, float& most, float& total,
                       float& shrink) {
   const auto larger = [](float a, float b) DX_KERNEL { return a > b ? a : b; };
@@ -121,15 +124,15 @@ DX_INLINE void soften(float* __restrict s, int64_t keys, float factor, float& mo
   for (int64_t j = 0; j < whole; j += kColumns)
 #pragma omp simd
     for (int64_t i = 0; i < kColumns; ++i) parts[i] = larger(s[j + i], parts[i]);
-  const float now = fold(parts, larger), from = now == kMasked ? 0.0f : now * factor;
+  const float now = fold(parts, larger), from = now == kMasked ? 0.0f : now;
   std::fill_n(parts, kColumns, 0.0f);
   for (int64_t j = 0; j < whole; j += kColumns)
 #pragma omp simd
     for (int64_t i = 0; i < kColumns; ++i) {
-      const float p = exp2(multiply_add(s[j + i], factor, -from));
+      const float p = exp2(factor * (s[j + i] - from));
       s[j + i] = p, parts[i] += p;
     }
-  shrink = exp2(most * factor - from);
+  shrink = exp2(factor * (most - from));
   total = multiply_add(total, shrink, fold(parts, sum));
   most = now;
 }
@@ -138,27 +141,30 @@ DX_INLINE void soften(float* __restrict s, int64_t keys, float factor, float& mo
 void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t first, int64_t count,
            int64_t from, int64_t keys) {
   const Panels panels(keys);
+  std::fill_n(t.shrink, count, 1.0f);
   for (int64_t j = 0, width; j < keys; j += width) {
     width = panels.width_at(j);
-    multiply_panel({t.queries, a.q.size, count, a.q.size, t.keys + (from + j) * a.q.size,
-                    t.scores + j, kRow, nullptr},
-                   width);
+    const float* panel = t.keys + (from + j) * a.q.size;
+    for (int64_t c = 0; c < a.q.size; c += kPart)
+      multiply_panel({t.queries + c, a.q.size, count, std::min(kPart, a.q.size - c),
+                      panel + c * width, t.scores + j, kRow, c == 0 ? nullptr : t.shrink},
+                     width);
   }
   on_best_isa([&]() DX_KERNEL {
-    const float scale = a.scale * kLog2E;
-    const bool scaled = a.mask.data != nullptr || !(scale > 0.0f);
+    // A row may be softened as it is, unless its scale turns the largest score into the least.
+    const bool scaled = a.mask.data != nullptr || !(a.scale > 0.0f);
     const int64_t of_head = b * a.mask.batch_stride + h * a.mask.head_stride;
     for (int64_t r = 0; r < count; ++r) {
       float* s = t.scores + r * kRow;
       if (a.mask.data != nullptr) {
         a.mask.add(of_head + (first + r) * a.mask.row_stride + from * a.mask.key_stride, keys,
-                   scale, s);
+                   a.scale, s);
       } else if (scaled) {
-        for (int64_t j = 0; j < keys; ++j) s[j] *= scale;
+        for (int64_t j = 0; j < keys; ++j) s[j] *= a.scale;
       }
       const int64_t seen = a.causal ? std::clamp<int64_t>(first + r + 1 - from, 0, keys) : keys;
       for (int64_t j = seen; j < keys; ++j) s[j] = kMasked;
-      soften(s, keys, scaled ? 1.0f : scale, t.most[r], t.total[r], t.shrink[r]);
+      soften(s, keys, scaled ? kLog2E : kLog2E * a.scale, t.most[r], t.total[r], t.shrink[r]);
     }
   });
 }
@@ -166,8 +172,8 @@ void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t f
 // y = shrink y + weights times values.
 void weigh(const Attention& a, const Scratch& t, int64_t count, int64_t from, int64_t keys) {
   const Panels panels = a.values();
-  for (int64_t j = 0; j < keys; j += kWeighed) {
-    const int64_t summed = std::min(kWeighed, keys - j);
+  for (int64_t j = 0; j < keys; j += kPart) {
+    const int64_t summed = std::min(kPart, keys - j);
     const float* values = t.values + (from + j) * a.width();
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);
@@ -267,18 +273,20 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const May
   STD_TORCH_CHECK(k.size(3) == q.size(3), "k: wanted q's size of heads");
   STD_TORCH_CHECK(v.size(2) == k.size(2), "v: wanted as many as keys");
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
-  // As torch's lies: as the queries do, unless the values are of another size.
+  // It lies as torch's does: as the queries do, where torch's own kernel would serve.
+  const bool rows = q_.stride(3) == 1 && k_.stride(3) == 1 && v_.stride(3) == 1;
   const Tensor y =
-      in_huge_pages(v.size(3) == q.size(3) ? torch::stable::empty_like(q)
-                                           : fresh(q, {batch, heads, queries, v.size(3)}));
+      in_huge_pages(rows && v.size(3) == q.size(3) ? torch::stable::empty_like(q)
+                                                   : fresh(q, {batch, heads, queries, v.size(3)}));
   const Mask of_mask = mask_of(mask, q, k.size(2));
   if (y.numel() == 0) return y;
   dispatch_floating(q.scalar_type(), "attention", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    attend_all({heads_of<T>(q), heads_of<T>(k), heads_of<T>(v), of_mask,
-                Target(static_cast<T*>(y.mutable_data_ptr())), y.stride(0), y.stride(1),
-                y.stride(2), heads, queries, k.size(2), float(scale), causal},
-               batch);
+    attend_all(
+        {heads_of<T>(q), heads_of<T>(k), heads_of<T>(v), of_mask,
+         Target(static_cast<T*>(y.mutable_data_ptr())), y.stride(0), y.stride(1), y.stride(2),
+         heads, queries, causal ? std::min(queries, k.size(2)) : k.size(2), float(scale), causal},
+        batch);
   });
   return y;
 }

@@ -9,7 +9,6 @@
 
 namespace dx {
 
-constexpr float kLog2E = 1.442695041f;  // scores are the logarithms of weights, to the base of 2
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Heads [B, H, T, d] of any dtype, whose last stride is 1.
@@ -40,7 +39,7 @@ struct Mask {
   ScalarType dtype = ScalarType::Float;
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
 
-  // s = scale s + the mask of a row's keys from one on, both in powers of two.
+  // s = scale s + the mask of a row's keys from one on.
   DX_INLINE void add(int64_t at, int64_t keys, float scale, float* s) const {
     switch (dtype) {
       case ScalarType::Bool: return add_of<uint8_t>(at, keys, scale, s);
@@ -56,10 +55,10 @@ struct Mask {
     const T* __restrict from = static_cast<const T*>(data) + at;
     if (key_stride == 1) {
 #pragma omp simd
-      for (int64_t j = 0; j < keys; ++j) s[j] = multiply_add(s[j], scale, kLog2E * added(from[j]));
+      for (int64_t j = 0; j < keys; ++j) s[j] = multiply_add(s[j], scale, added(from[j]));
     } else {
       for (int64_t j = 0; j < keys; ++j)
-        s[j] = multiply_add(s[j], scale, kLog2E * added(from[j * key_stride]));
+        s[j] = multiply_add(s[j], scale, added(from[j * key_stride]));
     }
   }
 };

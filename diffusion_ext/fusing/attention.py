@@ -24,7 +24,8 @@ class FusedAttention(StandIn):
     """A module whose calls of F.scaled_dot_product_attention are served by our kernels."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or recorded() or not TIMED:
+        trains = self.training and torch.is_grad_enabled()
+        if trains or torch.compiler.is_compiling() or recorded() or not TIMED:
             return super().forward(*args, **kwargs)
         with _OurAttention():
             return super().forward(*args, **kwargs)
@@ -54,29 +55,34 @@ def answered(
 ) -> Tensor | None:
     """F.scaled_dot_product_attention by our kernels; None where torch's serves, or is to raise."""
     heads = (query, key, value)
-    if dropout_p or enable_gqa or any(type(t) is not Tensor or t.dim() != 4 for t in heads):
+    if dropout_p or enable_gqa or not all(map(_is_plain, heads)):
         return None
     batch, count, _, size = query.shape
     if key.shape[:2] != (batch, count) or value.shape[:3] != key.shape[:3] or key.shape[3] != size:
         return None
     if not (query.dtype == key.dtype == value.dtype and key.is_cpu and value.is_cpu):
         return None
-    if torch.is_autocast_enabled("cpu") or not serves_attention(*heads, attn_mask):
-        return None
     if attn_mask is not None and (is_causal or not _fits(attn_mask, query, key)):
+        return None
+    if torch.is_autocast_enabled("cpu") or not serves_attention(*heads, attn_mask):
         return None
     scale = size**-0.5 if scale is None else float(scale)
     return attention_unchecked(*heads, attn_mask, scale, bool(is_causal))
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether t is four-dimensional and has strides."""
+    return type(t) is Tensor and t.layout is torch.strided and not t.is_nested and t.dim() == 4
+
+
 def _fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether torch takes the mask."""
     dtypes = (torch.bool, torch.float32, query.dtype)
-    if type(mask) is not Tensor or mask.dtype not in dtypes or not mask.is_cpu or mask.dim() < 2:
+    if type(mask) is not Tensor or mask.dtype not in dtypes or not mask.is_cpu:
         return False
     shape = (*query.shape[:3], key.shape[2])
     sizes = zip(mask.shape[::-1], shape[::-1], strict=False)
-    return mask.dim() <= 4 and all(size in (1, of) for size, of in sizes)
+    return mask.dim() in (2, 4) and all(size in (1, of) for size, of in sizes)
 
 
 def fuse_attention(module: nn.Module) -> bool:

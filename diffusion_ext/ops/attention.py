@@ -18,14 +18,18 @@ from .backend import (
     needs_grad,
     register_fake,
     serves_faster,
+    transformed,
 )
+from .memory import memory_available
 
 # Whether it is known where ours gain on torch's: of NEON it is not.
 TIMED = CPU_CAPABILITY in ("avx2", "avx512")
 LARGEST_HEAD = 2048  # that a tile of csrc/cpu/tiles.h holds
-# Ours gain more than laying out the keys takes from so many queries of a head, or one for each of
-# its numbers, and from so many keys on. Measured on a Zen 4, one thread, heads of 8 to 512.
-FEWEST_QUERIES, FEWEST_KEYS = 64, 8
+# Ours gain more than laying out the keys takes from so many keys of a head on, and from so many
+# queries as it has numbers, but at least and at most so many, and of large heads a fourth.
+# Measured on a Zen 4, one thread, heads of 1 to 512.
+FEWEST_KEYS, QUERIES, LARGE = 8, (16, 64), 4
+FREE = 4  # beyond 256 MiB, keys are laid out in at most one part in so many of the free memory
 
 
 def attention(
@@ -52,10 +56,12 @@ def attention(
     in the cache (Rabe & Staats 2021; Dao et al. 2022), half precision is computed in float32, and
     no bit depends on the number of threads or on the rest of the batch. torch's
     scaled_dot_product_attention serves other devices, few queries and calls with gradients, since
-    its backward wants what its own forward keeps.
+    its backward wants what its own forward keeps. A thread lays out the keys and values of a head,
+    in float32; where memory is short, torch's serves too.
 
     Returns: [B, H, Tq, dv] of q's dtype, with the strides of torch's on a CPU: as q lies where
-        dv = d, else contiguous. Raises: TypeError, ValueError.
+        dv = d and the last stride of q, k and v is 1, else contiguous.
+    Raises: TypeError, ValueError.
     """
     _check(q, k, v, mask, scale, causal)
     if q.dim() == 3:
@@ -64,9 +70,13 @@ def attention(
         heads = (t.unsqueeze(1) for t in (q.contiguous(), k, v))
         return attention(*heads, mask, scale, causal).squeeze(1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if mask is not None and mask.dim() < 2:
+        mask = mask.expand(q.shape[2], k.shape[2])
     if serves_attention(q, k, v, mask):
         return attention_unchecked(q, k, v, mask, scale, causal)
-    if current_backend() == "reference" or (mask is not None and causal):
+    # torch's takes no mask beside causal, masks before it scales, and has no forward derivatives.
+    not_torchs = causal and (mask is not None or scale <= 0)
+    if not_torchs or current_backend() == "reference" or transformed():
         return reference.attention(q, k, v, mask, scale, causal)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
@@ -78,13 +88,26 @@ def serves_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bo
     return (
         TIMED
         and q.is_cpu
-        and q.shape[2] >= min(FEWEST_QUERIES, q.shape[3])
-        and k.shape[2] >= FEWEST_KEYS
-        and max(q.shape[3], v.shape[3]) <= LARGEST_HEAD
-        and not (mask is not None and mask.dtype == torch.float64)
+        and not torch.compiler.is_exporting()  # whose sizes may be left open
         and serves_faster(q)
         and not needs_grad(q, k, v, mask)
+        and (mask is None or (mask.dtype != torch.float64 and mask.dim() in (2, 4)))
+        and _gains(q.shape[2], k.shape[2], q.shape[3])
+        and max(q.shape[3], v.shape[3]) <= LARGEST_HEAD
+        and (torch.compiler.is_compiling() or _has_room(k.shape[2] * (q.shape[3] + v.shape[3])))
     )
+
+
+def _gains(queries: int, keys: int, size: int) -> bool:
+    least, most = QUERIES
+    fewest = max(min(max(size, least), most), size // LARGE)
+    return queries >= fewest and keys >= FEWEST_KEYS
+
+
+def _has_room(numbers: int) -> bool:
+    """Whether each thread may lay out so many float32 of a head."""
+    size = 4 * numbers * torch.get_num_threads()
+    return size <= 2**28 or size <= memory_available() // FREE
 
 
 def attention_unchecked(q, k, v, mask, scale: float, causal: bool) -> Tensor:
@@ -136,6 +159,6 @@ def _shown(shape: list) -> str:
 
 @register_fake("attention")
 def _(q, k, v, mask, scale, causal):
-    if v.shape[3] != q.shape[3]:
-        return q.new_empty(*q.shape[:3], v.shape[3])
-    return torch.empty_like(q if q.stride(3) == 1 else q.contiguous())
+    if v.shape[3] == q.shape[3] and all(t.stride(3) == 1 for t in (q, k, v)):
+        return torch.empty_like(q)
+    return q.new_empty(*q.shape[:3], v.shape[3])
