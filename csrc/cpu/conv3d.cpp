@@ -98,12 +98,12 @@ Tensor conv3d(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
   STD_TORCH_CHECK(!residual || same_sizes(residual->sizes(), sizes),
                   "residual: wanted the outputs' shape");
   const Tensor filters = as_contiguous(filters_), y = new_in(x, sizes, Layout::channels_last);
-  const MaybeTensor bias = checked_bias(bias_, channels);
-  const Convolution c{in,
-                      filter,
-                      data_of<float>(filters),
-                      {static_cast<float*>(y.mutable_data_ptr()), channels, data_of<float>(bias),
-                       data_of<float>(residual), float(scale), Act(act)}};
+  const MaybeTensor bias = checked_bias(bias_, channels, x);
+  const Convolution c{
+      in,
+      filter,
+      data_of<float>(filters),
+      {Target(y), channels, data_of<float>(bias), source_of(residual), float(scale), Act(act)}};
   if (winograd)
     convolve_by_winograd(c);
   else

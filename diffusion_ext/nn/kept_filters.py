@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import needs_grad, serves
+from ..ops.backend import NATIVE_DTYPES, needs_grad, serves
 from ..ops.conv2d import CHANNELS, COLUMNS, POINTS, TIMED, serves_conv2d
 from ..ops.conv3x3 import conv3x3
 from ..ops.layouts import convolves_to_channels_last, suggests_channels_last
@@ -48,21 +48,21 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by a
     convolution of ours; None where that is not to be had.
 
-    It is to be had of float32 on a CPU where ours are `TIMED` and torch's result is channels_last:
-    because x is that, or the weight, in which case x is copied. Without gradients filters stay laid
+    It is to be had of NATIVE_DTYPES on a CPU where ours are `TIMED` and torch's result is
+    channels_last: because x is that, or the weight, in which case x is copied. Without gradients filters stay laid
     out between calls, and the work has to be worth a call. With gradients, or where memory is
-    short, it is `conv3x3` that serves, if conv is that and nothing else is asked for.
+    short, it is `conv3x3` that serves, if conv is that and nothing else is asked for, in float32.
     """
     weight = conv._parameters.get("weight")
-    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(conv, weight)
         return None
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
     kept, alone = kept_of(conv), repeat == 1 and not after
     small = kept is not None and alone and kept.gains.get((x.shape, conv.stride)) is False
-    if small and not torch.is_grad_enabled():
-        return None
+    if x.dtype != weight.dtype or (small and not torch.is_grad_enabled()):
+        return None  # of two dtypes torch makes its error
     strides, of_weight = x.stride(), weight.stride()
     if len(strides) != 4 or (strides[1] > strides[3] and of_weight[1] > of_weight[3]):
         return None  # contiguous, as torch's result is then
@@ -77,8 +77,8 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
         return None
     if alone and not _gains(kept, (x.shape, conv.stride)):
         return None
-    if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
-        return None  # torch's sum would lie as the residual does
+    if residual is not None and not _adds_to_channels_last(residual, x):
+        return None
     if not holds_its_numbers(kept, weight):
         forget(conv)  # memory is short
         return _once(conv, x, repeat, after)
@@ -86,9 +86,18 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     return kept.packed(images, bias, repeat, **after)
 
 
+def _adds_to_channels_last(residual: Tensor, x: Tensor) -> bool:
+    """Whether torch's sum of the residual and a channels_last convolution of x has x's dtype and is
+    channels_last: it lies as the residual does."""
+    lies_so = not residual.is_contiguous() and suggests_channels_last(residual)
+    return lies_so and residual.dtype == x.dtype
+
+
 def _once(conv: nn.Conv2d, x: Tensor, repeat: int, after: dict) -> Tensor | None:
     """conv(x) by filters that serve this call alone."""
     if repeat > 1 or after or not is_plain_conv3x3(conv) or x.dim() != 4:
+        return None
+    if x.dtype != torch.float32:
         return None
     if torch.compiler.is_exporting() or not serves(x):  # a program's sizes may be left open
         return None
@@ -109,7 +118,7 @@ def _filters_of(conv: nn.Conv2d, kept, weight: Tensor, strides) -> KeptFilters |
             return None
         return KeptFilters(of, PackedConv2d(weight.detach(), conv.stride, conv.padding))
 
-    return keep(conv, kept, weight, (strides, settings), make)
+    return keep(conv, kept, weight, (strides, weight.dtype, settings), make)
 
 
 def _is_channels_last(kept: KeptFilters, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:

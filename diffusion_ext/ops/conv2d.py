@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import CPU_CAPABILITY, kernel, kernels, register_fake, serves
+from .backend import CPU_CAPABILITY, NATIVE_DTYPES, kernel, kernels, register_fake, serves
 from .group_norm_act import ACTIVATIONS
 
 VECTORISED = CPU_CAPABILITY != "baseline"  # whether the kernels serve at all
@@ -25,9 +25,10 @@ LIKE = CPU_CAPABILITY if TIMED else "avx2"  # whose figures tell Winograd's way 
 
 
 def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve x [B, C, H, W] and a weight: float32 on a CPU with AVX2, AVX-512
-    or NEON, x in channels_last. Exported programs, whose sizes may be open, have torch's."""
-    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
+    """Whether the kernels serve x [B, C, H, W] and a weight: of one of NATIVE_DTYPES on a CPU with
+    AVX2, AVX-512 or NEON, x in channels_last. Exported programs, whose sizes may be open, have
+    torch's."""
+    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and x.dtype in NATIVE_DTYPES):
         return False
     if x.dim() != 4 or torch.compiler.is_exporting():
         return False
@@ -60,14 +61,14 @@ def tiles_of(batch: int, height: int, width: int) -> int:
 
 def winograd_filters(weight: Tensor) -> Tensor:
     """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm, and
-    [K, C, T, 3, 3] as `conv3d` does."""
-    return kernels().conv3x3_filters(weight)
+    [K, C, T, 3, 3] as `conv3d` does: float32 whatever the weight is."""
+    return kernels().conv3x3_filters(weight.float())
 
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
     """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, and
-    [K, C, T, R, S] as `conv3d` does."""
-    return kernels().conv2d_filters(weight, transposed)
+    [K, C, T, R, S] as `conv3d` does: float32 whatever the weight is."""
+    return kernels().conv2d_filters(weight.float(), transposed)
 
 
 def conv2d(
@@ -86,6 +87,8 @@ def conv2d(
 ) -> Tensor:
     """scale·(act(convolution(x beside skip, upsampled) + bias) + residual), without gradients.
 
+    Half precision is computed in float32 and rounded once, at the end.
+
     Args:
         x: [B, C1, H, W], which `serves_conv2d`. skip: [B, C2, H, W] or None, further channels,
             which are read where they lie.
@@ -94,6 +97,8 @@ def conv2d(
         repeat: how many times each pixel is read in both directions: nearest upsampling.
         side: of a transposed convolution's filters, which is its stride; else 1.
         residual: of the outputs' shape, or None. act: one of group_norm_act's.
+
+    All but the filters is of one dtype.
 
     Returns: [B, K, H', W'], channels_last.
     """
