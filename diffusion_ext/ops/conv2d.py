@@ -24,6 +24,21 @@ TIMED = CPU_CAPABILITY in DIRECT
 LIKE = CPU_CAPABILITY if TIMED else "avx2"  # whose figures tell Winograd's way from the direct one
 
 
+def _shares_of_torch() -> dict[torch.dtype, float]:
+    shares, mkldnn = {}, torch.ops.mkldnn
+    if torch.cpu._is_avx512_bf16_supported():
+        shares[torch.bfloat16] = 1 / 16 if torch.cpu._is_amx_tile_supported() else 1 / 2
+    if hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported():
+        shares[torch.float16] = 1 / 2
+    return shares
+
+
+# Half types that the processor multiplies itself -> what part of float32's time torch's products
+# take in them: half of it on a Zen 4, by AVX512_BF16. Ours, which are float32, gain on those by
+# Winograd's algorithm alone. Without such instructions torch's take 2.7 to 20 times float32's.
+SHARES_OF_TORCH = _shares_of_torch()
+
+
 def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels serve x [B, C, H, W] and a weight: of one of NATIVE_DTYPES on a CPU with
     AVX2, AVX-512 or NEON, x in channels_last. Exported programs, whose sizes may be open, have
@@ -41,9 +56,10 @@ def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_is_faster(
-    batch: int, height: int, width: int, channels: int, out_channels: int
+    batch: int, height: int, width: int, channels: int, out_channels: int, share: float = 1
 ) -> bool:
-    """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
+    """Whether it is, than a direct convolution that takes `share` of our direct one's time: of a
+    3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
     if channels % CHANNELS or not VECTORISED:
         return False
     filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
@@ -52,7 +68,7 @@ def winograd_is_faster(
     direct = 9 * filters * (product * batch * height * width + 4 * byte)
     product, byte, lane = WINOGRAD[LIKE]
     winograd = POINTS * filters * (product * tiles + 4 * byte)
-    return winograd + lane * tiles * (channels + out_channels) < direct
+    return winograd + lane * tiles * (channels + out_channels) < share * direct
 
 
 def tiles_of(batch: int, height: int, width: int) -> int:
