@@ -118,12 +118,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_fma") = dx::has_fma;
   m.def(
       "fingerprint",
-      [](uintptr_t address, int64_t filters, int64_t numbers) {
-        return dx::fingerprint(reinterpret_cast<const float*>(address), filters, numbers);
+      [](uintptr_t address, int64_t filters, int64_t numbers, int bytes) {
+        return bytes == 2
+                   ? dx::fingerprint(reinterpret_cast<const uint16_t*>(address), filters, numbers)
+                   : dx::fingerprint(reinterpret_cast<const uint32_t*>(address), filters, numbers);
       },
-      py::arg("address"), py::arg("filters"), py::arg("numbers"),
-      "64 bits of a float32 weight [filters, numbers] at an address: of all of its numbers up to\n"
-      "64 KiB, above of the runs that csrc/cpu/fingerprint.h says.");
+      py::arg("address"), py::arg("filters"), py::arg("numbers"), py::arg("bytes"),
+      "64 bits of a weight [filters, numbers] at an address, of numbers of 4 or 2 bytes: of all "
+      "of\n"
+      "them up to 16384, above of the runs that csrc/cpu/fingerprint.h says.");
   m.def("philox4x32", &philox4x32, py::arg("counters"), py::arg("keys"),
         "Philox4x32-10 of uint32 counters [n, 4] under keys [n, 2]: words [n, 4].");
   m.def("box_muller", &box_muller, py::arg("words"),

@@ -48,10 +48,14 @@ def _whole_float32(monkeypatch):
 def small_work_counts(monkeypatch):
     """The test's network is small; ours serve its convolutions and linear layers nevertheless."""
     from diffusion_ext.nn import kept_filters, kept_filters_3d, kept_linear
+    from diffusion_ext.ops.conv2d import SHARES_OF_TORCH
 
     for module in (kept_filters, kept_filters_3d, kept_linear):
         monkeypatch.setattr(module, "LEAST_SUM", 0)
         monkeypatch.setattr(module, "LEAST_PRODUCTS", 0)
+        monkeypatch.setattr(module, "LEAST_OF_SLOW", 0)
+    for dtype in list(SHARES_OF_TORCH):
+        monkeypatch.delitem(SHARES_OF_TORCH, dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
-// conv2d: convolutions with what precedes and follows them, float32, channels_last, of filters that
-// were laid out before. Here the direct one of any filter and stride, an implicit product of
-// matrices: the rows of the inputs are multiplied where they lie. conv3x3.cpp has the other way.
+// conv2d: convolutions with what precedes and follows them, channels_last, of filters that were
+// laid out before. Here the direct one of any filter and stride, an implicit product of matrices:
+// the rows of the inputs are multiplied where they lie or, of half precision, where a task has
+// widened them, once for all of its filters. conv3x3.cpp has the other way.
 #include "../math/winograd.h"
 #include "convolution.h"
 
@@ -20,8 +21,15 @@ struct Direct : Convolution {
         side(side),
         frames(filter.time.outputs()),
         height(filter.high.outputs()),
-        width(filter.wide.outputs()) {}
+        width(filter.wide.outputs()) {
+    if (is_of_single_pixels()) {
+      height = filter.high.size = in.height *= in.width;
+      width = filter.wide.size = in.width = 1;
+    }
+  }
   int64_t pixels() const { return in.batch * frames * height * width; }
+  // Of a row of the tensors.
+  int64_t row() const { return in.width / in.repeat; }
   int64_t columns() const { return side * side * column_blocks(out.channels); }
 
   // Where in y the outputs of a pixel lie that the column block belongs to.
@@ -31,30 +39,82 @@ struct Direct : Convolution {
     const int64_t row = pixel / width * side + place / side, column = pixel % width * side;
     return row * width * side + column + place % side;
   }
+
+  // The rows of the tensors, counted through all frames, from the first that `count` outputs from
+  // `first` on see in frame `tap` of their filters to beyond the last.
+  std::pair<int64_t, int64_t> rows_seen(int64_t first, int64_t count, int64_t tap) const {
+    return {row_seen(first, tap, 0, 0),
+            row_seen(first + count - 1, tap, filter.high.taps - 1, in.height - 1) + 1};
+  }
+
+ private:
+  // Then images are one column of pixels, so that of no row more is widened than a task sees.
+  bool is_of_single_pixels() const {
+    const auto single = [](const Axis& a) {
+      return a.taps == 1 && a.stride == 1 && a.padding == 0;
+    };
+    return side == 1 && in.repeat == 1 && single(filter.time) && single(filter.high) &&
+           single(filter.wide);
+  }
+
+  // The row under place (tap, tap_row) of an output's filter, or the nearest one: of a frame that
+  // is outside, row `outside` of the nearest frame.
+  int64_t row_seen(int64_t output, int64_t tap, int64_t tap_row, int64_t outside) const {
+    const int64_t frame = output / (height * width);
+    const int64_t t = filter.time.first(frame % frames) + tap;
+    const int64_t h = filter.high.first(output / width % height) + tap_row;
+    const int64_t near_t = std::clamp<int64_t>(t, 0, in.frames - 1);
+    const int64_t near_h = t == near_t ? std::clamp<int64_t>(h, 0, in.height - 1) : outside;
+    return ((frame / frames * in.frames + near_t) * in.height + near_h) / in.repeat;
+  }
 };
 
-// table [taps, parts, kPixels]: where the inputs of `count` outputs from `first` on begin.
-void find_inputs(const Direct& c, int64_t first, int64_t count, const float* zeros,
+// table [taps, parts, kPixels]: where the inputs of `count` outputs from `first` on begin. wide:
+// room for the rows that they are in, of each frame of the filters, where they are widened.
+void find_inputs(const Direct& c, int64_t first, int64_t count, const float* zeros, float* wide,
                  const float** table) {
   const Filter& f = c.filter;
   const int64_t parts = c.in.count();
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t pixel = first + n, frame = pixel / (c.height * c.width), b = frame / c.frames;
-    const int64_t before = f.time.first(frame % c.frames);
-    const int64_t top = f.high.first(pixel / c.width % c.height);
-    const int64_t left = f.wide.first(pixel % c.width);
-    const float** of_tap = table + n;
-    for (int64_t t = 0; t < f.time.taps; ++t)
+  for (int64_t t = 0; t < f.time.taps; ++t, table += f.high.taps * f.wide.taps * parts * kPixels) {
+    const auto [row, end] = c.rows_seen(first, count, t);
+    const int64_t seen = row * c.row();
+    const float* views[2];
+    for (int64_t p = 0; p < parts; ++p) {
+      views[p] = c.in.parts[p].view(seen, (end - row) * c.row(), wide);
+      wide += (end - row) * c.row() * c.in.parts[p].channels;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t pixel = first + n, frame = pixel / (c.height * c.width), b = frame / c.frames;
+      const int64_t time = f.time.first(frame % c.frames) + t;
+      const int64_t top = f.high.first(pixel / c.width % c.height);
+      const int64_t left = f.wide.first(pixel % c.width);
+      const float** of_tap = table + n;
       for (int64_t i = 0; i < f.high.taps; ++i)
         for (int64_t j = 0; j < f.wide.taps; ++j) {
-          const int64_t from = c.in.pixel(b, before + t, top + i, left + j);
+          const int64_t from = c.in.pixel(b, time, top + i, left + j);
           for (int64_t p = 0; p < parts; ++p, of_tap += kPixels)
-            *of_tap = from < 0 ? zeros : c.in.parts[p].data + from * c.in.parts[p].channels;
+            *of_tap = from < 0 ? zeros : views[p] + (from - seen) * c.in.parts[p].channels;
         }
+    }
   }
 }
 
-// scratch: the table, C zeros and sums [kPixels, 32].
+// Numbers that a task widens, at the most.
+int64_t wide_size(const Direct& c, const Grid& grid) {
+  if (c.in.in_place()) return 0;
+  int64_t most = 0;
+  for (int64_t task = 0; task < grid.tasks; task += grid.groups) {
+    int64_t rows = 0;
+    for (int64_t t = 0; t < c.filter.time.taps; ++t) {
+      const auto [row, end] = c.rows_seen(grid.first(task), grid.count(task), t);
+      rows += end - row;
+    }
+    most = std::max(most, rows);
+  }
+  return most * c.row() * c.in.channels();
+}
+
+// scratch: the table, sums [kPixels, 32], C zeros, and what is widened.
 int64_t table_size(const Direct& c) {
   return c.filter.taps() * c.in.count() * kPixels * (sizeof(const float*) / sizeof(float));
 }
@@ -67,7 +127,7 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
   float *sums = scratch + table_size(c), *zeros = sums + kPixels * kColumns;
   const int64_t first = grid.first(task), count = grid.count(task), parts = c.in.count();
   std::fill_n(zeros, c.in.channels(), 0.0f);
-  find_inputs(c, first, count, zeros, table);
+  find_inputs(c, first, count, zeros, zeros + c.in.channels(), table);
   const Products products{table,
                           kPixels,
                           c.filter.taps() * parts,
@@ -82,9 +142,10 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
       dispatch_act(c.out.act, [&](auto act) DX_KERNEL {
         float bias[kColumns];
         copy_columns(c.out.bias, c.out.channels, k, bias);
-        for (int64_t n = 0; n < count; ++n)
-          write_columns<decltype(act)::value>(c.out, c.output(first + n, block), k,
-                                              sums + n * kColumns, bias);
+        const int64_t together = c.side == 1 ? count : 1;  // pixels of y
+        for (int64_t n = 0; n < count; n += together)
+          write_pixels<decltype(act)::value>(c.out, c.output(first + n, block), together, k,
+                                             sums + n * kColumns, bias);
       });
     });
   }
@@ -144,7 +205,7 @@ void convolve_directly(const Convolution& convolution, int64_t side) {
   const Direct c(convolution, side);
   if (c.pixels() == 0 || c.out.channels == 0) return;
   const Grid grid(c.pixels(), kPixels, c.columns());
-  for_each_with_scratch(grid.tasks, scratch_size(c),
+  for_each_with_scratch(grid.tasks, scratch_size(c) + wide_size(c, grid),
                         [&](int64_t task, float* scratch) { convolve(c, grid, task, scratch); });
 }
 
@@ -164,6 +225,8 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
                       repeat > 0 && side > 0 && channels >= 0,
                   "conv2d: wanted positive numbers");
   check_images("skip", skip, x.size(0), x.size(2), x.size(3));
+  if (skip) check_same_kind("skip", *skip, x);
+  if (residual) check_same_kind("residual", *residual, x);
   const Inputs in(x, skip, repeat);
   const bool winograd = filters_.dim() == 4;
   STD_TORCH_CHECK(winograd || filters_.dim() == 5, "filters: wanted what conv2d_filters made");
@@ -187,13 +250,9 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
                   " channels");
   const Tensor filters = as_contiguous(filters_);
   const Tensor y = new_images(x, x.size(0), channels, height * side, width * side);
-  const MaybeTensor bias = checked_bias(bias_, channels);
-  const Outputs out{static_cast<float*>(y.mutable_data_ptr()),
-                    channels,
-                    data_of<float>(bias),
-                    data_of<float>(residual),
-                    float(scale),
-                    Act(act)};
+  const MaybeTensor bias = checked_bias(bias_, channels, x);
+  const Outputs out{Target(y),           channels,     data_of<float>(bias),
+                    source_of(residual), float(scale), Act(act)};
   const Convolution c{in, filter, data_of<float>(filters), out};
   if (winograd) {
     check_lanes("x", x);

@@ -1,5 +1,5 @@
-// conv3d: convolutions of images that move, float32, of filters that were laid out before, by the
-// ways of conv2d.cpp and conv3x3.cpp. Those want channels_last_3d, [B, T, H, W, C]; what lies
+// conv3d: convolutions of images that move, of filters that were laid out before, by the ways of
+// conv2d.cpp and conv3x3.cpp. Those want channels_last_3d, [B, T, H, W, C]; what lies
 // otherwise is transposed on the way in, and on the way out where that is asked for.
 #include "../math/winograd.h"
 #include "convolution.h"
@@ -12,12 +12,12 @@ enum class To { pixels, planes };
 // Pixels [B, P, C] from planes [B, C, P], or these from those. Of 16 channels and 64 pixels at a
 // time, through a square beside them: lines a power of two apart, as planes often are, drive each
 // other out of the first-level cache before all of a line is used.
-template <To to>
-void transpose(int64_t batch, int64_t channels, int64_t pixels, const float* from, float* result) {
+template <To to, class T>
+void transpose(int64_t batch, int64_t channels, int64_t pixels, const T* from, T* result) {
   constexpr int64_t high = 64, wide = 16;
   const int64_t down = ceil_div(pixels, high), of_image = down * ceil_div(channels, wide);
   share_work(batch * of_image, 16, [=](int64_t begin, int64_t end) {
-    float square[high][wide];
+    T square[high][wide];
     for (int64_t n = begin; n < end; ++n) {
       const int64_t p = n % down * high, c = n % of_image / down * wide;
       const int64_t rows = std::min(high, pixels - p), columns = std::min(wide, channels - c);
@@ -42,24 +42,24 @@ Tensor new_in(const Tensor& like, IntHeaderOnlyArrayRef sizes, Layout layout) {
   return in_huge_pages(fresh_strided(like, sizes, strides_in(sizes, layout), dtype_of(like)));
 }
 
-int64_t pixels_in(const Tensor& t) { return t.size(2) * t.size(3) * t.size(4); }
+// `from` [B, C, T, H, W] in the other layout.
+template <To to>
+Tensor transposed(const Tensor& from) {
+  const Tensor result =
+      new_in(from, from.sizes(), to == To::pixels ? Layout::channels_last : Layout::contiguous);
+  dispatch_floating(from.scalar_type(), "conv3d", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    transpose<to>(from.size(0), from.size(1), from.size(2) * from.size(3) * from.size(4),
+                  data_of<T>(from), static_cast<T*>(result.mutable_data_ptr()));
+  });
+  return result;
+}
 
 // x [B, C, T, H, W] as [B, T, H, W, C].
 Tensor moving_pixels_of(const char* name, const Tensor& x) {
-  check_float32(name, x);
+  check_floating(name, x);
   STD_TORCH_CHECK(x.dim() == 5, name, ": wanted shape [B, C, T, H, W]");
-  if (fits(x, Layout::channels_last)) return x;
-  const Tensor planes = as_contiguous(x), pixels = new_in(x, x.sizes(), Layout::channels_last);
-  transpose<To::pixels>(x.size(0), x.size(1), pixels_in(x), data_of<float>(planes),
-                        static_cast<float*>(pixels.mutable_data_ptr()));
-  return pixels;
-}
-
-Tensor contiguous_of(const Tensor& pixels) {
-  const Tensor planes = new_in(pixels, pixels.sizes(), Layout::contiguous);
-  transpose<To::planes>(pixels.size(0), pixels.size(1), pixels_in(pixels), data_of<float>(pixels),
-                        static_cast<float*>(planes.mutable_data_ptr()));
-  return planes;
+  return fits(x, Layout::channels_last) ? x : transposed<To::pixels>(as_contiguous(x));
 }
 
 Tensor conv3d(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_,
@@ -95,20 +95,21 @@ Tensor conv3d(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
                       filter.wide.outputs()};
   const MaybeTensor residual =
       map(residual_, [](const Tensor& t) { return moving_pixels_of("residual", t); });
+  if (residual) check_same_kind("residual", *residual, x);
   STD_TORCH_CHECK(!residual || same_sizes(residual->sizes(), sizes),
                   "residual: wanted the outputs' shape");
   const Tensor filters = as_contiguous(filters_), y = new_in(x, sizes, Layout::channels_last);
-  const MaybeTensor bias = checked_bias(bias_, channels);
-  const Convolution c{in,
-                      filter,
-                      data_of<float>(filters),
-                      {static_cast<float*>(y.mutable_data_ptr()), channels, data_of<float>(bias),
-                       data_of<float>(residual), float(scale), Act(act)}};
+  const MaybeTensor bias = checked_bias(bias_, channels, x);
+  const Convolution c{
+      in,
+      filter,
+      data_of<float>(filters),
+      {Target(y), channels, data_of<float>(bias), source_of(residual), float(scale), Act(act)}};
   if (winograd)
     convolve_by_winograd(c);
   else
     convolve_directly(c);
-  return contiguous ? contiguous_of(y) : y;
+  return contiguous ? transposed<To::planes>(y) : y;
 }
 
 }  // namespace

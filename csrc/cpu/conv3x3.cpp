@@ -1,5 +1,6 @@
-// 3x3 convolutions of stride 1, and those of several frames of 3x3, float32, channels_last, by
-// Winograd's F(4x4, 3x3) (math/winograd.h): a quarter of the multiplications.
+// 3x3 convolutions of stride 1, and those of several frames of 3x3, channels_last, by Winograd's
+// F(4x4, 3x3) (math/winograd.h): a quarter of the multiplications. Half precision is widened as it
+// is read, and all sums are float32.
 //
 // A block of tiles is transformed into 36 matrices [tiles, C], each multiplied with its matrix of
 // the filters [C, K], 32 columns at a time, and transformed back, all within the second-level
@@ -26,11 +27,13 @@ struct Winograd : Convolution {
         most(most_transforms()) {}
 
   int64_t point() const { return point_stride(channels, most); }
-  // v [36, most, C], m [36, kTiles, 32], C zeros and the rows [frames, kTiles] of v.
+  // v [36, most, C], m [36, kTiles, 32], C zeros, a tile's pixels where they are widened, and the
+  // rows [frames, kTiles] of v.
   int64_t scratch_size() const {
-    return kPoints * (point() + point_stride(kColumns)) + channels +
+    return kPoints * (point() + point_stride(kColumns)) + channels + wide_size() +
            filter.time.taps * kTiles * (sizeof(const float*) / sizeof(float));
   }
+  int64_t wide_size() const { return in.in_place() ? 0 : kTileIn * kTileIn * channels; }
 
  private:
   // Each place whose tiles are in a block, two of them only in part, needs its tiles' frames and
@@ -45,8 +48,8 @@ struct Winograd : Convolution {
 };
 
 // What the tiles from `first` on see, to v; rows [frames, kTiles]: where in v that is.
-void transform_inputs(const Winograd& c, int64_t first, int64_t count, const float* zeros, float* v,
-                      const float** rows) {
+void transform_inputs(const Winograd& c, int64_t first, int64_t count, const float* zeros,
+                      float* wide, float* v, const float** rows) {
   const Axis& time = c.filter.time;
   int64_t used = 0;
   if (time.padding > 0) {
@@ -56,7 +59,7 @@ void transform_inputs(const Winograd& c, int64_t first, int64_t count, const flo
   on_best_isa([&]() DX_KERNEL {
     int64_t end = 0;  // of the frames of this place that are in v
     for (int64_t n = 0; n < count; ++n) {
-      const Tile tile(c.tiles, first + n);
+      const ImageTile tile(c.tiles, first + n);
       if (tile.t == 0) end = 0;
       for (int64_t f = 0; f < time.taps; ++f) {
         const int64_t t = time.first(tile.t) + f;
@@ -69,8 +72,8 @@ void transform_inputs(const Winograd& c, int64_t first, int64_t count, const flo
           float* of_part = v + used++ * c.channels;
           for (int64_t p = 0; p < c.in.count(); ++p) {
             const Part& part = c.in.parts[p];
-            transform_input(c.in, c.filter, tile, t, {part.data, part.channels, 0, part.channels},
-                            zeros, of_part, c.point());
+            transform_input(c.in, c.filter, tile, t, {part, 0, part.channels}, zeros, wide, of_part,
+                            c.point());
             of_part += part.channels;
           }
           end = t + 1;
@@ -83,7 +86,7 @@ void transform_inputs(const Winograd& c, int64_t first, int64_t count, const flo
 
 // act(A^T m A + bias) of a tile, from m [36, kTiles, 32], to channels k, k + 1, ... of y.
 template <Act act>
-DX_INLINE void transform_output(const Winograd& c, const Tile& tile, const float* m, int64_t k,
+DX_INLINE void transform_output(const Winograd& c, const ImageTile& tile, const float* m, int64_t k,
                                 const float* bias) {
   alignas(64) float sums[kTileOut][kTileOut][kColumns];
   transform<kTileIn, kTileOut, kColumns, float>(
@@ -95,18 +98,18 @@ DX_INLINE void transform_output(const Winograd& c, const Tile& tile, const float
   const int64_t wide = std::min<int64_t>(kTileOut, c.width - tile.column);
   const int64_t frame = tile.b * c.frames + tile.t;
   for (int64_t i = 0; i < high; ++i)
-    for (int64_t j = 0; j < wide; ++j)
-      write_columns<act>(c.out, (frame * c.height + tile.row + i) * c.width + tile.column + j, k,
-                         sums[i][j], bias);
+    write_pixels<act>(c.out, (frame * c.height + tile.row + i) * c.width + tile.column, wide, k,
+                      sums[i][0], bias);
 }
 
 // The three parts are compiled apart, which leaves each the registers that it needs.
 void convolve(const Winograd& c, const Grid& grid, int64_t task, float* v) {
   const int64_t first = grid.first(task), count = grid.count(task), frames = c.filter.time.taps;
   float *m = v + kPoints * c.point(), *zeros = m + kPoints * point_stride(kColumns);
-  const float** rows = reinterpret_cast<const float**>(zeros + c.channels);
+  float* wide = zeros + c.channels;
+  const float** rows = reinterpret_cast<const float**>(wide + c.wide_size());
   std::fill_n(zeros, c.channels, 0.0f);
-  transform_inputs(c, first, count, zeros, v, rows);
+  transform_inputs(c, first, count, zeros, wide, v, rows);
   const int64_t numbers = frames * c.channels;
   for (int64_t block = grid.first_column(task); block < grid.end_column(task); ++block) {
     const float* u = c.filters + block * kPoints * numbers * kColumns;
@@ -119,7 +122,7 @@ void convolve(const Winograd& c, const Grid& grid, int64_t task, float* v) {
         float bias[kColumns];
         copy_columns(c.out.bias, c.out.channels, block * kColumns, bias);
         for (int64_t t = 0; t < count; ++t)
-          transform_output<decltype(act)::value>(c, Tile(c.tiles, first + t), m + t * kColumns,
+          transform_output<decltype(act)::value>(c, ImageTile(c.tiles, first + t), m + t * kColumns,
                                                  block * kColumns, bias);
       });
     });
@@ -202,21 +205,21 @@ Tensor conv3x3_filters(const Tensor& weight) {
 Tensor conv3x3_once(const Tensor& x_, const Tensor& weight, const MaybeTensor& bias_,
                     bool transposed) {
   const Tensor x = pixels_of("x", x_);
-  check_lanes("x", x);
+  check_float32("x", x), check_lanes("x", x);
   STD_TORCH_CHECK(is_3x3(weight, 4), "weight: wanted shape [K, C, 3, 3]");
   const Weight w(weight, transposed);
   STD_TORCH_CHECK(w.in == x.size(1), "weight: wanted x's ", x.size(1), " channels, got ", w.in);
   const Tensor y = new_images(x, x.size(0), w.out, x.size(2), x.size(3));
-  const MaybeTensor bias = checked_bias(bias_, w.out);
+  const MaybeTensor bias = checked_bias(bias_, w.out, x);
   const std::unique_ptr<float[]> filters(
       new float[column_blocks(w.out) * kPoints * w.in * kColumns]);
   transform_all(w, filters.get());
   const Inputs in(x);
-  convolve_by_winograd({in,
-                        filter_3x3(in),
-                        filters.get(),
-                        {static_cast<float*>(y.mutable_data_ptr()), w.out, data_of<float>(bias),
-                         nullptr, 1.0f, Act::identity}});
+  convolve_by_winograd(
+      {in,
+       filter_3x3(in),
+       filters.get(),
+       {Target(y), w.out, data_of<float>(bias), std::nullopt, 1.0f, Act::identity}});
   return y;
 }
 

@@ -66,14 +66,15 @@ void add_block(const Gradient& g, int64_t first, int64_t count, const float* zer
   const Tiles tiles = g.tiles();
   on_best_isa([&]() DX_KERNEL {
     for (int64_t t = 0; t < count; ++t)
-      transform_input(g.images, g.filter, Tile(tiles, first + t), 0, g.x, zeros, v + t * channels,
-                      point_stride(channels));
+      transform_input(g.images, g.filter, ImageTile(tiles, first + t), 0, g.x, zeros, nullptr,
+                      v + t * channels, point_stride(channels));
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t t = 0; t < count; ++t)
-      transform_pixels<kTileOut>(
-          [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
-          Tile(tiles, first + t), g.dy, zeros, m + t * columns, point_stride(columns));
+      transform_pixels<kTileOut>([](const auto& dy, auto& p)
+                                     DX_KERNEL { winograd_output_gradient(dy, p); },
+                                 g.images, ImageTile(tiles, first + t), g.dy, zeros, nullptr,
+                                 m + t * columns, point_stride(columns));
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t p = 0; p < kPoints; ++p) {
@@ -144,7 +145,7 @@ void run_all(const Gradient& g, const Filters& dweight) {
 // As weight [K, C, 3, 3] lies, from x [B, C, H, W] and dy [B, K, H, W].
 Tensor conv3x3_weight_gradient(const Tensor& x_, const Tensor& dy_, const Tensor& weight) {
   const Tensor x = pixels_of("x", x_), dy = pixels_of("dy", dy_);
-  check_float32("weight", weight);
+  check_float32("x", x), check_float32("dy", dy), check_float32("weight", weight);
   check_lanes("x", x), check_lanes("dy", dy);
   const Inputs images(x);
   const int64_t in = x.size(1), out = dy.size(1);
@@ -156,10 +157,7 @@ Tensor conv3x3_weight_gradient(const Tensor& x_, const Tensor& dy_, const Tensor
                   "weight: wanted shape [", out, ", ", in, ", 3, 3]");
   const Tensor dweight = fresh_like(weight);
   if (in > 0)
-    run_all({images,
-             filter_3x3(images),
-             {data_of<float>(x), in, 0, in},
-             {data_of<float>(dy), out, 0, out}},
+    run_all({images, filter_3x3(images), {{Source(x), in}, 0, in}, {{Source(dy), out}, 0, out}},
             Filters(dweight));
   return dweight;
 }

@@ -17,6 +17,7 @@
 #include "products.h"
 #include "simd.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace dx {
 
@@ -27,8 +28,13 @@ inline int64_t column_blocks(int64_t channels) { return ceil_div(channels, kColu
 
 // Images [B, T, H, W, channels], of T = 1 frame where they do not move.
 struct Part {
-  const float* data = nullptr;
-  int64_t channels = 0;
+  Source data;
+  int64_t channels;
+
+  // Neighbouring pixels as float32: where they lie or, of half precision, widened in the buffer.
+  DX_INLINE const float* view(int64_t first, int64_t count, float* buffer) const {
+    return data.view({first * channels, 0, 1, count * channels}, buffer).at;
+  }
 };
 
 // Images as the filters see them: of one tensor or two, whose channels follow one another, each
@@ -38,14 +44,14 @@ struct Inputs {
   int64_t batch, frames, height, width, repeat;
 
   explicit Inputs(const Tensor& x, const MaybeTensor& skip = std::nullopt, int64_t repeat = 1)
-      : batch(x.size(0)),
+      : parts{{Source(x), x.size(1)}, {Source(skip ? *skip : x), skip ? skip->size(1) : 0}},
+        batch(x.size(0)),
         frames(x.dim() == 5 ? x.size(2) : 1),
         height(x.size(x.dim() - 2) * repeat),
         width(x.size(x.dim() - 1) * repeat),
-        repeat(repeat) {
-    parts[0] = {data_of<float>(x), x.size(1)};
-    if (skip) parts[1] = {data_of<float>(*skip), skip->size(1)};
-  }
+        repeat(repeat) {}
+  // Whether kernels read the tensors themselves, which are float32.
+  bool in_place() const { return parts[0].data.in_place(); }
   int64_t channels() const { return parts[0].channels + parts[1].channels; }
   int64_t count() const { return parts[1].channels > 0 ? 2 : 1; }
 
@@ -61,7 +67,7 @@ struct Inputs {
 // The filters' way over the images in one direction, in which these are `size` pixels long.
 struct Axis {
   int64_t size, taps = 1, stride = 1, padding = 0;
-  bool fits() const { return size + 2 * padding >= taps; }
+  bool fits() const { return size > 0 && size + 2 * padding >= taps; }
   int64_t outputs() const { return (size + 2 * padding - taps) / stride + 1; }
   // The first place that an output sees.
   DX_INLINE int64_t first(int64_t output) const { return output * stride - padding; }
@@ -81,43 +87,56 @@ DX_INLINE void copy_columns(const float* from, int64_t channels, int64_t k, floa
   if (from != nullptr) std::copy_n(from + k, std::min<int64_t>(kColumns, channels - k), to);
 }
 
-// y = scale (act(sum + bias) + residual), [B, T, H, W, channels].
+// y = scale (act(sum + bias) + residual), [B, T, H, W, channels], rounded once.
 struct Outputs {
-  float* y;
+  Target y;
   int64_t channels;
   const float* bias;
-  const float* residual;
+  std::optional<Source> residual;
   float scale;
   Act act;
 };
 
-// Channels k, k + 1, ... of a pixel, from their sums.
+// Channels of a pixel, from their sums.
 template <Act act, class Count>
-DX_INLINE void write(const Outputs& out, int64_t pixel, int64_t k, Count count,
-                     const float* __restrict sums, const float* __restrict bias) {
-  const int64_t at = pixel * out.channels + k;
-  float* __restrict y = out.y + at;
-  const float scale = out.scale;
+DX_INLINE void write(Count count, float scale, const float* __restrict sums,
+                     const float* __restrict bias, const float* __restrict residual,
+                     float* __restrict y) {
   float derivative;
-  if (out.residual == nullptr) {
+  if (residual == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) y[i] = scale * activate<act>(sums[i] + bias[i], derivative);
   } else {
-    const float* __restrict residual = out.residual + at;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
       y[i] = scale * (activate<act>(sums[i] + bias[i], derivative) + residual[i]);
   }
 }
 
-// The same of up to kColumns channels: all that there are.
+// Channels k, k + 1, ..., up to kColumns of them, of `count` neighbouring pixels, from their sums
+// [count, 32].
 template <Act act>
-DX_INLINE void write_columns(const Outputs& out, int64_t pixel, int64_t k, const float* sums,
-                             const float* bias) {
-  if (k + kColumns <= out.channels)
-    write<act>(out, pixel, k, std::integral_constant<int64_t, kColumns>(), sums, bias);
-  else
-    write<act>(out, pixel, k, out.channels - k, sums, bias);
+DX_INLINE void write_pixels(const Outputs& out, int64_t first, int64_t count, int64_t k,
+                            const float* sums, const float* bias) {
+  constexpr int64_t most = kTileElements / kColumns;
+  TileBuffer of_y, of_residual;
+  const int64_t columns = std::min<int64_t>(kColumns, out.channels - k);
+  for (int64_t n = 0; n < count; n += most) {
+    const Place place{(first + n) * out.channels + k, out.channels, std::min(most, count - n),
+                      columns};
+    const Tile<float> y = out.y.place(place, of_y);
+    Tile<const float> residual{nullptr, 0};
+    if (out.residual) residual = out.residual->view(place, of_residual);
+    for (int64_t r = 0; r < place.rows; ++r) {
+      const float *from = sums + (n + r) * kColumns, *added = residual.at + r * residual.stride;
+      float* to = y.at + r * y.stride;
+      if (columns == kColumns)
+        write<act>(std::integral_constant<int64_t, kColumns>(), out.scale, from, bias, added, to);
+      else
+        write<act>(columns, out.scale, from, bias, added, to);
+    }
+    out.y.keep(y, place);
+  }
 }
 
 // --- threads -------------------------------------------------------------------------------------
@@ -187,9 +206,17 @@ inline void check_float32(const char* name, const Tensor& t) {
                   ": wanted float32 on the CPU");
 }
 
+// Of float32, float16 or bfloat16.
+inline void check_floating(const char* name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(t.is_cpu() && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                                 dtype == ScalarType::BFloat16),
+                  name, ": wanted float32, float16 or bfloat16 on the CPU");
+}
+
 // x [B, C, H, W] as [B, H, W, C].
 inline Tensor pixels_of(const char* name, const Tensor& x) {
-  check_float32(name, x);
+  check_floating(name, x);
   STD_TORCH_CHECK(x.dim() == 4, name, ": wanted shape [B, C, H, W]");
   return fits(x, Layout::channels_last)
              ? x
@@ -203,12 +230,21 @@ inline void check_lanes(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.size(1) % kLanes == 0, name, ": wanted channels in multiples of ", kLanes);
 }
 
-inline MaybeTensor checked_bias(const MaybeTensor& bias, int64_t channels) {
+// As float32, of x's dtype.
+inline MaybeTensor checked_bias(const MaybeTensor& bias, int64_t channels, const Tensor& x) {
   if (!bias) return bias;
-  check_float32("bias", *bias);
+  check_same_kind("bias", *bias, x);
   STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == channels, "bias: wanted shape [", channels,
                   "]");
-  return as_contiguous(*bias);
+  const Tensor dense = as_contiguous(*bias);
+  if (dense.scalar_type() == ScalarType::Float) return dense;
+  const Tensor wide = fresh(dense, dense.sizes(), aoti_torch_dtype_float32());
+  Source(dense).view({0, 0, 1, channels}, static_cast<float*>(wide.mutable_data_ptr()));
+  return wide;
+}
+
+inline std::optional<Source> source_of(const MaybeTensor& t) {
+  return t ? std::optional(Source(*t)) : std::nullopt;
 }
 
 // [B, channels, height, width], channels_last.

@@ -17,12 +17,13 @@ constexpr uint64_t kMixing = 0x9E3779B97F4A7C15;
 
 // A hash of runs, in as many lanes of 32 bits as a run has numbers. The shift brings the sign bits,
 // which a product leaves where they are, down among the others.
+template <class Bits>
 class RunHash {
  public:
-  DX_INLINE void add(const float* run) {
+  DX_INLINE void add(const Bits* run) {
 #pragma omp simd
     for (int64_t l = 0; l < kRun; ++l) {
-      uint32_t bits;
+      Bits bits;
       std::memcpy(&bits, run + l, sizeof bits);
       const uint32_t product = (lanes_[l] ^ bits) * 0x9E3779B1u;
       lanes_[l] = product ^ product >> 15;
@@ -38,13 +39,14 @@ class RunHash {
   uint32_t lanes_[kRun] = {};
 };
 
-uint64_t hash_of_all(const float* data, int64_t count) {
-  RunHash hash;
+template <class Bits>
+uint64_t hash_of_all(const Bits* data, int64_t count) {
+  RunHash<Bits> hash;
   on_best_isa([&]() DX_KERNEL {
-    RunHash runs;
+    RunHash<Bits> runs;
     const int64_t whole = count / kRun * kRun;
     for (int64_t i = 0; i < whole; i += kRun) runs.add(data + i);
-    float rest[kRun] = {};
+    Bits rest[kRun] = {};
     std::copy(data + whole, data + count, rest);
     runs.add(rest);
     hash = runs;
@@ -54,20 +56,21 @@ uint64_t hash_of_all(const float* data, int64_t count) {
 
 // Of the sampled runs of some filters. They lie far apart, and would come one by one from memory if
 // they were not asked for ahead.
-uint64_t hash_of_filters(const float* data, const Sampling& sampling, int64_t first, int64_t last) {
-  RunHash hash;
+template <class Bits>
+uint64_t hash_of_filters(const Bits* data, const Sampling& sampling, int64_t first, int64_t last) {
+  RunHash<Bits> hash;
   on_best_isa([&]() DX_KERNEL {
-    RunHash runs;
-    const float* asked[kAhead];
+    RunHash<Bits> runs;
+    const Bits* asked[kAhead];
     std::fill_n(asked, kAhead, data);
     int64_t i = 0;
     sampling.for_each_run(first, last, [&](int64_t begin) DX_KERNEL {
-      const float*& run = asked[i++ % kAhead];
+      const Bits*& run = asked[i++ % kAhead];
       runs.add(run);
       run = data + begin;
       prefetch(run, kRun);
     });
-    for (const float* run : asked) runs.add(run);
+    for (const Bits* run : asked) runs.add(run);
     hash = runs;
   });
   return hash.value();
@@ -75,7 +78,8 @@ uint64_t hash_of_filters(const float* data, const Sampling& sampling, int64_t fi
 
 }  // namespace
 
-uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers) {
+template <class Bits>
+uint64_t fingerprint(const Bits* data, int64_t filters, int64_t numbers) {
   if (filters * numbers == 0) return 0;
   const Sampling sampling(filters, numbers);
   if (sampling.all()) return hash_of_all(data, filters * numbers);
@@ -89,5 +93,8 @@ uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers) {
   for (const uint64_t part : parts) total = (total ^ part) * kMixing ^ total >> 29;
   return total;
 }
+
+template uint64_t fingerprint(const uint32_t*, int64_t, int64_t);
+template uint64_t fingerprint(const uint16_t*, int64_t, int64_t);
 
 }  // namespace dx

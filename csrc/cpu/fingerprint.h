@@ -11,10 +11,12 @@
 namespace dx {
 
 // A hash of a weight's numbers [filters, numbers], dense, as they lie in memory: of those that
-// Sampling reads. The same on any number of threads and any instruction set.
-uint64_t fingerprint(const float* data, int64_t filters, int64_t numbers);
+// Sampling reads, as their bits. The same on any number of threads and any instruction set.
+// Bits: uint32_t of float32, uint16_t of half precision.
+template <class Bits>
+uint64_t fingerprint(const Bits* data, int64_t filters, int64_t numbers);
 
-// Which runs of 64 neighbouring numbers are read: all of a weight of 64 KiB, and of a larger one
+// Which runs of 64 neighbouring numbers are read: all of a weight of 16384, and of a larger one
 // `taken` of each filter's, at least one in 32. Single cache lines, of 16 numbers, would be read no
 // faster: what takes the time is to find a page.
 //

@@ -1,6 +1,6 @@
 // linear: act(x W^T + b) of rows that are read where they lie, with the step of a network that
-// would read the result next: a residual that is added, or a feed-forward's gate. float32, of
-// filters that conv2d_filters laid out.
+// would read the result next: a residual that is added, or a feed-forward's gate. Of filters that
+// conv2d_filters laid out. Rows of half precision are widened by each task, once for all filters.
 #include "convolution.h"
 
 namespace dx {
@@ -14,12 +14,12 @@ constexpr int64_t kChunk = 24;
 
 // x [*, C] of any strides, of which the last is 1.
 struct Rows {
-  const float* data;
+  Source data;
   int64_t count, channels;
   std::vector<int64_t> sizes, strides;  // of all dimensions but the last
 
   explicit Rows(const Tensor& x)
-      : data(data_of<float>(x)),
+      : data(x),
         count(1),
         channels(x.size(-1)),
         sizes(x.sizes().begin(), x.sizes().end() - 1),
@@ -27,11 +27,13 @@ struct Rows {
     for (const int64_t size : sizes) count *= size;
   }
 
-  const float* row(int64_t n) const {
+  // As float32: where it lies or, of half precision, widened in the buffer.
+  const float* row(int64_t n, float* buffer) const {
     int64_t at = 0;
     for (size_t d = sizes.size(); d-- > 0; n /= sizes[d]) at += n % sizes[d] * strides[d];
-    return data + at;
+    return data.view({at, 0, 1, channels}, buffer).at;
   }
+  int64_t wide_size() const { return data.in_place() ? 0 : kMostRows * channels; }
 };
 
 // To [rows, out.channels]. Gated: of the filters' halves the first gives values, the second what
@@ -57,35 +59,37 @@ DX_INLINE void write_gated(float* __restrict y, Count count, const float* __rest
     y[i] = (values[i] + bias[i]) * activate<act>(gates[i] + gate_bias[i], derivative);
 }
 
-// Outputs k, k + 1, ... of `count` rows from `first` on, from their sums [count, 32].
+// Outputs k, k + 1, ... of up to kChunk rows from `first` on, from their sums [count, 32].
 template <Act act>
 DX_INLINE void write_rows(const Linear& c, int64_t first, int64_t count, int64_t k,
                           const float* sums, const float* gates) {
   const Outputs& out = c.out;
   float bias[kColumns], gate_bias[kColumns];
   copy_columns(out.bias, out.channels, k, bias);
-  if (c.gated)
-    copy_columns(out.bias == nullptr ? nullptr : out.bias + out.channels, out.channels, k,
-                 gate_bias);
+  if (!c.gated) return write_pixels<act>(out, first, count, k, sums, bias);
+  copy_columns(out.bias == nullptr ? nullptr : out.bias + out.channels, out.channels, k, gate_bias);
+  TileBuffer buffer;
+  const int64_t columns = std::min<int64_t>(kColumns, out.channels - k);
+  const Place place{first * out.channels + k, out.channels, count, columns};
+  const Tile<float> y = out.y.place(place, buffer);
   for (int64_t n = 0; n < count; ++n, sums += kColumns, gates += kColumns) {
-    float* y = out.y + (first + n) * out.channels + k;
-    if (!c.gated)
-      write_columns<act>(out, first + n, k, sums, bias);
-    else if (k + kColumns <= out.channels)
-      write_gated<act>(y, std::integral_constant<int64_t, kColumns>(), sums, gates, bias,
+    float* to = y.at + n * y.stride;
+    if (columns == kColumns)
+      write_gated<act>(to, std::integral_constant<int64_t, kColumns>(), sums, gates, bias,
                        gate_bias);
     else
-      write_gated<act>(y, out.channels - k, sums, gates, bias, gate_bias);
+      write_gated<act>(to, columns, sums, gates, bias, gate_bias);
   }
+  out.y.keep(y, place);
 }
 
 // A task's rows times the filters of its columns. To ask the memory for the next task's rows
-// meanwhile gained nothing.
-void multiply(const Linear& c, const Grid& grid, int64_t task) {
+// meanwhile gained nothing. wide: room for the rows where they are widened.
+void multiply(const Linear& c, const Grid& grid, int64_t task, float* wide) {
   const float* table[kMostRows];
   alignas(64) float sums[kChunk * kColumns], gates[kChunk * kColumns];
   const int64_t first = grid.first(task), count = grid.count(task);
-  for (int64_t n = 0; n < count; ++n) table[n] = c.rows.row(first + n);
+  for (int64_t n = 0; n < count; ++n) table[n] = c.rows.row(first + n, wide + n * c.rows.channels);
   for (int64_t block = grid.first_column(task); block < grid.end_column(task); ++block) {
     const int64_t k = block * kColumns, columns = std::min<int64_t>(kColumns, c.out.channels - k);
     for (int64_t n = 0; n < count; n += kChunk) {
@@ -104,7 +108,7 @@ void multiply(const Linear& c, const Grid& grid, int64_t task) {
 
 Tensor linear(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_,
               const MaybeTensor& residual_, int64_t channels, int64_t act, bool gated) {
-  check_float32("x", x_);
+  check_floating("x", x_);
   check_float32("filters", filters_);
   STD_TORCH_CHECK(x_.dim() > 0, "x: wanted shape [*, C]");
   STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
@@ -117,23 +121,21 @@ Tensor linear(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = channels;
   if (residual_) {
-    check_float32("residual", *residual_);
+    check_same_kind("residual", *residual_, x);
     STD_TORCH_CHECK(!gated, "residual: wanted none where there is a gate");
     STD_TORCH_CHECK(same_sizes(residual_->sizes(), sizes), "residual: wanted the outputs' shape");
   }
   const Tensor filters = as_contiguous(filters_), y = in_huge_pages(fresh(x, sizes));
-  const MaybeTensor bias = checked_bias(bias_, halves * channels);
+  const MaybeTensor bias = checked_bias(bias_, halves * channels, x);
   const MaybeTensor residual = map(residual_, as_contiguous);
   const Linear c{Rows(x),
                  data_of<float>(filters),
-                 {static_cast<float*>(y.mutable_data_ptr()), channels, data_of<float>(bias),
-                  data_of<float>(residual), 1, Act(act)},
+                 {Target(y), channels, data_of<float>(bias), source_of(residual), 1, Act(act)},
                  gated};
   if (c.rows.count == 0 || channels == 0) return y;
   const Grid grid(c.rows.count, kMostRows, c.columns());
-  share_work(grid.tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) multiply(c, grid, task);
-  });
+  for_each_with_scratch(grid.tasks, c.rows.wide_size(),
+                        [&](int64_t task, float* wide) { multiply(c, grid, task, wide); });
   return y;
 }
 

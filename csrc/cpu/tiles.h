@@ -36,11 +36,12 @@ class Source {
  public:
   template <class T>
   explicit Source(const T* data) : data_(data), dtype_(floating_of(data)) {}
+  explicit Source(const Tensor& t) : data_(t.const_data_ptr()), dtype_(floating_of("tile", t)) {}
 
   // Whether tiles lie in the tensor itself.
   bool in_place() const { return dtype_ == Floating::float32; }
 
-  Tile<const float> view(const Place& p, TileBuffer& buffer) const {
+  Tile<const float> view(const Place& p, float* buffer) const {
     if (in_place()) return {static_cast<const float*>(data_) + p.first, p.stride};
     if (dtype_ == Floating::float16)
       load_from<Half>(p.joined(), buffer);
@@ -64,10 +65,11 @@ class Target {
  public:
   template <class T>
   explicit Target(T* data) : data_(data), dtype_(floating_of(data)) {}
+  explicit Target(const Tensor& t) : data_(t.mutable_data_ptr()), dtype_(floating_of("tile", t)) {}
 
   bool in_place() const { return dtype_ == Floating::float32; }
 
-  Tile<float> place(const Place& p, TileBuffer& buffer) const {
+  Tile<float> place(const Place& p, float* buffer) const {
     if (in_place()) return {static_cast<float*>(data_) + p.first, p.stride};
     return {buffer, p.length};
   }

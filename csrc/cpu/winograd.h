@@ -24,9 +24,9 @@ struct Tiles {
 };
 
 // 4x4 pixels from (row, column) of frame t of image b on.
-struct Tile {
+struct ImageTile {
   int64_t b, t, row, column;
-  DX_INLINE Tile(const Tiles& tiles, int64_t i) : t(i % tiles.frames) {
+  DX_INLINE ImageTile(const Tiles& tiles, int64_t i) : t(i % tiles.frames) {
     const int64_t place = i / tiles.frames;
     b = place / (tiles.high * tiles.wide);
     row = place / tiles.wide % tiles.high * kTileOut;
@@ -66,22 +66,31 @@ inline Filter filter_3x3(const Inputs& images) {
 // Neighbouring channels of images [B, T, H, W, channels]: `count` from `first` on, multiples of
 // kLanes.
 struct ChannelRange {
-  const float* data;
-  int64_t channels, first, count;
+  Part images;
+  int64_t first, count;
 };
 
 // The 36 numbers of each channel of Side x Side pixels, the tile's first ones, to v, `stride` from
-// one to the next. Outside the image are zeros, `count` of them.
+// one to the next. Outside the image are zeros, `count` of them. wide: room for the pixels where
+// they are not float32.
 template <int Side, class F>
-DX_INLINE void transform_pixels(const F& f, const Inputs& images, const Tile& tile,
-                                const ChannelRange& x, const float* zeros, float* v,
+DX_INLINE void transform_pixels(const F& f, const Inputs& images, const ImageTile& tile,
+                                const ChannelRange& x, const float* zeros, float* wide, float* v,
                                 int64_t stride) {
   const float* pixels[Side][Side];
-  for (int i = 0; i < Side; ++i)
+  const int64_t channels = x.images.channels;
+  const int64_t left = std::max<int64_t>(tile.column, 0);
+  const int64_t right = std::min<int64_t>(tile.column + Side, images.width) - 1;
+  for (int i = 0; i < Side; ++i, wide += Side * channels) {
+    const auto pixel = [&](int64_t column)
+                           DX_KERNEL { return images.pixel(tile.b, tile.t, tile.row + i, column); };
+    const int64_t first = left > right ? -1 : pixel(left);
+    const float* row = first < 0 ? zeros : x.images.view(first, pixel(right) - first + 1, wide);
     for (int j = 0; j < Side; ++j) {
-      const int64_t p = images.pixel(tile.b, tile.t, tile.row + i, tile.column + j);
-      pixels[i][j] = p < 0 ? zeros : x.data + p * x.channels + x.first;
+      const int64_t p = pixel(tile.column + j);
+      pixels[i][j] = p < 0 ? zeros : row + (p - first) * channels + x.first;
     }
+  }
   for (int64_t k = 0; k < x.count; k += kLanes)
     transform<Side, kTileIn, kLanes, float>(
         f, [&](int i, int j, int lane) DX_KERNEL { return pixels[i][j][k + lane]; },
@@ -90,13 +99,13 @@ DX_INLINE void transform_pixels(const F& f, const Inputs& images, const Tile& ti
 }
 
 // B^T d B of what the filters see in frame t, from a tile of their outputs.
-DX_INLINE void transform_input(const Inputs& images, const Filter& filter, Tile tile, int64_t t,
-                               const ChannelRange& x, const float* zeros, float* v,
-                               int64_t stride) {
+DX_INLINE void transform_input(const Inputs& images, const Filter& filter, ImageTile tile,
+                               int64_t t, const ChannelRange& x, const float* zeros, float* wide,
+                               float* v, int64_t stride) {
   tile.t = t;
   tile.row = filter.high.first(tile.row), tile.column = filter.wide.first(tile.column);
   transform_pixels<kTileIn>([](const auto& d, auto& u) DX_KERNEL { winograd_input(d, u); }, images,
-                            tile, x, zeros, v, stride);
+                            tile, x, zeros, wide, v, stride);
 }
 
 }  // namespace dx

@@ -20,8 +20,8 @@ class FuseReport:
         convolutions: names of the convolutions that ours serve.
         contiguous: how many of those have weights that are not channels_last now, so that ours
             serve them only where their images are.
-        filter_bytes: what their filters take beside the weights once they are laid out, on a CPU in
-            float32 without gradients.
+        filter_bytes: what their filters take beside the weights once they are laid out, on a CPU
+            without gradients; they are float32, of half precision too.
         linears: names of the linear layers that ours serve. linear_bytes: as `filter_bytes`.
         attentions: names of the modules whose attention ours serves.
     """
@@ -75,7 +75,7 @@ class FuseReport:
     def _of_convolutions(self) -> Iterator[str]:
         mebibytes = _mebibytes(self.filter_bytes)
         count = len(self.convolutions)
-        yield f"{count} convolutions of ours: in float32 on a CPU, where a call has enough work and"
+        yield f"{count} convolutions of ours: on a CPU, where they gain, a call has enough work and"
         yield "  the weight or the images are channels_last, of Conv3d's 3x3 filters in any format."
         yield f"  To sample, their filters take {mebibytes} more at the most."
         if self.contiguous:
@@ -83,8 +83,8 @@ class FuseReport:
             yield "  model.to(memory_format=torch.channels_last) changes that."
 
     def _of_linears(self) -> Iterator[str]:
-        yield f"{len(self.linears)} linear layers of ours: in float32 on a CPU, without gradients,"
-        yield "  where a call has enough work."
+        yield f"{len(self.linears)} linear layers of ours: on a CPU, without gradients, where they"
+        yield "  gain and a call has enough work."
         yield f"  Their weights, laid out, take {_mebibytes(self.linear_bytes)} more at the most."
 
 

@@ -54,16 +54,19 @@ def fuse(model: nn.Module) -> FuseReport:
     and guided-diffusion's residual blocks, with their embedding; the output norms of diffusers'
     UNets and autoencoders.
 
-    Convolutions: on a CPU, in float32, where the weight or the images are channels_last, and where
-    that gains on torch's; so move the model to channels_last. Without gradients, weights are laid
-    out once, in memory of their own (see `FuseReport`), and again when they change. With gradients,
+    Convolutions: on a CPU, where the weight or the images are channels_last, and where that gains
+    on torch's; so move the model to channels_last. Without gradients, weights are laid out once, in
+    memory of their own (see `FuseReport`), and again when they change. With gradients, in float32,
     3x3 filters of stride 1 and padding 1 run by Winograd's algorithm. Conv3d, without gradients
     alone: filters of 3x3 in each frame and stride 1 there, in either memory format; those of one
     pixel in channels_last_3d.
 
-    Linear layers: on a CPU, in float32, without gradients, where that gains on torch's; their
-    weights are laid out as those of convolutions are. The activation or the gate of a feed-forward
-    (GELU, GEGLU, SwiGLU and others of their form) is computed in the same pass.
+    Linear layers: on a CPU, without gradients, where that gains on torch's; their weights are laid
+    out as those of convolutions are. The activation or the gate of a feed-forward (GELU, GEGLU,
+    SwiGLU and others of their form) is computed in the same pass.
+
+    Float16 and bfloat16 are served where torch's own products are no faster (see
+    docs/convolutions.md).
 
     Attention: on a CPU, without gradients, wherever a module, or its processor, calls torch's
     scaled_dot_product_attention and `attention` gains on that.

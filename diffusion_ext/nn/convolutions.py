@@ -181,7 +181,7 @@ class Linear(nn.Module):
 
 
 def _ours_serves(layer: Conv3x3 | Unpool | Linear, x: Tensor) -> bool:
-    wanted = layer.ours and layer.layout == torch.channels_last
+    wanted = layer.ours and layer.layout == torch.channels_last and x.dtype == torch.float32
     return wanted and serves_conv2d(x, layer.weight)
 
 

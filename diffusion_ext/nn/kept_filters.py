@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import needs_grad, serves
-from ..ops.conv2d import CHANNELS, COLUMNS, POINTS, TIMED, serves_conv2d
+from ..ops.backend import NATIVE_DTYPES, needs_grad, serves
+from ..ops.conv2d import (
+    CHANNELS,
+    COLUMNS,
+    POINTS,
+    SHARES_OF_TORCH,
+    TIMED,
+    serves_conv2d,
+    winograd_is_faster,
+)
 from ..ops.conv3x3 import conv3x3
 from ..ops.layouts import convolves_to_channels_last, suggests_channels_last
 from .kept_weights import (
@@ -27,6 +35,9 @@ from .packed_conv2d import PackedConv2d
 # of 64, 128, 320 and 640 channels ours take 1.1, 1.02, 0.93, 0.91 of torch's time, and a call 5 us
 # more. By Winograd's algorithm they take 0.3 to 0.7.
 LEAST_SUM, LEAST_PRODUCTS = 256, 1_500_000
+# Products that make ours gain where torch's are slow of half precision, of sums of any length: of
+# 100 thousand ours take 0.6 of torch's time, of a million 0.1.
+LEAST_OF_SLOW = 100_000
 MOST_SIZES = 64  # of images, for each convolution, of which it is kept how torch's result lies
 
 
@@ -35,7 +46,7 @@ class KeptFilters(Kept):
     """What is kept of a convolution, whose `packed` is a PackedConv2d.
 
     Attributes:
-        gains: shape of images, stride -> whether ours gain on torch's.
+        gains: shape and dtype of images, stride and upsampling -> whether ours gain on torch's.
         formats: shape, strides and upsampling of images -> whether torch's result of them is
             channels_last.
     """
@@ -48,21 +59,24 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     """conv(x), of x upsampled `repeat` times and with what is `after` it (see `conv2d`), by a
     convolution of ours; None where that is not to be had.
 
-    It is to be had of float32 on a CPU where ours are `TIMED` and torch's result is channels_last:
-    because x is that, or the weight, in which case x is copied. Without gradients filters stay laid
-    out between calls, and the work has to be worth a call. With gradients, or where memory is
-    short, it is `conv3x3` that serves, if conv is that and nothing else is asked for.
+    It is to be had of NATIVE_DTYPES on a CPU where ours are `TIMED` and torch's result is
+    channels_last: because x is that, or the weight, in which case x is copied. Without gradients
+    filters stay laid out between calls, and the work has to be worth a call. With gradients, or
+    where memory is short, it is `conv3x3` that serves, if conv is that and nothing else is asked
+    for, in float32.
     """
     weight = conv._parameters.get("weight")
-    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(conv, weight)
         return None
     if weight is None or torch.compiler.is_compiling():
         return _once(conv, x, repeat, after)
-    kept, alone = kept_of(conv), repeat == 1 and not after
-    small = kept is not None and alone and kept.gains.get((x.shape, conv.stride)) is False
-    if small and not torch.is_grad_enabled():
-        return None
+    kept, key = kept_of(conv), (x.shape, x.dtype, conv.stride, repeat)
+    # What is fused saves a pass, for which ours gain wherever torch's products are no faster.
+    asked = (repeat == 1 and not after) or x.dtype in SHARES_OF_TORCH
+    small = kept is not None and asked and kept.gains.get(key) is False
+    if x.dtype != weight.dtype or (small and not torch.is_grad_enabled()):
+        return None  # of two dtypes torch makes its error
     strides, of_weight = x.stride(), weight.stride()
     if len(strides) != 4 or (strides[1] > strides[3] and of_weight[1] > of_weight[3]):
         return None  # contiguous, as torch's result is then
@@ -75,10 +89,10 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     kept = _filters_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
         return None
-    if alone and not _gains(kept, (x.shape, conv.stride)):
+    if asked and not _gains(kept, key):
         return None
-    if residual is not None and (residual.is_contiguous() or not suggests_channels_last(residual)):
-        return None  # torch's sum would lie as the residual does
+    if residual is not None and not _adds_to_channels_last(residual, x):
+        return None
     if not holds_its_numbers(kept, weight):
         forget(conv)  # memory is short
         return _once(conv, x, repeat, after)
@@ -86,9 +100,18 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     return kept.packed(images, bias, repeat, **after)
 
 
+def _adds_to_channels_last(residual: Tensor, x: Tensor) -> bool:
+    """Whether torch's sum of the residual and a channels_last convolution of x has x's dtype and is
+    channels_last: it lies as the residual does."""
+    lies_so = not residual.is_contiguous() and suggests_channels_last(residual)
+    return lies_so and residual.dtype == x.dtype
+
+
 def _once(conv: nn.Conv2d, x: Tensor, repeat: int, after: dict) -> Tensor | None:
     """conv(x) by filters that serve this call alone."""
     if repeat > 1 or after or not is_plain_conv3x3(conv) or x.dim() != 4:
+        return None
+    if x.dtype != torch.float32:
         return None
     if torch.compiler.is_exporting() or not serves(x):  # a program's sizes may be left open
         return None
@@ -109,7 +132,7 @@ def _filters_of(conv: nn.Conv2d, kept, weight: Tensor, strides) -> KeptFilters |
             return None
         return KeptFilters(of, PackedConv2d(weight.detach(), conv.stride, conv.padding))
 
-    return keep(conv, kept, weight, (strides, settings), make)
+    return keep(conv, kept, weight, (strides, weight.dtype, settings), make)
 
 
 def _is_channels_last(kept: KeptFilters, x: Tensor, strides, weight: Tensor, repeat: int) -> bool:
@@ -125,14 +148,25 @@ def _is_channels_last(kept: KeptFilters, x: Tensor, strides, weight: Tensor, rep
 
 
 def _gains(kept: KeptFilters, key: tuple) -> bool:
-    """Whether ours take less time than torch's, of images of a shape, by a stride."""
+    """Whether ours take less time than torch's, of images of a shape and dtype, by a stride."""
     if (found := kept.gains.get(key)) is None:
-        packed, ((batch, channels, height, width), stride) = kept.packed, key
-        products = batch * height * width // (stride[0] * stride[1])
-        products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
-        found = packed.by_winograd(batch, height, width) or products >= LEAST_PRODUCTS
+        packed, ((batch, channels, *size), dtype, stride, repeat) = kept.packed, key
+        height, width = (repeat * side for side in size)
+        found = packed.by_winograd(batch, height, width)
+        if (share := SHARES_OF_TORCH.get(dtype)) is not None:
+            how = channels, packed.out_channels, share
+            found = found and winograd_is_faster(batch, height, width, *how)
+        elif not found:
+            products = batch * height * width // (stride[0] * stride[1])
+            products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
+            found = products >= (LEAST_OF_SLOW if is_slow_of_torch(dtype) else LEAST_PRODUCTS)
         kept.gains[key] = found
     return found
+
+
+def is_slow_of_torch(dtype: torch.dtype) -> bool:
+    """Whether torch has no fast products of that dtype, of NATIVE_DTYPES."""
+    return dtype != torch.float32 and dtype not in SHARES_OF_TORCH
 
 
 def packs(conv: nn.Conv2d) -> bool:
@@ -151,14 +185,16 @@ def is_plain_conv3x3(conv: nn.Conv2d) -> bool:
 
 def may_gain(conv: nn.Conv2d) -> bool:
     """Whether ours gain on torch's for images of some size: by Winograd's algorithm, or where each
-    output is a sum of enough products."""
+    output is a sum of enough products, or torch has no fast ones."""
     by_winograd = is_plain_conv3x3(conv) and conv.in_channels % CHANNELS == 0
-    return by_winograd or conv.weight[0].numel() >= LEAST_SUM
+    return by_winograd or conv.weight[0].numel() >= LEAST_SUM or is_slow_of_torch(conv.weight.dtype)
 
 
 def filter_bytes(conv: nn.Conv2d) -> int:
     """Of conv's filters once they are laid out, the larger ones where there is a choice."""
     out_channels, channels, height, width = conv.weight.shape
     by_winograd = is_plain_conv3x3(conv) and channels % CHANNELS == 0
+    if conv.weight.dtype in SHARES_OF_TORCH and not by_winograd:
+        return 0
     numbers = POINTS if by_winograd else height * width
     return 4 * numbers * channels * -(-out_channels // COLUMNS) * COLUMNS

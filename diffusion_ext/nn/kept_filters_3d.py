@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import needs_grad, serves
-from ..ops.conv2d import COLUMNS, POINTS, TIMED
-from .kept_filters import LEAST_PRODUCTS, LEAST_SUM, MOST_SIZES
+from ..ops.backend import NATIVE_DTYPES, needs_grad, serves
+from ..ops.conv2d import COLUMNS, POINTS, SHARES_OF_TORCH, TIMED, winograd_is_faster
+from .kept_filters import (
+    LEAST_OF_SLOW,
+    LEAST_PRODUCTS,
+    LEAST_SUM,
+    MOST_SIZES,
+    is_slow_of_torch,
+)
 from .kept_weights import (
     Kept,
     can_be_laid_out,
@@ -39,17 +45,18 @@ def convolved_3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
     """conv._conv_forward(x, weight, bias) by a convolution of ours; None where that is not to be
     had.
 
-    It is to be had without gradients, of float32 on a CPU where ours are `TIMED`, in torch's memory
-    format. Images that are not channels_last_3d are copied there and back, where that is worth it.
+    It is to be had without gradients, of NATIVE_DTYPES on a CPU where ours are `TIMED`, in torch's
+    memory format. Images that are not channels_last_3d are copied there and back, where that is
+    worth it.
     """
     parameters = conv._parameters
     if weight is not parameters.get("weight") or bias is not parameters.get("bias"):
         return None  # of another's making
-    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(conv, weight)
         return None
-    if torch.compiler.is_compiling() or x.dim() != 5:
-        return None
+    if torch.compiler.is_compiling() or x.dim() != 5 or x.dtype != weight.dtype:
+        return None  # of two dtypes torch makes its error
     if needs_grad(x, weight, bias):
         forget(conv)  # it trains
         return None
@@ -75,7 +82,7 @@ def _filters_of(conv: nn.Conv3d, weight: Tensor) -> KeptFilters3d | None:
             return None
         return KeptFilters3d(of, PackedConv3d(weight.detach(), conv.stride, conv.padding))
 
-    return keep(conv, kept_of(conv), weight, (weight.stride(), settings), make)
+    return keep(conv, kept_of(conv), weight, (weight.stride(), weight.dtype, settings), make)
 
 
 def _format_of(conv: nn.Conv3d, kept: KeptFilters3d, x: Tensor) -> torch.memory_format | None:
@@ -95,9 +102,16 @@ def _found_format(conv: nn.Conv3d, packed: PackedConv3d, x: Tensor) -> torch.mem
     # Torch refuses most of these, in words of its own.
     if x.numel() == 0 or x.shape[1] != weight.shape[1] or min(images) <= 0:
         return None
-    if math.prod(images) * weight.numel() < LEAST_PRODUCTS:
+    slow, share = is_slow_of_torch(x.dtype), SHARES_OF_TORCH.get(x.dtype)
+    if math.prod(images) * weight.numel() < (LEAST_OF_SLOW if slow else LEAST_PRODUCTS):
         return None
     layout = layout_of_conv3d(conv, x)
+    if slow:
+        return layout
+    if share is not None:
+        how = packed.channels, packed.out_channels, share
+        gains = packed.by_winograd(*images) and winograd_is_faster(*images, *how)
+        return layout if gains else None
     # Measured on a Zen 4, one thread and two. Filters of 3x3: ours take 0.2 to 0.5 of torch's time,
     # and no more where images are so small that they are served directly. Of one pixel: 0.5 to 0.8
     # of it in place, 0.9 to 2 with copies. Larger ones and strides: 1 to 1.3.
@@ -121,13 +135,17 @@ def packs_3d(conv: nn.Conv3d) -> bool:
 
 def may_gain_3d(conv: nn.Conv3d) -> bool:
     """Whether ours gain on torch's for images of some size: by Winograd's algorithm, or where each
-    output is a sum of enough products along time and channels alone."""
+    output is a sum of enough products along time and channels alone, or torch has no fast ones."""
+    if is_slow_of_torch(conv.weight.dtype):
+        return True
     return _is_3x3(conv) or (_is_one_pixel(conv) and conv.weight[0].numel() >= LEAST_SUM)
 
 
 def filter_bytes_3d(conv: nn.Conv3d) -> int:
     """Of conv's filters once they are laid out, the larger ones where there is a choice."""
     out_channels, channels, frames, height, width = conv.weight.shape
+    if conv.weight.dtype in SHARES_OF_TORCH and not _is_3x3(conv):
+        return 0
     numbers = frames * (POINTS if _is_3x3(conv) else height * width)
     return 4 * numbers * channels * -(-out_channels // COLUMNS) * COLUMNS
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import needs_grad
-from ..ops.conv2d import TIMED
+from ..ops.backend import NATIVE_DTYPES, needs_grad
+from ..ops.conv2d import SHARES_OF_TORCH, TIMED
 from ..ops.linear import linear, linear_bytes, linear_filters, serves_linear
+from .kept_filters import LEAST_OF_SLOW, is_slow_of_torch
 from .kept_weights import (
     Kept,
     can_be_laid_out,
@@ -30,7 +31,7 @@ LEAST_SUM, LEAST_PRODUCTS = 256, 400_000
 class PackedLinear:
     """A linear layer of a weight that stays as it is, for calls without gradients.
 
-    Args: weight: [K, C], gated [2K, C]; float32.
+    Args: weight: [K, C], gated [2K, C].
     """
 
     def __init__(self, weight: Tensor, gated: bool):
@@ -52,23 +53,25 @@ def projected(layer: nn.Linear, x: Tensor, gated: bool = False, **after) -> Tens
     """layer(x) with what is `after` it (see `linear`), by our kernel; None where that is not to be
     had, or torch is as fast.
 
-    It is to be had of float32 on a CPU where ours are `TIMED`, without gradients. torch.compile and
-    exported programs have torch's.
+    It is to be had on a CPU where ours are `TIMED`, without gradients, in float32 and in the half
+    types of which torch's products are slow. torch.compile and exported programs have torch's.
     """
     weight = layer._parameters.get("weight")
-    if not TIMED or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(layer, weight)
         return None
     if weight is None or torch.compiler.is_compiling():
         return None
-    bias = layer._parameters.get("bias")
-    if needs_grad(x, weight, bias, after.get("residual")):
+    bias, residual = layer._parameters.get("bias"), after.get("residual")
+    if needs_grad(x, weight, bias, residual):
         forget(layer)  # it trains
         return None
-    if not serves_linear(x) or x.numel() * len(weight) < LEAST_PRODUCTS:
+    if not serves_linear(x) or not _gains(x, len(weight)):
+        return None
+    if x.dtype != weight.dtype or (residual is not None and residual.dtype != x.dtype):
         return None
     if x.shape[-1] != weight.shape[-1] or (kept := _kept_of(layer, weight, gated)) is None:
-        return None  # of the first torch makes its error
+        return None  # of the first, as of other dtypes, torch makes its error
     if not holds_its_numbers(kept, weight):
         forget(layer)  # memory is short
         return None
@@ -81,7 +84,15 @@ def is_worth_it(layer: nn.Linear, x: Tensor) -> bool:
         return False
     if needs_grad(x, layer._parameters.get("weight")) or not serves_linear(x):
         return False
-    return x.numel() * layer.out_features >= LEAST_PRODUCTS
+    return _gains(x, layer.out_features)
+
+
+def _gains(x: Tensor, out_features: int) -> bool:
+    """Whether ours take less time than torch's, of x [*, C], which `serves_linear`."""
+    if x.dtype in SHARES_OF_TORCH:
+        return False
+    least = LEAST_OF_SLOW if is_slow_of_torch(x.dtype) else LEAST_PRODUCTS
+    return x.numel() * out_features >= least
 
 
 def _kept_of(layer: nn.Linear, weight: Tensor, gated: bool) -> Kept | None:
@@ -93,14 +104,16 @@ def _kept_of(layer: nn.Linear, weight: Tensor, gated: bool) -> Kept | None:
             return None
         return Kept(of, PackedLinear(weight.detach(), gated))
 
-    return keep(layer, kept_of(layer), weight, (weight.shape, gated), make)
+    return keep(layer, kept_of(layer), weight, (weight.shape, weight.dtype, gated), make)
 
 
 def may_gain(layer: nn.Linear) -> bool:
     """Whether ours gain on torch's for some number of rows."""
-    return layer.in_features >= LEAST_SUM
+    return layer.in_features >= LEAST_SUM or is_slow_of_torch(layer.weight.dtype)
 
 
 def weight_bytes(layer: nn.Linear) -> int:
-    """Of layer's weight once it is laid out."""
+    """Of layer's weight once it is laid out, where it ever is."""
+    if layer.weight.dtype in SHARES_OF_TORCH:
+        return 0
     return linear_bytes(layer.out_features, layer.in_features)

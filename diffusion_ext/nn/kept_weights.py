@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.backend import missing
+from ..ops.backend import NATIVE_DTYPES, missing
 from ..ops.memory import memory_available, memory_in_all
 from .packed_conv2d import version_of
 
@@ -57,8 +56,8 @@ def forget(module: nn.Module) -> None:
 
 
 def forget_if_moved(module: nn.Module, weight: Tensor | None) -> None:
-    """`forget` module, if its weight is no float32 on the CPU any more."""
-    if _kept and weight is not None and (weight.dtype != torch.float32 or not weight.is_cpu):
+    """`forget` module, if its weight has left the CPU, or the dtypes that are laid out."""
+    if _kept and weight is not None and not _is_served(weight):
         forget(module)
 
 
@@ -84,12 +83,16 @@ def keep(
 
 
 def can_be_laid_out(module: nn.Module, weight: Tensor) -> bool:
-    """Whether weight is a plain parameter, and it and the bias are float32 on the CPU."""
-    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_cpu:
+    """Whether weight is a plain parameter, and it and the bias of one dtype on the CPU."""
+    if type(weight) is not nn.Parameter or not _is_served(weight):
         return False
     bias = module._parameters.get("bias")
     # Another bias torch refuses, in words of its own.
-    return bias is None or (bias.dtype == torch.float32 and bias.is_cpu)
+    return bias is None or (bias.dtype == weight.dtype and bias.is_cpu)
+
+
+def _is_served(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype in NATIVE_DTYPES
 
 
 def holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
@@ -98,9 +101,11 @@ def holds_its_numbers(kept: Kept, weight: Tensor) -> bool:
     Args: weight: [K, *], dense, in any order.
     """
     filters = weight.shape[0]
-    numbers = fingerprint(weight.data_ptr(), filters, weight.numel() // filters)
+    of_filter = weight.numel() // filters
+    numbers = fingerprint(weight.data_ptr(), filters, of_filter, weight.element_size())
     if numbers != kept.numbers:
-        if memory_available() < memory_in_all() // FREE + 4 * weight.nbytes:
+        # By Winograd's algorithm filters are four times the weight, in float32.
+        if memory_available() < memory_in_all() // FREE + 16 * weight.numel():
             return False
         kept.packed.drop()
         kept.numbers = numbers

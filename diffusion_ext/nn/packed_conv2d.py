@@ -21,7 +21,7 @@ class PackedConv2d:
 
     Args:
         weight: [K, C, R, S], or [K, C] of a linear layer, or [C, K, R, R] of a transposed
-            convolution of stride R; float32.
+            convolution of stride R.
         batch: choose for so many images, whatever comes, so that no bit depends on their number.
         lanes: whether a skip, where there is one, begins at a multiple of 16 channels.
     """

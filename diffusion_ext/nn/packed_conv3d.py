@@ -17,7 +17,7 @@ class PackedConv3d(PackedConv2d):
     To Winograd's algorithm the frames under a filter are further channels, and the outputs' frames
     further images.
 
-    Args: weight: float32. stride, padding: of time, height and width.
+    Args: stride, padding: of time, height and width.
     """
 
     def __init__(self, weight: Tensor, stride: THREE, padding: THREE):

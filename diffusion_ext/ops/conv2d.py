@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import CPU_CAPABILITY, kernel, kernels, register_fake, serves
+from .backend import CPU_CAPABILITY, NATIVE_DTYPES, kernel, kernels, register_fake, serves
 from .group_norm_act import ACTIVATIONS
 
 VECTORISED = CPU_CAPABILITY != "baseline"  # whether the kernels serve at all
@@ -24,10 +24,26 @@ TIMED = CPU_CAPABILITY in DIRECT
 LIKE = CPU_CAPABILITY if TIMED else "avx2"  # whose figures tell Winograd's way from the direct one
 
 
+def _shares_of_torch() -> dict[torch.dtype, float]:
+    shares, mkldnn = {}, torch.ops.mkldnn
+    if torch.cpu._is_avx512_bf16_supported():
+        shares[torch.bfloat16] = 1 / 16 if torch.cpu._is_amx_tile_supported() else 1 / 2
+    if hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported():
+        shares[torch.float16] = 1 / 2
+    return shares
+
+
+# Half types that the processor multiplies itself -> what part of float32's time torch's products
+# take in them: half of it on a Zen 4, by AVX512_BF16. Ours, which are float32, gain on those by
+# Winograd's algorithm alone. Without such instructions torch's take 2.7 to 20 times float32's.
+SHARES_OF_TORCH = _shares_of_torch()
+
+
 def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve x [B, C, H, W] and a weight: float32 on a CPU with AVX2, AVX-512
-    or NEON, x in channels_last. Exported programs, whose sizes may be open, have torch's."""
-    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
+    """Whether the kernels serve x [B, C, H, W] and a weight: of one of NATIVE_DTYPES on a CPU with
+    AVX2, AVX-512 or NEON, x in channels_last. Exported programs, whose sizes may be open, have
+    torch's."""
+    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and x.dtype in NATIVE_DTYPES):
         return False
     if x.dim() != 4 or torch.compiler.is_exporting():
         return False
@@ -40,9 +56,10 @@ def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_is_faster(
-    batch: int, height: int, width: int, channels: int, out_channels: int
+    batch: int, height: int, width: int, channels: int, out_channels: int, share: float = 1
 ) -> bool:
-    """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
+    """Whether it is, than a direct convolution that takes `share` of our direct one's time: of a
+    3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
     if channels % CHANNELS or not VECTORISED:
         return False
     filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
@@ -51,7 +68,7 @@ def winograd_is_faster(
     direct = 9 * filters * (product * batch * height * width + 4 * byte)
     product, byte, lane = WINOGRAD[LIKE]
     winograd = POINTS * filters * (product * tiles + 4 * byte)
-    return winograd + lane * tiles * (channels + out_channels) < direct
+    return winograd + lane * tiles * (channels + out_channels) < share * direct
 
 
 def tiles_of(batch: int, height: int, width: int) -> int:
@@ -60,14 +77,14 @@ def tiles_of(batch: int, height: int, width: int) -> int:
 
 def winograd_filters(weight: Tensor) -> Tensor:
     """weight [K, C, 3, 3] as `conv2d` multiplies with it by Winograd's algorithm, and
-    [K, C, T, 3, 3] as `conv3d` does."""
-    return kernels().conv3x3_filters(weight)
+    [K, C, T, 3, 3] as `conv3d` does: float32 whatever the weight is."""
+    return kernels().conv3x3_filters(weight.float())
 
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
     """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, and
-    [K, C, T, R, S] as `conv3d` does."""
-    return kernels().conv2d_filters(weight, transposed)
+    [K, C, T, R, S] as `conv3d` does: float32 whatever the weight is."""
+    return kernels().conv2d_filters(weight.float(), transposed)
 
 
 def conv2d(
@@ -86,6 +103,8 @@ def conv2d(
 ) -> Tensor:
     """scale·(act(convolution(x beside skip, upsampled) + bias) + residual), without gradients.
 
+    Half precision is computed in float32 and rounded once, at the end.
+
     Args:
         x: [B, C1, H, W], which `serves_conv2d`. skip: [B, C2, H, W] or None, further channels,
             which are read where they lie.
@@ -94,6 +113,8 @@ def conv2d(
         repeat: how many times each pixel is read in both directions: nearest upsampling.
         side: of a transposed convolution's filters, which is its stride; else 1.
         residual: of the outputs' shape, or None. act: one of group_norm_act's.
+
+    All but the filters is of one dtype.
 
     Returns: [B, K, H', W'], channels_last.
     """

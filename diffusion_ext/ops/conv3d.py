@@ -26,13 +26,16 @@ def conv3d(
     """scale·(act(F.conv3d(x, weight, bias, stride, padding)) + residual), without gradients.
 
     Args:
-        x: [B, C, T, H, W], float32 on the CPU. It is read where it lies in channels_last_3d, and
-            copied where it does not.
+        x: [B, C, T, H, W], of one of NATIVE_DTYPES on the CPU. It is read where it lies in
+            channels_last_3d, and copied where it does not.
         filters: what `winograd_filters` (stride 1 within a frame) or `direct_filters` made of the
-            weight [K, C, T', R, S]. bias: [K] or None. out_channels: K.
+            weight [K, C, T', R, S]. bias: [K] of x's dtype, or None.
+        out_channels: K.
         stride, padding: of time, height and width. Frames outside are zeros, as pixels are.
-        residual: of the outputs' shape, or None. act: one of group_norm_act's.
+        residual: of the outputs' shape and dtype, or None. act: one of group_norm_act's.
         contiguous: whether the result is contiguous; channels_last_3d otherwise.
+
+    Half precision is computed in float32 and rounded once, at the end.
 
     Returns: [B, K, T'', H', W']. Raises: RuntimeError for what does not fit.
     """

@@ -19,9 +19,9 @@ TILES = 64
 
 def serves_conv3x3(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel serves x and weight [K, C, 3, 3], and faster than a direct convolution:
-    as `serves_conv2d`, x of a multiple of 16 channels, and images of which no more than half of
-    their 4x4 tiles lies outside."""
-    if not serves_conv2d(x, weight):
+    as `serves_conv2d`, float32, x of a multiple of 16 channels, and images of which no more than
+    half of their 4x4 tiles lies outside."""
+    if x.dtype != torch.float32 or not serves_conv2d(x, weight):
         return False
     _, channels, height, width = x.shape
     out_channels, wanted = weight.shape[:2]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernel, kernels, register_fake, serves
+from .backend import NATIVE_DTYPES, kernel, kernels, register_fake, serves
 from .conv2d import COLUMNS, VECTORISED, direct_filters
 from .group_norm_act import ACTIVATIONS
 
 
 def serves_linear(x: Tensor) -> bool:
-    """Whether the kernel serves x [*, C]: float32 on a CPU with AVX2, AVX-512 or NEON, the numbers
-    of a row side by side."""
+    """Whether the kernel serves x [*, C]: of one of NATIVE_DTYPES on a CPU with AVX2, AVX-512 or
+    NEON, the numbers of a row side by side."""
     return (
         VECTORISED
         and x.is_cpu
-        and x.dtype == torch.float32
+        and x.dtype in NATIVE_DTYPES
         and serves(x)  # before a size is asked for, which torch.jit.trace would write down
         and not torch.is_autocast_enabled("cpu")
         and x.dim() > 0
@@ -25,7 +25,8 @@ def serves_linear(x: Tensor) -> bool:
 
 
 def linear_filters(weight: Tensor, gated: bool = False) -> Tensor:
-    """weight [K, C] as `linear` multiplies with it; gated: [2K, C], values and then gates."""
+    """weight [K, C] as `linear` multiplies with it, float32 whatever it is; gated: [2K, C], values
+    and then gates."""
     halves = weight.unflatten(0, (1 + gated, -1))[..., None]  # [halves, K, C, 1]
     return direct_filters(halves.permute(2, 1, 0, 3), transposed=True)
 
@@ -47,12 +48,13 @@ def linear(
     """act(x W^T + bias) + residual, without gradients.
 
     Gated: values · act(gates) of [values, gates] = x W^T + bias, as GEGLU and SwiGLU (Shazeer
-    2020) are; the halves are not written down.
+    2020) are; the halves are not written down. Half precision is computed in float32 and rounded
+    once, at the end.
 
     Args:
         x: [*, C], which `serves_linear`. filters: what `linear_filters` made of the weight.
         bias: [K], gated [2K], or None. out_features: K. residual: [*, K] or None, which it is where
-            gated. act: one of group_norm_act's.
+            gated. Both of x's dtype. act: one of group_norm_act's.
 
     Returns: [*, K], contiguous. No bit of a row depends on the others, or on the threads.
     """

@@ -14,12 +14,13 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def fingerprint_of(weight: torch.Tensor) -> int:
-    return fingerprint(weight.data_ptr(), len(weight), weight[0].numel())
+    size = weight.element_size()
+    return fingerprint(weight.data_ptr(), len(weight), weight[0].numel(), size)
 
 
-def weight_of(*shape, layout=torch.contiguous_format) -> torch.Tensor:
+def weight_of(*shape, layout=torch.contiguous_format, dtype=torch.float32) -> torch.Tensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return weight.to(memory_format=layout)
+    return weight.to(dtype, memory_format=layout)
 
 
 def unnoticed(weight: torch.Tensor, parts) -> list:
@@ -42,10 +43,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_filter_input_channel_or_tap_goes_unread(shape, layout):
-    weight = weight_of(*shape, layout=layout)
+def test_no_filter_input_channel_or_tap_goes_unread(shape, layout, dtype):
+    weight = weight_of(*shape, layout=layout, dtype=dtype)
     filters, channels, rows, columns = shape
     parts = [(k,) for k in range(filters)]
     parts += [(slice(None), c) for c in range(channels)]
@@ -76,15 +78,17 @@ def test_no_block_of_32_filters_by_32_channels_goes_unread(shape, layout):
     assert unnoticed(weight, [(slice(k, k + 32), slice(c, c + 32)) for k, c in begins]) == []
 
 
-def test_up_to_64_kib_no_number_goes_unread():
-    weight = weight_of(28, 64, 3, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_up_to_16384_no_number_goes_unread(dtype):
+    weight = weight_of(28, 64, 3, 3, dtype=dtype)
     assert unnoticed(weight.view(-1), range(weight.numel())) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(28, 64, 3, 3), (256, 256, 3, 3)], ids=str)
-def test_changes_do_not_cancel_out(shape):
+def test_changes_do_not_cancel_out(shape, dtype):
     """Of all signs, of numbers that trade places, of equal steps, of one number for another."""
-    weight = weight_of(*shape)
+    weight = weight_of(*shape, dtype=dtype)
     seen = {fingerprint_of(weight)}
     for change in (
         lambda w: w.neg_(),
@@ -96,7 +100,7 @@ def test_changes_do_not_cancel_out(shape):
         lambda w: w.fill_(1),
         lambda w: w.fill_(-1),
         lambda w: w[::2].neg_(),
-        lambda w: w.view(torch.int32).bitwise_xor_(1),
+        lambda w: w.view(torch.int16).bitwise_xor_(1),
     ):
         change(weight)
         seen.add(fingerprint_of(weight))

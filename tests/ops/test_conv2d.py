@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from harness import LAYOUTS, assert_close, lay, same_bits
+from harness import DTYPES, LAYOUTS, assert_close, lay, same_bits
 from torch.nn import functional as F
 
 from diffusion_ext.ops.backend import kernels
@@ -39,10 +39,11 @@ PROBLEMS = [
 ]
 
 
-def problem(shape, out_channels, kernel=(3, 3), layout="channels_last"):
-    x = lay(torch.randn(shape), layout)
+def problem(shape, out_channels, kernel=(3, 3), layout="channels_last", dtype=torch.float32):
+    x = lay(torch.randn(shape).to(dtype), layout)
     scale = (shape[1] * kernel[0] * kernel[1]) ** 0.5
-    return x, torch.randn(out_channels, shape[1], *kernel) / scale, torch.randn(out_channels)
+    weight, bias = torch.randn(out_channels, shape[1], *kernel) / scale, torch.randn(out_channels)
+    return x, weight.to(dtype), bias.to(dtype)
 
 
 def exact(x, weight, bias, **options):
@@ -51,22 +52,26 @@ def exact(x, weight, bias, **options):
 
 
 @pytest.mark.parametrize(("shape", "out_channels", "kernel", "stride", "padding"), PROBLEMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_direct_convolution(shape, out_channels, kernel, stride, padding, layout):
-    x, weight, bias = problem(shape, out_channels, kernel, layout)
+def test_the_direct_convolution(shape, out_channels, kernel, stride, padding, layout, dtype):
+    x, weight, bias = problem(shape, out_channels, kernel, layout, dtype)
     filters = direct_filters(weight)
     for b in (bias, None):
         y = conv2d(x, filters, b, out_channels, stride, padding)
         assert_close(y, exact(x, weight, b, stride=stride, padding=padding))
+        assert y.dtype == dtype
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("side", [2, 3])
 @pytest.mark.parametrize("out_channels", [5, 40])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_transposed_convolution_of_as_great_a_stride(side, out_channels, parts):
-    x = lay(torch.randn(3, 24, 4, 5), "channels_last")
-    weight, bias = torch.randn(24, out_channels, side, side) / 5, torch.randn(out_channels)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_transposed_convolution_of_as_great_a_stride(side, out_channels, parts, dtype):
+    x = lay(torch.randn(3, 24, 4, 5).to(dtype), "channels_last")
+    weight = (torch.randn(24, out_channels, side, side) / 5).to(dtype)
+    bias = torch.randn(out_channels).to(dtype)
     first = 24 if parts == 1 else 8
     pieces = [lay(t.clone(), "channels_last") for t in x.split([first, 24 - first], dim=1)]
     skip = pieces[1] if parts == 2 else None
@@ -81,11 +86,12 @@ FILTERS = {"direct": direct_filters, "winograd": winograd_filters}
 @pytest.mark.parametrize("how", FILTERS)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("out_channels", [16, 40])
-def test_what_comes_before_and_after(how, act, out_channels):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_comes_before_and_after(how, act, out_channels, dtype):
     """Two inputs side by side, upsampled; the activation, then the residual and the scale."""
-    x, skip = (lay(torch.randn(2, c, 5, 6), "channels_last") for c in (16, 32))
-    _, weight, bias = problem((1, 48, 1, 1), out_channels)
-    residual = lay(torch.randn(2, out_channels, 10, 12), "channels_last")
+    x, skip = (lay(torch.randn(2, c, 5, 6).to(dtype), "channels_last") for c in (16, 32))
+    _, weight, bias = problem((1, 48, 1, 1), out_channels, dtype=dtype)
+    residual = lay(torch.randn(2, out_channels, 10, 12).to(dtype), "channels_last")
     y = conv2d(
         x, FILTERS[how](weight), bias, out_channels,
         skip=skip, residual=residual, repeat=2, act=act, scale=0.7,
@@ -96,8 +102,9 @@ def test_what_comes_before_and_after(how, act, out_channels):
 
 
 @pytest.mark.parametrize("how", FILTERS)
-def test_bits_depend_neither_on_threads_nor_on_the_batch(how):
-    x, weight, bias = problem((9, 32, 12, 12), 80)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_batch(how, dtype):
+    x, weight, bias = problem((9, 32, 12, 12), 80, dtype=dtype)
     filters, threads = FILTERS[how](weight), torch.get_num_threads()
     y = conv2d(x, filters, bias, 80)
     try:
@@ -110,9 +117,10 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(how):
 
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(capability, dtype, tmp_path):
     """Each lays filters out in its own way."""
-    x, weight, bias = problem((3, 32, 9, 9), 40)
+    x, weight, bias = problem((3, 32, 9, 9), 40, dtype=dtype)
     torch.save((x, weight, bias), tmp_path / "inputs")
     script = (
         "import sys, torch; from diffusion_ext.ops.conv2d import *;"
@@ -130,8 +138,9 @@ def test_every_instruction_set(capability, tmp_path):
         assert_close(y, F.gelu(exact(x, weight, bias, padding=1)))
 
 
-def test_an_infinity_and_a_nan_stay():
-    x, weight, bias = problem((1, 16, 8, 8), 16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinity_and_a_nan_stay(dtype):
+    x, weight, bias = problem((1, 16, 8, 8), 16, dtype=dtype)
     x[0, 3, 4, 4], x[0, 5, 0, 0] = torch.inf, torch.nan
     y = conv2d(x, direct_filters(weight), bias, 16, act="relu")
     expected = F.relu(F.conv2d(x, weight, bias, padding=1))
@@ -184,12 +193,14 @@ GOOD = {"x": torch.zeros(1, 16, 4, 4), "bias": torch.zeros(20), "out_channels": 
     ("change", "message"),
     [
         ({"x": torch.zeros(16, 4, 4)}, r"x: wanted shape \[B, C, H, W\]"),
-        ({"x": torch.zeros(1, 16, 4, 4).double()}, "x: wanted float32 on the CPU"),
+        ({"x": torch.zeros(1, 16, 4, 4).double()}, "x: wanted float32, float16 or bfloat16 on the"),
         ({"x": torch.zeros(1, 32, 4, 4)}, "filters: wanted those of 32 channels to 20"),
         ({"out_channels": 33}, "filters: wanted those of 16 channels to 33"),
         ({"out_channels": -1}, "conv2d: wanted positive numbers"),
         ({"bias": torch.zeros(3)}, r"bias: wanted shape \[20\]"),
-        ({"bias": torch.zeros(20).half()}, "bias: wanted float32"),
+        ({"bias": torch.zeros(20).half()}, "bias: wanted x's dtype"),
+        ({"skip": torch.zeros(1, 16, 4, 4).half()}, "skip: wanted x's dtype"),
+        ({"residual": torch.zeros(1, 20, 4, 4).half()}, "residual: wanted x's dtype"),
         ({"skip": torch.zeros(1, 16, 4, 5)}, "skip: wanted 1 images of 4x4"),
         ({"skip": torch.zeros(1, 16, 4, 4)}, "filters: wanted those of 32 channels"),
         ({"residual": torch.zeros(2, 20, 4, 4)}, "residual: wanted 1 images of 4x4"),

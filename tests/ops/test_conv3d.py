@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from harness import LAYOUTS, assert_close, lay, same_bits
+from harness import DTYPES, LAYOUTS, assert_close, lay, same_bits
 from torch.nn import functional as F
 
 from diffusion_ext.ops.backend import kernels
@@ -46,10 +46,11 @@ CASES = [("winograd", *problem) for problem in PLAIN]
 CASES += [("direct", *problem) for problem in PLAIN + OTHERS]
 
 
-def problem(shape, out_channels, kernel=(3, 3, 3), layout="channels_last"):
-    x = lay(torch.randn(shape), layout)
+def problem(shape, out_channels, kernel=(3, 3, 3), layout="channels_last", dtype=torch.float32):
+    x = lay(torch.randn(shape).to(dtype), layout)
     scale = (shape[1] * kernel[0] * kernel[1] * kernel[2]) ** 0.5
-    return x, torch.randn(out_channels, shape[1], *kernel) / scale, torch.randn(out_channels)
+    weight, bias = torch.randn(out_channels, shape[1], *kernel) / scale, torch.randn(out_channels)
+    return x, weight.to(dtype), bias.to(dtype)
 
 
 def exact(x, weight, bias, **options):
@@ -58,8 +59,9 @@ def exact(x, weight, bias, **options):
 
 
 @pytest.mark.parametrize(("how", "shape", "out_channels", "kernel", "stride", "padding"), CASES)
-def test_a_convolution(how, shape, out_channels, kernel, stride, padding):
-    x, weight, bias = problem(shape, out_channels, kernel)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_convolution(how, shape, out_channels, kernel, stride, padding, dtype):
+    x, weight, bias = problem(shape, out_channels, kernel, dtype=dtype)
     filters = FILTERS[how](weight)
     for b in (bias, None):
         y = conv3d(x, filters, b, out_channels, stride, padding)
@@ -70,9 +72,10 @@ def test_a_convolution(how, shape, out_channels, kernel, stride, padding):
 @pytest.mark.parametrize("how", FILTERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [16, 80])
-def test_every_layout(how, layout, channels):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout(how, layout, channels, dtype):
     """More pixels and channels than are transposed at once."""
-    x, weight, bias = problem((2, channels, 3, 7, 10), 37, layout=layout)
+    x, weight, bias = problem((2, channels, 3, 7, 10), 37, layout=layout, dtype=dtype)
     of_weight = lay(weight, "channels_last")
     for contiguous in (False, True):
         y = conv3d(x, FILTERS[how](of_weight), bias, 37, contiguous=contiguous)
@@ -84,17 +87,19 @@ def test_every_layout(how, layout, channels):
 @pytest.mark.parametrize("how", FILTERS)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_what_comes_after(how, act, layout):
-    x, weight, bias = problem((2, 16, 4, 5, 6), 40)
-    residual = lay(torch.randn(2, 40, 4, 5, 6), layout)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_comes_after(how, act, layout, dtype):
+    x, weight, bias = problem((2, 16, 4, 5, 6), 40, dtype=dtype)
+    residual = lay(torch.randn(2, 40, 4, 5, 6).to(dtype), layout)
     y = conv3d(x, FILTERS[how](weight), bias, 40, residual=residual, act=act, scale=0.7)
     expected = ACTIVATIONS[act](exact(x, weight, bias, padding=1))
     assert_close(y, 0.7 * (expected + residual.double()))
 
 
 @pytest.mark.parametrize("how", FILTERS)
-def test_bits_depend_neither_on_threads_nor_on_the_batch(how):
-    x, weight, bias = problem((5, 32, 6, 12, 12), 80)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_batch(how, dtype):
+    x, weight, bias = problem((5, 32, 6, 12, 12), 80, dtype=dtype)
     filters, threads = FILTERS[how](weight), torch.get_num_threads()
     y = conv3d(x, filters, bias, 80)
     try:
@@ -108,9 +113,10 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(how):
 
 
 @pytest.mark.parametrize("how", FILTERS)
-def test_bits_depend_not_on_how_many_frames_there_are(how):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_not_on_how_many_frames_there_are(how, dtype):
     """A causal decoder may take a film in pieces."""
-    x, weight, bias = problem((1, 16, 13, 8, 9), 20)
+    x, weight, bias = problem((1, 16, 13, 8, 9), 20, dtype=dtype)
     filters, padding = FILTERS[how](weight), (0, 1, 1)
     y = conv3d(x, filters, bias, 20, padding=padding)
     for first, count in ((0, 1), (3, 4), (8, 3)):
@@ -185,14 +191,15 @@ GOOD = {"x": torch.zeros(1, 16, 3, 4, 4), "bias": torch.zeros(20), "out_channels
     ("change", "message"),
     [
         ({"x": torch.zeros(16, 3, 4, 4)}, r"x: wanted shape \[B, C, T, H, W\]"),
-        ({"x": torch.zeros(1, 16, 3, 4, 4).double()}, "x: wanted float32 on the CPU"),
+        ({"x": torch.zeros(1, 16, 3, 4, 4).double()}, "x: wanted float32, float16 or bfloat16 on"),
         ({"x": torch.zeros(1, 32, 3, 4, 4)}, "filters: wanted those of 32 channels to 20"),
         ({"out_channels": 33}, "filters: wanted those of 16 channels to 33"),
         ({"out_channels": -1}, "conv3d: wanted positive numbers"),
         ({"filters": torch.zeros(1, 36, 16, 32)}, "filters: wanted what conv2d_filters or"),
         ({"bias": torch.zeros(3)}, r"bias: wanted shape \[20\]"),
-        ({"bias": torch.zeros(20).half()}, "bias: wanted float32"),
+        ({"bias": torch.zeros(20).half()}, "bias: wanted x's dtype"),
         ({"residual": torch.zeros(1, 20, 4, 4)}, r"residual: wanted shape \[B, C, T, H, W\]"),
+        ({"residual": torch.zeros(1, 20, 3, 4, 4).half()}, "residual: wanted x's dtype"),
         ({"residual": torch.zeros(1, 20, 2, 4, 4)}, "residual: wanted the outputs' shape"),
         ({"stride": (0, 1, 1)}, "conv3d: wanted positive numbers"),
         ({"padding": (1, 1, -1)}, "conv3d: wanted positive numbers"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from harness import assert_close, same_bits
+from harness import DTYPES, assert_close, same_bits
 from torch.nn import functional as F
 
 from diffusion_ext.ops import reference
@@ -17,9 +17,10 @@ from diffusion_ext.ops.reference import ACTIVATIONS
 pytestmark = pytest.mark.backends("cpu")
 
 
-def problem(rows, channels, out_features):
+def problem(rows, channels, out_features, dtype=torch.float32):
     weight = torch.randn(out_features, channels) / max(channels, 1) ** 0.5
-    return torch.randn(*rows, channels), weight, torch.randn(out_features)
+    x, bias = torch.randn(*rows, channels), torch.randn(out_features)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
 def exact(x, weight, bias, *after, **options):
@@ -46,8 +47,9 @@ def test_every_size(size):
 
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (5, 0, 2), (2, 3, 5), (500,), (2, 300)], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-def test_any_number_of_rows(rows, gated):
-    x, weight, bias = problem(rows, 40, 90)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_rows(rows, gated, dtype):
+    x, weight, bias = problem(rows, 40, 90, dtype)
     y = linear(x, linear_filters(weight, gated), bias, 90 // (1 + gated), act="gelu", gated=gated)
     assert_close(y, exact(x, weight, bias, act="gelu", gated=gated))
 
@@ -70,11 +72,12 @@ STRIDES = {
 
 
 @pytest.mark.parametrize("strides", STRIDES)
-def test_rows_are_read_where_they_lie(strides):
-    x, weight, bias = problem((3, 11), 24, 40)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_read_where_they_lie(strides, dtype):
+    x, weight, bias = problem((3, 11), 24, 40, dtype)
     x = STRIDES[strides](x)
     assert serves_linear(x) == (strides != "transposed channels")
-    residual = torch.randn(11, 3, 40).transpose(0, 1)
+    residual = torch.randn(11, 3, 40).to(dtype).transpose(0, 1)
     y = linear(x, linear_filters(weight), bias, 40, residual=residual)
     assert_close(y, exact(x, weight, bias) + residual.double())
     assert y.is_contiguous()
@@ -95,20 +98,22 @@ def test_weights_of_any_strides(layout):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("out_features", [1, 16, 31, 32, 33, 100])
-def test_what_follows(act, out_features):
-    x, weight, bias = problem((2, 29), 48, 2 * out_features)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_follows(act, out_features, dtype):
+    x, weight, bias = problem((2, 29), 48, 2 * out_features, dtype)
     y = linear(x, linear_filters(weight, True), bias, out_features, act=act, gated=True)
     assert_close(y, exact(x, weight, bias, act=act, gated=True))
     y = linear(x, linear_filters(weight, True), None, out_features, act=act, gated=True)
     assert_close(y, exact(x, weight, None, act=act, gated=True))
-    residual = torch.randn(2, 29, 2 * out_features)
+    residual = torch.randn(2, 29, 2 * out_features).to(dtype)
     y = linear(x, linear_filters(weight), bias, 2 * out_features, residual, act)
     assert_close(y, exact(x, weight, bias, residual.double(), act))
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_bits_depend_neither_on_threads_nor_on_the_rows(gated):
-    x, weight, bias = problem((450,), 70, 140)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_rows(gated, dtype):
+    x, weight, bias = problem((450,), 70, 140, dtype)
     filters, threads = linear_filters(weight, gated), torch.get_num_threads()
     options = {"out_features": 140 // (1 + gated), "act": "silu", "gated": gated}
     y = linear(x, filters, bias, **options)
@@ -123,9 +128,10 @@ def test_bits_depend_neither_on_threads_nor_on_the_rows(gated):
 
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(capability, dtype, tmp_path):
     """Each lays weights out in its own way."""
-    inputs = [problem((37,), c, k) for c, k in ((48, 80), (7, 66), (320, 34))]
+    inputs = [problem((37,), c, k, dtype) for c, k in ((48, 80), (7, 66), (320, 34))]
     torch.save(inputs, tmp_path / "inputs")
     script = (
         "import sys, torch; from diffusion_ext.ops.linear import *;"
@@ -165,15 +171,15 @@ GOOD = {"x": torch.zeros(3, 16), "bias": torch.zeros(20), "out_features": 20}
     ("change", "message"),
     [
         ({"x": torch.tensor(0.0)}, r"x: wanted shape \[\*, C\]"),
-        ({"x": torch.zeros(3, 16).double()}, "x: wanted float32 on the CPU"),
+        ({"x": torch.zeros(3, 16).double()}, "x: wanted float32, float16 or bfloat16 on"),
         ({"x": torch.zeros(3, 17)}, "filters: wanted those of 17 channels to 1 times 20"),
         ({"out_features": 33}, "filters: wanted those of 16 channels to 1 times 33"),
         ({"out_features": 10, "gated": True}, "filters: wanted those of 16 channels to 2 times 10"),
         ({"out_features": -1}, "out_channels: wanted how many there are"),
         ({"bias": torch.zeros(3)}, r"bias: wanted shape \[20\]"),
-        ({"bias": torch.zeros(20).half()}, "bias: wanted float32"),
+        ({"bias": torch.zeros(20).half()}, "bias: wanted x's dtype"),
         ({"residual": torch.zeros(20)}, "residual: wanted the outputs' shape"),
-        ({"residual": torch.zeros(3, 20).double()}, "residual: wanted float32"),
+        ({"residual": torch.zeros(3, 20).double()}, "residual: wanted x's dtype"),
     ],
 )
 def test_the_kernel_refuses(change, message):
