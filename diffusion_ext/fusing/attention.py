@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.attention import TIMED, attention_unchecked, serves_attention
 from ..ops.backend import recorded
+from ..ops.layouts import has_strides
 from .stand_in import StandIn, swap_class
 
 # torch's function, and that of diffusers which chooses among such functions.
@@ -55,7 +56,7 @@ def answered(
 ) -> Tensor | None:
     """F.scaled_dot_product_attention by our kernels; None where torch's serves, or is to raise."""
     heads = (query, key, value)
-    if dropout_p or enable_gqa or not all(map(_is_plain, heads)):
+    if dropout_p or enable_gqa or not all(has_strides(t) and t.dim() == 4 for t in heads):
         return None
     batch, count, _, size = query.shape
     if key.shape[:2] != (batch, count) or value.shape[:3] != key.shape[:3] or key.shape[3] != size:
@@ -68,11 +69,6 @@ def answered(
         return None
     scale = size**-0.5 if scale is None else float(scale)
     return attention_unchecked(*heads, attn_mask, scale, bool(is_causal))
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Whether t is four-dimensional and has strides."""
-    return type(t) is Tensor and t.layout is torch.strided and not t.is_nested and t.dim() == 4
 
 
 def _fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:

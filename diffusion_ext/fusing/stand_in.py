@@ -9,6 +9,8 @@ table, and to call it constructs the original, for a layer that others build is 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 
 from torch import nn
 from torch._guards import TracingContext
@@ -86,9 +88,28 @@ def class_of(module) -> type:
 @functools.cache
 def _stand_in(fused: type[StandIn], original: type) -> _StandInType:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if _takes_anything(fused.forward):
+        names["forward"] = _signed(fused.forward, original.forward)
     return _StandInType(
         original.__name__, (fused, original), names | {"fused": fused, "original": original}
     )
+
+
+def _takes_anything(forward: Callable) -> bool:
+    """Whether forward is a stand-in's own, (self, *args, **kwargs)."""
+    _, first, *_ = inspect.signature(forward).parameters.values()
+    return forward is not nn.Module.forward and first.kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def _signed(forward: Callable, original: Callable) -> Callable:
+    """forward(self, *args, **kwargs) with the original's signature, by which exporters and tracers
+    name the inputs."""
+
+    @functools.wraps(original)
+    def signed(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return signed
 
 
 def _blank(fused: type[StandIn], original: type) -> nn.Module:

@@ -18,12 +18,13 @@ from ..ops.conv2d import (
     winograd_is_faster,
 )
 from ..ops.conv3x3 import conv3x3
-from ..ops.layouts import convolves_to_channels_last, suggests_channels_last
+from ..ops.layouts import convolves_to_channels_last, has_strides, suggests_channels_last
 from .kept_weights import (
     Kept,
     can_be_laid_out,
     forget,
     forget_if_moved,
+    has_plain_bias,
     holds_its_numbers,
     keep,
     kept_of,
@@ -66,7 +67,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     for, in float32.
     """
     weight = conv._parameters.get("weight")
-    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
+    if not TIMED or not has_strides(x) or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(conv, weight)
         return None
     if weight is None or torch.compiler.is_compiling():
@@ -84,7 +85,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     if needs_grad(x, weight, bias, residual):
         forget(conv)  # it trains
         return _once(conv, x, repeat, after)
-    if not serves(x) or torch.is_autocast_enabled("cpu"):
+    if not serves(x) or torch.is_autocast_enabled("cpu") or not has_plain_bias(conv, weight):
         return None
     kept = _filters_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):
@@ -128,7 +129,7 @@ def _filters_of(conv: nn.Conv2d, kept, weight: Tensor, strides) -> KeptFilters |
 
     def make(of: tuple) -> KeptFilters | None:
         dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-        if not (dense and weight.numel() > 0 and packs(conv) and can_be_laid_out(conv, weight)):
+        if not (dense and weight.numel() > 0 and packs(conv) and can_be_laid_out(weight)):
             return None
         return KeptFilters(of, PackedConv2d(weight.detach(), conv.stride, conv.padding))
 

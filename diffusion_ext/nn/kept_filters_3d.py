@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import NATIVE_DTYPES, needs_grad, serves
 from ..ops.conv2d import COLUMNS, POINTS, SHARES_OF_TORCH, TIMED, winograd_is_faster
+from ..ops.layouts import has_strides
 from .kept_filters import (
     LEAST_OF_SLOW,
     LEAST_PRODUCTS,
@@ -22,6 +23,7 @@ from .kept_weights import (
     can_be_laid_out,
     forget,
     forget_if_moved,
+    has_plain_bias,
     holds_its_numbers,
     keep,
     kept_of,
@@ -52,7 +54,7 @@ def convolved_3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
     parameters = conv._parameters
     if weight is not parameters.get("weight") or bias is not parameters.get("bias"):
         return None  # of another's making
-    if not TIMED or type(x) is not Tensor or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
+    if not TIMED or not has_strides(x) or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
         forget_if_moved(conv, weight)
         return None
     if torch.compiler.is_compiling() or x.dim() != 5 or x.dtype != weight.dtype:
@@ -60,7 +62,7 @@ def convolved_3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
     if needs_grad(x, weight, bias):
         forget(conv)  # it trains
         return None
-    if not serves(x) or torch.is_autocast_enabled("cpu"):
+    if not serves(x) or torch.is_autocast_enabled("cpu") or not has_plain_bias(conv, weight):
         return None
     kept = _filters_of(conv, weight)
     if kept is None or (layout := _format_of(conv, kept, x)) is None:
@@ -78,7 +80,7 @@ def _filters_of(conv: nn.Conv3d, weight: Tensor) -> KeptFilters3d | None:
     def make(of: tuple) -> KeptFilters3d | None:
         layouts = torch.contiguous_format, torch.channels_last_3d
         dense = any(weight.is_contiguous(memory_format=layout) for layout in layouts)
-        if not (dense and weight.numel() > 0 and packs_3d(conv) and can_be_laid_out(conv, weight)):
+        if not (dense and weight.numel() > 0 and packs_3d(conv) and can_be_laid_out(weight)):
             return None
         return KeptFilters3d(of, PackedConv3d(weight.detach(), conv.stride, conv.padding))
 

@@ -1,5 +1,5 @@
-"""Modules' weights as our kernels want them, kept beside the modules between calls, and never used
-once a weight has changed."""
+"""Modules' weights as our kernels want them, kept beside the modules between calls, and laid out
+anew when a weight changes."""
 
 from __future__ import annotations
 
@@ -82,13 +82,23 @@ def keep(
     return kept
 
 
-def can_be_laid_out(module: nn.Module, weight: Tensor) -> bool:
-    """Whether weight is a plain parameter, and it and the bias of one dtype on the CPU."""
-    if type(weight) is not nn.Parameter or not _is_served(weight):
+def can_be_laid_out(weight: Tensor) -> bool:
+    """Whether weight is a plain parameter of a dtype that is laid out, on the CPU."""
+    return type(weight) is nn.Parameter and _is_served(weight)
+
+
+def has_plain_bias(module: nn.Module, weight: Tensor) -> bool:
+    """Whether module's bias is a parameter [K] of weight's dtype on the CPU, or none.
+
+    One that is pruned or parametrized is no parameter of the module. What one of another kind
+    means, torch says.
+    """
+    if "bias" not in module._parameters:
         return False
-    bias = module._parameters.get("bias")
-    # Another bias torch refuses, in words of its own.
-    return bias is None or (bias.dtype == weight.dtype and bias.is_cpu)
+    bias = module._parameters["bias"]
+    if bias is None:
+        return True
+    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu
 
 
 def _is_served(weight: Tensor) -> bool:

@@ -10,6 +10,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _ORDER = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
 
 
+def has_strides(x) -> bool:
+    """Whether x is a plain tensor, neither sparse nor nested nor another library's."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
 def layout_of(x: Tensor) -> torch.memory_format:
     """channels_last (3-D: of [N, C, D, H, W]) where x is that alone, else contiguous_format.
 

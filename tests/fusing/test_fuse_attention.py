@@ -137,6 +137,30 @@ def test_other_threads_and_calls_outside_are_torchs():
     assert found["attention"] == 0
 
 
+class SelfAttention(nn.Module):
+    def forward(self, x, mask=None):
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+
+def test_exporters_and_tracers_see_the_signature():
+    module, (x, *_) = fused(SelfAttention()), heads()
+    assert torch.jit.trace(module, example_kwarg_inputs={"x": x})(x).shape == x.shape
+    tokens = torch.export.Dim("tokens", min=2)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {2: tokens}})
+    assert program.module()(x[:, :, :5]).shape == (2, 3, 5, 16)
+    assert torch.fx.symbolic_trace(module)(x).shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_tensors_without_strides():
+    module, (x, *_) = fused(Attention()), heads()
+    nested = torch.nested.nested_tensor([x[0], x[1, :, :7]])
+    with torch.no_grad():
+        y, expected = module(nested, nested, nested), F.scaled_dot_product_attention(*[nested] * 3)
+    for one, other in zip(y.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(one, other)
+
+
 @needs_kernel
 def test_processors_that_are_set_later():
     block = BasicTransformerBlock(32, 2, 16, cross_attention_dim=24).eval()

@@ -7,6 +7,7 @@ import torch
 from fused_models import assert_same_results, fused_copy, ops_of, results
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import diffusion_ext as dx
 from diffusion_ext.fusing.feed_forward import FusedProjection
@@ -440,3 +441,107 @@ def test_a_transformer_block_of_diffusers():
         count = ops_of(lambda: twin(x, encoder_hidden_states=text))
     assert count["linear"] == 10 * TIMED
     assert count["gelu"] == (0 if TIMED else 1)
+
+
+# --- what a review found ------------------------------------------------------------------------
+
+
+@needs_kernel
+def test_a_square_weight_that_is_transposed_past_its_version(small_work_counts):
+    module, x = fused(nn.Linear(48, 48)), rows()
+    assert_right(module, x)
+    module.weight.data = module.weight.data.t()
+    assert_right(module, x)
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "a tensor"])
+@pytest.mark.parametrize(
+    "kind", [nn.Linear, lambda c, k: nn.Conv2d(c, k, 1)], ids=["Linear", "Conv2d"]
+)
+def test_a_bias_that_is_no_parameter(kind, how, small_work_counts):
+    module, x = kind(48, 40).to(memory_format=torch.channels_last), rows()
+    if isinstance(module, nn.Conv2d):
+        x = torch.randn(2, 48, 9, 9).to(memory_format=torch.channels_last)
+    twin, _ = fused_copy(module)
+    for one in (module, twin):
+        torch.manual_seed(1)
+        if how == "pruned":
+            prune.random_unstructured(one, "bias", 0.3)
+        elif how == "parametrized":
+            nn.utils.parametrize.register_parametrization(one, "bias", nn.Softplus())
+        else:
+            bias = one.bias.detach() + 1
+            del one.bias
+            one.bias = bias
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 40), (2, 9, 40)], ids=str)
+def test_a_bias_that_torch_broadcasts(shape, small_work_counts):
+    module = layer()
+    module.bias = nn.Parameter(torch.randn(shape))
+    twin, _ = fused_copy(module)
+    with torch.no_grad():
+        x = rows()
+        torch.testing.assert_close(twin(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
+def test_tensors_without_strides(small_work_counts):
+    module = layer()
+    twin, _ = fused_copy(module)
+    x = torch.randn(9, 48)
+    with torch.no_grad():
+        for odd in (x.to_sparse_csr(), torch.nested.nested_tensor([x, x[:3]])):
+            y, expected = twin(odd), module(odd)
+            assert y.layout == expected.layout
+
+
+class Ours(nn.Module):
+    """A projection of somebody's."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.calls = nn.Linear(48, 40), 0
+
+    def forward(self, x):
+        return type(self).compute(self, x)
+
+
+def counted(self, x):
+    self.calls += 1
+    return F.silu(self.proj(x))
+
+
+def gated_in_bounds(self, x):
+    values, gates = self.proj(x).chunk(2, -1)
+    return values * F.silu(gates.clamp(max=50.0))
+
+
+def by_mode(self, x):
+    y = self.proj(x)
+    return F.silu(y) if torch.is_grad_enabled() else F.gelu(y)
+
+
+def turned(self, x):
+    y = F.silu(self.proj(x))
+    return y if x.dim() == 2 else y.transpose(-1, -2)
+
+
+OTHERS = {
+    "counts its calls": counted,
+    "bounds its gates": gated_in_bounds,
+    "asks for gradients": by_mode,
+    "turns its result": turned,
+    "takes out what is no number": lambda self, x: F.silu(self.proj(x)).nan_to_num(),
+    "chunks the second dimension": lambda self, x: torch.mul(*self.proj(x).chunk(2, 1)).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_projections_that_compute_something_else(name):
+    kind = type("Kind", (Ours,), {"compute": OTHERS[name]})
+    module = kind()
+    dx.fuse(module)
+    assert not isinstance(module, FusedProjection)
