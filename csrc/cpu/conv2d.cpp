@@ -136,8 +136,8 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
                           0};
   for (int64_t block = grid.first_column(task); block < grid.end_column(task); ++block) {
     const int64_t k = block % column_blocks(c.out.channels) * kColumns;
-    multiply(products, count, std::min<int64_t>(kColumns, c.out.channels - k),
-             c.filters + block * c.filter.taps() * c.in.channels() * kColumns, sums);
+    multiply(products, count, std::min<int64_t>(kColumns, c.out.channels - k), c.filters,
+             block * c.filter.taps() * c.in.channels() * kColumns, sums);
     on_best_isa([&]() DX_KERNEL {
       dispatch_act(c.out.act, [&](auto act) DX_KERNEL {
         float bias[kColumns];
@@ -153,11 +153,11 @@ void convolve(const Direct& c, const Grid& grid, int64_t task, float* scratch) {
 
 // --- the ops -------------------------------------------------------------------------------------
 
-// Filters as the direct convolution multiplies with them. weight [K, C, R, S] to [K / 32 rounded
-// up, R, S, C, 32], and [K, C, T, R, S] to [K / 32 rounded up, T, R, S, C, 32]; transposed, weight
-// [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
+// Filters as the direct convolution multiplies with them, of the weight's dtype. weight [K, C, R,
+// S] to [K / 32 rounded up, R, S, C, 32], and [K, C, T, R, S] to [K / 32 rounded up, T, R, S, C,
+// 32]; transposed, weight [C, K, R, S] to [R S (K / 32 rounded up), 1, 1, C, 32].
 Tensor conv2d_filters(const Tensor& weight, bool transposed) {
-  check_float32("weight", weight);
+  check_floating("weight", weight);
   const bool moving = weight.dim() == 5;
   STD_TORCH_CHECK(weight.dim() == 4 || (moving && !transposed),
                   "weight: wanted shape [K, C, R, S] or [K, C, T, R, S]");
@@ -170,25 +170,28 @@ Tensor conv2d_filters(const Tensor& weight, bool transposed) {
   if (!moving) sizes.erase(sizes.begin() + 1);
   if (transposed) sizes = {taps * blocks, 1, 1, in, kColumns};
   const Tensor filters = fresh(weight, sizes);
-  const float* from = data_of<float>(weight);
-  float* to = static_cast<float*>(filters.mutable_data_ptr());
   const int64_t of_out = weight.stride(of.first), of_in = weight.stride(of.second);
   const int64_t of_frame = moving ? weight.stride(2) : 0;
   const int64_t of_row = weight.stride(rows), of_column = weight.stride(rows + 1);
   const int64_t panel = dx::panel(), taps_of_block = transposed ? 1 : taps;
-  share_work(blocks * taps, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t k = (transposed ? n % blocks : n / taps) * kColumns;
-      const int64_t tap = transposed ? n / blocks : n % taps;
-      const float* of_tap = from + tap / (high * wide) * of_frame + tap / wide % high * of_row +
-                            tap % wide * of_column;
-      const int64_t numbers = taps_of_block * in, first = n % taps_of_block * in;
-      float* block = to + n / taps_of_block * numbers * kColumns;
-      for (int64_t c = 0; c < in; ++c)
-        for (int64_t i = 0; i < kColumns; ++i)
-          block[in_panels(panel, numbers, first + c, i)] =
-              k + i < out ? of_tap[(k + i) * of_out + c * of_in] : 0.0f;
-    }
+  dispatch_floating(weight.scalar_type(), "conv2d_filters", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = data_of<T>(weight);
+    T* to = static_cast<T*>(filters.mutable_data_ptr());
+    share_work(blocks * taps, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t k = (transposed ? n % blocks : n / taps) * kColumns;
+        const int64_t tap = transposed ? n / blocks : n % taps;
+        const T* of_tap = from + tap / (high * wide) * of_frame + tap / wide % high * of_row +
+                          tap % wide * of_column;
+        const int64_t numbers = taps_of_block * in, first = n % taps_of_block * in;
+        T* block = to + n / taps_of_block * numbers * kColumns;
+        for (int64_t c = 0; c < in; ++c)
+          for (int64_t i = 0; i < kColumns; ++i)
+            block[in_panels(panel, numbers, first + c, i)] =
+                k + i < out ? of_tap[(k + i) * of_out + c * of_in] : T{};
+      }
+    });
   });
   return filters;
 }
@@ -219,7 +222,6 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   };
   const MaybeTensor skip = map(skip_, pixels("skip")),
                     residual = map(residual_, pixels("residual"));
-  check_float32("filters", filters_);
   STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
   STD_TORCH_CHECK(stride_high > 0 && stride_wide > 0 && padding_high >= 0 && padding_wide >= 0 &&
                       repeat > 0 && side > 0 && channels >= 0,
@@ -229,6 +231,7 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   if (residual) check_same_kind("residual", *residual, x);
   const Inputs in(x, skip, repeat);
   const bool winograd = filters_.dim() == 4;
+  check_filters(filters_, winograd, x);
   STD_TORCH_CHECK(winograd || filters_.dim() == 5, "filters: wanted what conv2d_filters made");
   const int64_t rows = winograd ? kFilterSide : filters_.size(1);
   const int64_t columns = winograd ? kFilterSide : filters_.size(2);
@@ -253,7 +256,7 @@ Tensor conv2d(const Tensor& x_, const MaybeTensor& skip_, const Tensor& filters_
   const MaybeTensor bias = checked_bias(bias_, channels, x);
   const Outputs out{Target(y),           channels,     data_of<float>(bias),
                     source_of(residual), float(scale), Act(act)};
-  const Convolution c{in, filter, data_of<float>(filters), out};
+  const Convolution c{in, filter, LaidOut(filters), out};
   if (winograd) {
     check_lanes("x", x);
     if (skip) check_lanes("skip", *skip);

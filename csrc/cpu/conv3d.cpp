@@ -67,12 +67,12 @@ Tensor conv3d(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
               int64_t stride_high, int64_t stride_wide, int64_t padding_time, int64_t padding_high,
               int64_t padding_wide, int64_t act, double scale, bool contiguous) {
   const Tensor x = moving_pixels_of("x", x_);
-  check_float32("filters", filters_);
   STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
   STD_TORCH_CHECK(stride_time > 0 && stride_high > 0 && stride_wide > 0 && padding_time >= 0 &&
                       padding_high >= 0 && padding_wide >= 0 && channels >= 0,
                   "conv3d: wanted positive numbers");
   const bool winograd = filters_.dim() == 5;
+  check_filters(filters_, winograd, x);
   STD_TORCH_CHECK(winograd || filters_.dim() == 6,
                   "filters: wanted what conv2d_filters or conv3x3_filters made of five dimensions");
   const Inputs in(x);
@@ -103,7 +103,7 @@ Tensor conv3d(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
   const Convolution c{
       in,
       filter,
-      data_of<float>(filters),
+      LaidOut(filters),
       {Target(y), channels, data_of<float>(bias), source_of(residual), float(scale), Act(act)}};
   if (winograd)
     convolve_by_winograd(c);

@@ -112,7 +112,7 @@ void convolve(const Winograd& c, const Grid& grid, int64_t task, float* v) {
   transform_inputs(c, first, count, zeros, wide, v, rows);
   const int64_t numbers = frames * c.channels;
   for (int64_t block = grid.first_column(task); block < grid.end_column(task); ++block) {
-    const float* u = c.filters + block * kPoints * numbers * kColumns;
+    const float* u = c.filters.as<float>() + block * kPoints * numbers * kColumns;
     const int64_t columns = std::min<int64_t>(kColumns, c.out.channels - block * kColumns);
     for (int64_t p = 0; p < kPoints; ++p)
       multiply({rows, kTiles, frames, 1, {c.channels}, p * c.point()}, count, columns,

@@ -79,6 +79,31 @@ struct Filter {
   int64_t taps() const { return time.taps * high.taps * wide.taps; }
 };
 
+// Filters that were laid out: of x's dtype, those of Winograd's algorithm float32.
+struct LaidOut {
+  const void* data;
+  Floating dtype;
+
+  LaidOut(const float* data) : data(data), dtype(Floating::float32) {}
+  explicit LaidOut(const Tensor& t) : data(t.const_data_ptr()), dtype(floating_of("filters", t)) {}
+
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+// `multiply` of products.h by filters from number `first` on.
+inline void multiply(const Products& p, int64_t count, int64_t columns, const LaidOut& filters,
+                     int64_t first, float* sums) {
+  switch (filters.dtype) {
+    case Floating::float16: return multiply(p, count, columns, filters.as<Half>() + first, sums);
+    case Floating::bfloat16:
+      return multiply(p, count, columns, filters.as<BFloat16>() + first, sums);
+    default: return multiply(p, count, columns, filters.as<float>() + first, sums);
+  }
+}
+
 // --- what is written -----------------------------------------------------------------------------
 
 // Numbers k, ..., k + 31 of `channels`; zeros beyond them, and where there are none.
@@ -230,6 +255,13 @@ inline void check_lanes(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.size(1) % kLanes == 0, name, ": wanted channels in multiples of ", kLanes);
 }
 
+inline void check_filters(const Tensor& filters, bool winograd, const Tensor& x) {
+  if (winograd)
+    check_float32("filters", filters);
+  else
+    check_same_kind("filters", filters, x);
+}
+
 // As float32, of x's dtype.
 inline MaybeTensor checked_bias(const MaybeTensor& bias, int64_t channels, const Tensor& x) {
   if (!bias) return bias;
@@ -269,15 +301,16 @@ Tensor conv2d(const Tensor& x, const MaybeTensor& skip, const Tensor& filters,
 struct Convolution {
   Inputs in;
   Filter filter;
-  const float* filters;
+  LaidOut filters;
   Outputs out;
 };
 
-// conv2d.cpp: filters [K / 32 rounded up, taps, C, 32] of any size and stride. side > 1: transposed
-// ones of that stride, to y [B, T, H side, W side, K].
+// conv2d.cpp: filters [K / 32 rounded up, taps, C, 32] of x's dtype, of any size and stride. side >
+// 1: transposed ones of that stride, to y [B, T, H side, W side, K].
 void convolve_directly(const Convolution& c, int64_t side = 1);
 
-// conv3x3.cpp: filters [K / 32 rounded up, 36, T C, 32] of T frames of 3x3, of stride 1 in these.
+// conv3x3.cpp: float32 filters [K / 32 rounded up, 36, T C, 32] of T frames of 3x3, of stride 1 in
+// these.
 void convolve_by_winograd(const Convolution& c);
 
 }  // namespace dx

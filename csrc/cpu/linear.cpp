@@ -40,12 +40,12 @@ struct Rows {
 // the activation makes their gates of.
 struct Linear {
   Rows rows;
-  const float* filters;
+  LaidOut filters;
   Outputs out;
   bool gated;
 
   int64_t columns() const { return column_blocks(out.channels); }
-  const float* block(int64_t n) const { return filters + n * rows.channels * kColumns; }
+  int64_t block(int64_t n) const { return n * rows.channels * kColumns; }
 };
 
 // (values + bias) act(gates + gate_bias)
@@ -95,8 +95,9 @@ void multiply(const Linear& c, const Grid& grid, int64_t task, float* wide) {
     for (int64_t n = 0; n < count; n += kChunk) {
       const int64_t rows = std::min(kChunk, count - n);
       const Products products{table + n, kMostRows, 1, 1, {c.rows.channels, 0}, 0};
-      multiply(products, rows, columns, c.block(block), sums);
-      if (c.gated) multiply(products, rows, columns, c.block(c.columns() + block), gates);
+      multiply(products, rows, columns, c.filters, c.block(block), sums);
+      if (c.gated)
+        multiply(products, rows, columns, c.filters, c.block(c.columns() + block), gates);
       on_best_isa([&]() DX_KERNEL {
         dispatch_act(c.out.act, [&](auto act) DX_KERNEL {
           write_rows<decltype(act)::value>(c, first + n, rows, k, sums, gates);
@@ -109,10 +110,10 @@ void multiply(const Linear& c, const Grid& grid, int64_t task, float* wide) {
 Tensor linear(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_,
               const MaybeTensor& residual_, int64_t channels, int64_t act, bool gated) {
   check_floating("x", x_);
-  check_float32("filters", filters_);
   STD_TORCH_CHECK(x_.dim() > 0, "x: wanted shape [*, C]");
   STD_TORCH_CHECK(act >= 0 && act < kActs, "act: unknown");
   STD_TORCH_CHECK(channels >= 0, "out_channels: wanted how many there are");
+  check_same_kind("filters", filters_, x_);
   const Tensor x = x_.size(-1) > 1 && x_.stride(-1) != 1 ? torch::stable::contiguous(x_) : x_;
   const int64_t halves = gated ? 2 : 1;
   STD_TORCH_CHECK(filters_.numel() == halves * column_blocks(channels) * x.size(-1) * kColumns,
@@ -129,7 +130,7 @@ Tensor linear(const Tensor& x_, const Tensor& filters_, const MaybeTensor& bias_
   const MaybeTensor bias = checked_bias(bias_, halves * channels, x);
   const MaybeTensor residual = map(residual_, as_contiguous);
   const Linear c{Rows(x),
-                 data_of<float>(filters),
+                 LaidOut(filters),
                  {Target(y), channels, data_of<float>(bias), source_of(residual), 1, Act(act)},
                  gated};
   if (c.rows.count == 0 || channels == 0) return y;

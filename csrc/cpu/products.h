@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../math/half.h"
 #include "simd.h"
 
 #if defined(DX_X86)
@@ -22,8 +23,9 @@ constexpr int kColumns = 32;  // output channels that are computed together
 // thousands each is rounded to what the others have come to.
 constexpr int64_t kSummed = 256;
 
-// Sums [count, 32] of rows times filters. A row is given in segments, which lie apart: the pixels
-// under a filter, each in one tensor or two.
+// Sums [count, 32] of rows times filters, which may be of half precision: they are widened as they
+// are loaded, two vectors for as many products as all rows have. A row is given in segments, which
+// lie apart: the pixels under a filter, each in one tensor or two.
 struct Products {
   const float* const* rows;  // [segments, stride]: where the segments of each row begin
   int64_t stride, segments, parts;
@@ -39,6 +41,8 @@ constexpr int kWidth = 1, kRows = 4;
 #define DX_PRODUCTS_TARGET
 inline Vector zero() { return 0.0f; }
 inline Vector load(const float* p) { return *p; }
+inline Vector load(const dx::Half* p) { return to_float(*p); }
+inline Vector load(const BFloat16* p) { return to_float(*p); }
 inline Vector broadcast(float x) { return x; }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 inline Vector add(Vector a, Vector b) { return a + b; }
@@ -54,6 +58,13 @@ using Vector = __m256;
 constexpr int kWidth = 8, kRows = 6;  // 16 registers: 12 sums, 2 filters, 1 number
 DX_PRODUCTS_TARGET inline Vector zero() { return _mm256_setzero_ps(); }
 DX_PRODUCTS_TARGET inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
+DX_PRODUCTS_TARGET inline Vector load(const dx::Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DX_PRODUCTS_TARGET inline Vector load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
 DX_PRODUCTS_TARGET inline Vector broadcast(float x) { return _mm256_set1_ps(x); }
 DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm256_fmadd_ps(a, b, c);
@@ -70,6 +81,14 @@ using Vector = __m512;
 constexpr int kWidth = 16, kRows = 8;
 DX_PRODUCTS_TARGET inline Vector zero() { return _mm512_setzero_ps(); }
 DX_PRODUCTS_TARGET inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
+// The masks are whole: without one GCC 12 warns of its own headers.
+DX_PRODUCTS_TARGET inline Vector load(const dx::Half* p) {
+  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_epi16(p));
+}
+DX_PRODUCTS_TARGET inline Vector load(const BFloat16* p) {
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_epi16(p));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, bits, 16));
+}
 DX_PRODUCTS_TARGET inline Vector broadcast(float x) { return _mm512_set1_ps(x); }
 DX_PRODUCTS_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return _mm512_fmadd_ps(a, b, c);
@@ -88,6 +107,12 @@ using Vector = float32x4_t;
 constexpr int kWidth = 4, kRows = 8;  // of 32 registers; 12 rows would leave 8 of a block's 32
 inline Vector zero() { return vdupq_n_f32(0.0f); }
 inline Vector load(const float* p) { return vld1q_f32(p); }
+inline Vector load(const dx::Half* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+}
+inline Vector load(const BFloat16* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+}
 inline Vector broadcast(float x) { return vdupq_n_f32(x); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
@@ -115,8 +140,8 @@ DX_INLINE int64_t in_panels(int64_t panel, int64_t numbers, int64_t n, int64_t i
 }
 
 // The first `columns` of the sums [count, 32]; those up to the next vector's end are written too.
-inline void multiply(const Products& p, int64_t count, int64_t columns, const float* filters,
-                     float* sums) {
+template <class F>
+void multiply(const Products& p, int64_t count, int64_t columns, const F* filters, float* sums) {
 #if defined(DX_X86)
   const Isa isa = best_isa();
   if (isa == Isa::avx512) return avx512::multiply_all(p, count, columns, filters, sums);

@@ -16,8 +16,8 @@ DX_KERNEL DX_PRODUCTS_TARGET inline void take(Vector (&own)[R][N], float* sums, 
     }
 }
 
-template <int R, int N>
-DX_PRODUCTS_TARGET void multiply(const Products& p, const float* const* rows, const float* u,
+template <int R, int N, class F>
+DX_PRODUCTS_TARGET void multiply(const Products& p, const float* const* rows, const F* u,
                                  float* sums) {
   Vector own[R][N];
 #pragma GCC unroll 16
@@ -51,8 +51,8 @@ DX_PRODUCTS_TARGET void multiply(const Products& p, const float* const* rows, co
 }
 
 // All rows, as many at once as there are registers for, of N vectors of columns.
-template <int N>
-void multiply_rows(const Products& p, int64_t count, const float* u, float* sums) {
+template <int N, class F>
+void multiply_rows(const Products& p, int64_t count, const F* u, float* sums) {
   int64_t r = 0;
   const auto take = [&](auto rows) {
     for (; r + rows <= count; r += rows) multiply<rows, N>(p, p.rows + r, u, sums + r * kColumns);
@@ -63,8 +63,8 @@ void multiply_rows(const Products& p, int64_t count, const float* u, float* sums
   take(std::integral_constant<int, 1>());
 }
 
-inline void multiply_all(const Products& p, int64_t count, int64_t columns, const float* u,
-                         float* sums) {
+template <class F>
+void multiply_all(const Products& p, int64_t count, int64_t columns, const F* u, float* sums) {
   for (int64_t k = 0; k < columns; k += kPanel, u += p.numbers() * kPanel)
     if (columns - k > kWidth)
       multiply_rows<2>(p, count, u, sums + k);

@@ -21,7 +21,7 @@ class FuseReport:
         contiguous: how many of those have weights that are not channels_last now, so that ours
             serve them only where their images are.
         filter_bytes: what their filters take beside the weights once they are laid out, on a CPU
-            without gradients; they are float32, of half precision too.
+            without gradients; those of Winograd's algorithm are float32, whatever the weights are.
         linears: names of the linear layers that ours serve. linear_bytes: as `filter_bytes`.
         attentions: names of the modules whose attention ours serves.
     """

@@ -197,5 +197,5 @@ def filter_bytes(conv: nn.Conv2d) -> int:
     by_winograd = is_plain_conv3x3(conv) and channels % CHANNELS == 0
     if conv.weight.dtype in SHARES_OF_TORCH and not by_winograd:
         return 0
-    numbers = POINTS if by_winograd else height * width
-    return 4 * numbers * channels * -(-out_channels // COLUMNS) * COLUMNS
+    of_tap = 4 * POINTS if by_winograd else conv.weight.element_size() * height * width
+    return of_tap * channels * -(-out_channels // COLUMNS) * COLUMNS

@@ -148,8 +148,8 @@ def filter_bytes_3d(conv: nn.Conv3d) -> int:
     out_channels, channels, frames, height, width = conv.weight.shape
     if conv.weight.dtype in SHARES_OF_TORCH and not _is_3x3(conv):
         return 0
-    numbers = frames * (POINTS if _is_3x3(conv) else height * width)
-    return 4 * numbers * channels * -(-out_channels // COLUMNS) * COLUMNS
+    of_tap = 4 * POINTS if _is_3x3(conv) else conv.weight.element_size() * height * width
+    return of_tap * frames * channels * -(-out_channels // COLUMNS) * COLUMNS
 
 
 def _is_3x3(conv: nn.Conv3d) -> bool:

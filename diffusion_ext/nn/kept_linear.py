@@ -125,4 +125,4 @@ def weight_bytes(layer: nn.Linear) -> int:
     """Of layer's weight once it is laid out, where it ever is."""
     if layer.weight.dtype in SHARES_OF_TORCH:
         return 0
-    return linear_bytes(layer.out_features, layer.in_features)
+    return linear_bytes(layer.out_features, layer.in_features, layer.weight.element_size())

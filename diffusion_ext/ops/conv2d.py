@@ -83,8 +83,8 @@ def winograd_filters(weight: Tensor) -> Tensor:
 
 def direct_filters(weight: Tensor, transposed: bool = False) -> Tensor:
     """weight [K, C, R, S], or a transposed convolution's [C, K, R, S], as `conv2d` wants it, and
-    [K, C, T, R, S] as `conv3d` does: float32 whatever the weight is."""
-    return kernels().conv2d_filters(weight.float(), transposed)
+    [K, C, T, R, S] as `conv3d` does, of its dtype."""
+    return kernels().conv2d_filters(weight, transposed)
 
 
 def conv2d(
@@ -114,7 +114,7 @@ def conv2d(
         side: of a transposed convolution's filters, which is its stride; else 1.
         residual: of the outputs' shape, or None. act: one of group_norm_act's.
 
-    All but the filters is of one dtype.
+    All but Winograd's filters is of one dtype.
 
     Returns: [B, K, H', W'], channels_last.
     """

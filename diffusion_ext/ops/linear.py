@@ -25,15 +25,15 @@ def serves_linear(x: Tensor) -> bool:
 
 
 def linear_filters(weight: Tensor, gated: bool = False) -> Tensor:
-    """weight [K, C] as `linear` multiplies with it, float32 whatever it is; gated: [2K, C], values
-    and then gates."""
+    """weight [K, C] as `linear` multiplies with it, of its dtype; gated: [2K, C], values and then
+    gates."""
     halves = weight.unflatten(0, (1 + gated, -1))[..., None]  # [halves, K, C, 1]
     return direct_filters(halves.permute(2, 1, 0, 3), transposed=True)
 
 
-def linear_bytes(out_features: int, in_features: int) -> int:
-    """Of a weight [out_features, in_features] that is laid out."""
-    return 4 * in_features * -(-out_features // COLUMNS) * COLUMNS
+def linear_bytes(out_features: int, in_features: int, of_number: int = 4) -> int:
+    """Of a weight [out_features, in_features] that is laid out, of numbers of so many bytes."""
+    return of_number * in_features * -(-out_features // COLUMNS) * COLUMNS
 
 
 def linear(
@@ -54,7 +54,7 @@ def linear(
     Args:
         x: [*, C], which `serves_linear`. filters: what `linear_filters` made of the weight.
         bias: [K], gated [2K], or None. out_features: K. residual: [*, K] or None, which it is where
-            gated. Both of x's dtype. act: one of group_norm_act's.
+            gated. All of x's dtype. act: one of group_norm_act's.
 
     Returns: [*, K], contiguous. No bit of a row depends on the others, or on the threads.
     """

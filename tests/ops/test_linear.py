@@ -176,6 +176,7 @@ GOOD = {"x": torch.zeros(3, 16), "bias": torch.zeros(20), "out_features": 20}
         ({"out_features": 33}, "filters: wanted those of 16 channels to 1 times 33"),
         ({"out_features": 10, "gated": True}, "filters: wanted those of 16 channels to 2 times 10"),
         ({"out_features": -1}, "out_channels: wanted how many there are"),
+        ({"filters": linear_filters(torch.zeros(20, 16).half())}, "filters: wanted x's dtype"),
         ({"bias": torch.zeros(3)}, r"bias: wanted shape \[20\]"),
         ({"bias": torch.zeros(20).half()}, "bias: wanted x's dtype"),
         ({"residual": torch.zeros(20)}, "residual: wanted the outputs' shape"),
