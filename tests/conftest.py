@@ -56,6 +56,7 @@ def small_work_counts(monkeypatch):
         monkeypatch.setattr(module, "LEAST_OF_SLOW", 0)
     for dtype in list(SHARES_OF_TORCH):
         monkeypatch.delitem(SHARES_OF_TORCH, dtype)
+    monkeypatch.setattr(kept_linear, "LEAST_OUTPUTS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +15,8 @@ from ..ops.conv2d import (
     POINTS,
     SHARES_OF_TORCH,
     TIMED,
+    gains_on_fast_halves,
     serves_conv2d,
-    winograd_is_faster,
 )
 from ..ops.conv3x3 import conv3x3
 from ..ops.layouts import convolves_to_channels_last, has_strides, suggests_channels_last
@@ -151,16 +152,16 @@ def _is_channels_last(kept: KeptFilters, x: Tensor, strides, weight: Tensor, rep
 def _gains(kept: KeptFilters, key: tuple) -> bool:
     """Whether ours take less time than torch's, of images of a shape and dtype, by a stride."""
     if (found := kept.gains.get(key)) is None:
-        packed, ((batch, channels, *size), dtype, stride, repeat) = kept.packed, key
+        packed, ((batch, _, *size), dtype, stride, repeat) = kept.packed, key
         height, width = (repeat * side for side in size)
-        found = packed.by_winograd(batch, height, width)
+        winograd, numbers = packed.by_winograd(batch, height, width), math.prod(packed.shape[1:])
+        outputs = batch, height // stride[0], width // stride[1]
         if (share := SHARES_OF_TORCH.get(dtype)) is not None:
-            how = channels, packed.out_channels, share
-            found = found and winograd_is_faster(batch, height, width, *how)
-        elif not found:
-            products = batch * height * width // (stride[0] * stride[1])
-            products *= channels * packed.out_channels * packed.shape[2] * packed.shape[3]
-            found = products >= (LEAST_OF_SLOW if is_slow_of_torch(dtype) else LEAST_PRODUCTS)
+            found = gains_on_fast_halves(share, *outputs, numbers, packed.out_channels, winograd)
+        else:
+            products = math.prod(outputs) * numbers * packed.out_channels
+            least = LEAST_OF_SLOW if is_slow_of_torch(dtype) else LEAST_PRODUCTS
+            found = winograd or products >= least
         kept.gains[key] = found
     return found
 
@@ -195,7 +196,5 @@ def filter_bytes(conv: nn.Conv2d) -> int:
     """Of conv's filters once they are laid out, the larger ones where there is a choice."""
     out_channels, channels, height, width = conv.weight.shape
     by_winograd = is_plain_conv3x3(conv) and channels % CHANNELS == 0
-    if conv.weight.dtype in SHARES_OF_TORCH and not by_winograd:
-        return 0
     of_tap = 4 * POINTS if by_winograd else conv.weight.element_size() * height * width
     return of_tap * channels * -(-out_channels // COLUMNS) * COLUMNS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backend import NATIVE_DTYPES, needs_grad, serves
-from ..ops.conv2d import COLUMNS, POINTS, SHARES_OF_TORCH, TIMED, winograd_is_faster
+from ..ops.conv2d import COLUMNS, POINTS, SHARES_OF_TORCH, TIMED, gains_on_fast_halves
 from ..ops.layouts import has_strides
 from .kept_filters import (
     LEAST_OF_SLOW,
@@ -111,8 +111,8 @@ def _found_format(conv: nn.Conv3d, packed: PackedConv3d, x: Tensor) -> torch.mem
     if slow:
         return layout
     if share is not None:
-        how = packed.channels, packed.out_channels, share
-        gains = packed.by_winograd(*images) and winograd_is_faster(*images, *how)
+        winograd, numbers = packed.by_winograd(*images), weight[0].numel()
+        gains = gains_on_fast_halves(share, *images, numbers, packed.out_channels, winograd)
         return layout if gains else None
     # Measured on a Zen 4, one thread and two. Filters of 3x3: ours take 0.2 to 0.5 of torch's time,
     # and no more where images are so small that they are served directly. Of one pixel: 0.5 to 0.8
@@ -146,8 +146,6 @@ def may_gain_3d(conv: nn.Conv3d) -> bool:
 def filter_bytes_3d(conv: nn.Conv3d) -> int:
     """Of conv's filters once they are laid out, the larger ones where there is a choice."""
     out_channels, channels, frames, height, width = conv.weight.shape
-    if conv.weight.dtype in SHARES_OF_TORCH and not _is_3x3(conv):
-        return 0
     of_tap = 4 * POINTS if _is_3x3(conv) else conv.weight.element_size() * height * width
     return of_tap * frames * channels * -(-out_channels // COLUMNS) * COLUMNS
 

@@ -35,8 +35,10 @@ def _shares_of_torch() -> dict[torch.dtype, float]:
 
 # Half types that the processor multiplies itself -> what part of float32's time torch's products
 # take in them: half of it on a Zen 4, by AVX512_BF16. Ours, which are float32, gain on those by
-# Winograd's algorithm alone. Without such instructions torch's take 2.7 to 20 times float32's.
+# Winograd's algorithm, and where there is less to multiply than to lay out, as torch does at each
+# call. Without such instructions torch's take 2.7 to 20 times float32's time.
 SHARES_OF_TORCH = _shares_of_torch()
+LAYING_OUT = 0.18  # nanoseconds that it takes torch, of a number of the weight
 
 
 def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
@@ -56,19 +58,50 @@ def serves_conv2d(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_is_faster(
-    batch: int, height: int, width: int, channels: int, out_channels: int, share: float = 1
+    batch: int, height: int, width: int, channels: int, out_channels: int
 ) -> bool:
-    """Whether it is, than a direct convolution that takes `share` of our direct one's time: of a
-    3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
+    """Of a 3x3 filter of stride 1 and padding 1, whose outputs are [batch, K, height, width]."""
     if channels % CHANNELS or not VECTORISED:
         return False
-    filters = channels * -(-out_channels // CHANNELS) * CHANNELS  # as many as are computed
-    tiles = tiles_of(batch, height, width)
+    direct = _direct_time(batch * height * width, 9 * channels, out_channels)
+    return _winograd_time(tiles_of(batch, height, width), channels, out_channels) < direct
+
+
+def gains_on_fast_halves(
+    share: float,
+    batch: int,
+    height: int,
+    width: int,
+    numbers: int,
+    out_channels: int,
+    winograd: bool,
+) -> bool:
+    """Whether ours take less time than torch's of a half type that it multiplies in `share` of
+    float32's time.
+
+    Args: batch, height, width: of the outputs. numbers: of a filter. winograd: by its algorithm.
+    """
+    pixels = batch * height * width
+    torchs = numbers * out_channels * (share * DIRECT[LIKE][0] * pixels + LAYING_OUT)
+    if winograd:
+        return _winograd_time(tiles_of(batch, height, width), numbers // 9, out_channels) < torchs
+    return _direct_time(pixels, numbers, out_channels) < torchs
+
+
+def _direct_time(pixels: int, numbers: int, out_channels: int) -> float:
     product, byte = DIRECT[LIKE]
-    direct = 9 * filters * (product * batch * height * width + 4 * byte)
+    return numbers * _computed(out_channels) * (product * pixels + 4 * byte)
+
+
+def _winograd_time(tiles: int, channels: int, out_channels: int) -> float:
     product, byte, lane = WINOGRAD[LIKE]
-    winograd = POINTS * filters * (product * tiles + 4 * byte)
-    return winograd + lane * tiles * (channels + out_channels) < share * direct
+    of_filters = POINTS * channels * _computed(out_channels) * (product * tiles + 4 * byte)
+    return of_filters + lane * tiles * (channels + out_channels)
+
+
+def _computed(out_channels: int) -> int:
+    """How many output channels are computed for so many."""
+    return -(-out_channels // CHANNELS) * CHANNELS
 
 
 def tiles_of(batch: int, height: int, width: int) -> int:

@@ -9,8 +9,6 @@ from fused_models import ops_of, vary_gently
 from torch import nn
 
 import diffusion_ext as dx
-from diffusion_ext.nn import kept_filters, kept_linear
-from diffusion_ext.nn.kept_weights import kept_of
 from diffusion_ext.ops.conv2d import SHARES_OF_TORCH, TIMED
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -132,24 +130,35 @@ def test_two_dtypes_are_torchs_error(op, dtype):
 
 
 @torch.no_grad()
-def test_what_the_processor_multiplies_itself_is_torchs(measured_thresholds, monkeypatch):
-    """Then ours gain by Winograd's algorithm alone; and of slow half types everywhere."""
-    images = torch.randn(1, 64, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
-    winograds, small = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1)
-    first, layer = nn.Conv2d(3, 64, 3, padding=1), nn.Linear(64, 64)
-    model = nn.ModuleList((winograds, small, first, layer)).bfloat16()
-    calls = {
-        winograds: images, small: images, first: images[:, :3], layer: images[0, :, 0].t(),
-    }  # fmt: skip
-    for share, served in ((None, [1, 1, 1, 1]), (1 / 2, [1, 0, 0, 0]), (1 / 16, [0, 0, 0, 0])):
-        monkeypatch.delitem(SHARES_OF_TORCH, torch.bfloat16, raising=False)
-        if share is not None:
-            monkeypatch.setitem(SHARES_OF_TORCH, torch.bfloat16, share)
-        dx.unfuse(model)
-        dx.fuse(model)
-        for (module, x), ours in zip(calls.items(), served, strict=True):
-            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
-            counts = ops_of(lambda module=module, x=x: module(x))
-            assert counts["conv2d"] + counts["linear"] == ours * TIMED
-    assert kept_of(layer) is None
-    assert kept_linear.weight_bytes(layer) == kept_filters.filter_bytes(small) == 0
+@pytest.mark.parametrize("share", [None, 1 / 2], ids=["slow", "fast"])
+def test_what_the_processor_multiplies_itself_is_torchs(measured_thresholds, monkeypatch, share):
+    """Then ours gain by Winograd's algorithm, and of few pixels or rows; else everywhere."""
+    monkeypatch.delitem(SHARES_OF_TORCH, torch.bfloat16, raising=False)
+    if share is not None:
+        monkeypatch.setitem(SHARES_OF_TORCH, torch.bfloat16, share)
+    winograds, single = nn.Conv2d(256, 256, 3, padding=1), nn.Conv2d(256, 256, 1)
+    layers = nn.ModuleList((winograds, single, nn.Linear(256, 256))).bfloat16()
+    dx.fuse(layers)
+    layer = layers[2]
+    for module, shape, gains in (
+        (winograds, (1, 256, 32, 32), True),
+        (winograds, (1, 256, 2, 2), True),
+        (single, (1, 256, 32, 32), share is None),
+        (single, (1, 256, 2, 2), True),
+        (layer, (2, 200, 256), share is None),
+        (layer, (2, 4, 256), True),
+    ):
+        x = torch.randn(shape).bfloat16()
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        counts = ops_of(lambda module=module, x=x: module(x))
+        assert counts["conv2d"] + counts["linear"] == (gains and TIMED)
+
+
+@torch.no_grad()
+def test_rows_of_other_strides_are_copied_where_torch_is_slow():
+    layer, x = nn.Linear(32, 48).bfloat16(), torch.randn(2, 32, 9).bfloat16().transpose(1, 2)
+    expected = layer(x)
+    dx.fuse(layer)
+    assert ops_of(lambda: layer(x))["linear"] == TIMED
+    torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)
+    assert layer(x).stride() == expected.stride()
