@@ -29,6 +29,8 @@ struct Attention {
   int64_t tiles() const { return ceil_div(queries, kQueries); }
   Panels values() const { return Panels(v.size); }
   int64_t width() const { return values().width(); }
+  bool pairs() const { return v.pairs != nullptr; }
+  int64_t words(int64_t keys) const { return pairs() ? (keys + 1) / 2 : keys; }
 };
 
 // What a thread works in.
@@ -55,7 +57,7 @@ struct Scratch {
 
 // Its keys as the columns of a matrix, [d, keys] of each block.
 void lay_out_keys(const Attention& a, int64_t b, int64_t h, float* to) {
-  const int64_t size = a.q.size;
+  const int64_t size = a.k.words();
   TileBuffer buffer;
   for (int64_t from = 0; from < a.keys; from += kKeys) {
     const int64_t keys = std::min(kKeys, a.keys - from);
@@ -80,17 +82,30 @@ void lay_out_keys(const Attention& a, int64_t b, int64_t h, float* to) {
   }
 }
 
-// Its values, [keys, dv] of each kPart keys.
+// Rows beside one another as pairs: one number of each; of none, zeros.
+DX_INLINE void pair_up(const BFloat16* first, const BFloat16* second, int64_t count, float* to) {
+  for (int64_t c = 0; c < count; ++c) {
+    const uint32_t high = second == nullptr ? 0 : second[c].bits;
+    to[c] = float_of(first[c].bits | high << 16);
+  }
+}
+
+// Its values, [keys, dv] of each kPart keys, or [keys / 2, dv] pairs.
 void lay_out_values(const Attention& a, int64_t b, int64_t h, float* to) {
   const Panels panels = a.values();
   TileBuffer buffer;
-  for (int64_t j = 0; j < a.keys; ++j) {
-    const float* row = a.v.row(b, h, j, buffer);
-    const int64_t first = j / kPart * kPart, keys = std::min(kPart, a.keys - first);
+  for (int64_t j = 0; j < a.keys; j += a.pairs() ? 2 : 1) {
+    const float* row = buffer;
+    if (a.pairs())
+      pair_up(a.v.pairs + a.v.at(b, h, j),
+              j + 1 < a.keys ? a.v.pairs + a.v.at(b, h, j + 1) : nullptr, a.v.size, buffer);
+    else
+      row = a.v.row(b, h, j, buffer);
+    const int64_t first = j / kPart * kPart, keys = a.words(std::min(kPart, a.keys - first));
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);
       const int64_t there = std::min(a.v.size - c, width);
-      float* of_panel = to + first * a.width() + c * keys + (j - first) * width;
+      float* of_panel = to + a.words(first) * a.width() + c * keys + a.words(j - first) * width;
       std::fill(std::copy_n(row + c, there, of_panel), of_panel + width, 0.0f);
     }
   }
@@ -141,13 +156,14 @@ DX_INLINE void soften(float* __restrict s, int64_t keys, float factor, float& mo
 void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t first, int64_t count,
            int64_t from, int64_t keys) {
   const Panels panels(keys);
+  const int64_t words = a.q.words();
   std::fill_n(t.shrink, count, 1.0f);
   for (int64_t j = 0, width; j < keys; j += width) {
     width = panels.width_at(j);
-    const float* panel = t.keys + (from + j) * a.q.size;
-    for (int64_t c = 0; c < a.q.size; c += kPart)
-      multiply_panel({t.queries + c, a.q.size, count, std::min(kPart, a.q.size - c),
-                      panel + c * width, t.scores + j, kRow, c == 0 ? nullptr : t.shrink},
+    const float* panel = t.keys + (from + j) * words;
+    for (int64_t c = 0; c < words; c += kPart)
+      multiply_panel({t.queries + c, words, count, std::min(kPart, words - c), panel + c * width,
+                      t.scores + j, kRow, c == 0 ? nullptr : t.shrink, a.pairs()},
                      width);
   }
   on_best_isa([&]() DX_KERNEL {
@@ -167,19 +183,21 @@ void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t f
       soften(s, keys, scaled ? kLog2E : kLog2E * a.scale, t.most[r], t.total[r], t.shrink[r]);
     }
   });
+  if (a.pairs())
+    for (int64_t r = 0; r < count; ++r) round_to_pairs(t.scores + r * kRow, Scratch::whole(keys));
 }
 
 // y = shrink y + weights times values.
 void weigh(const Attention& a, const Scratch& t, int64_t count, int64_t from, int64_t keys) {
   const Panels panels = a.values();
   for (int64_t j = 0; j < keys; j += kPart) {
-    const int64_t summed = std::min(kPart, keys - j);
-    const float* values = t.values + (from + j) * a.width();
+    const int64_t summed = a.words(std::min(kPart, keys - j));
+    const float* values = t.values + a.words(from + j) * a.width();
     for (int64_t c = 0, width; c < a.v.size; c += width) {
       width = panels.width_at(c);
-      multiply_panel(
-          {t.scores + j, kRow, count, summed, values + c * summed, t.y + c, a.width(), t.shrink},
-          width);
+      multiply_panel({t.scores + a.words(j), kRow, count, summed, values + c * summed, t.y + c,
+                      a.width(), t.shrink, a.pairs()},
+                     width);
     }
     std::fill_n(t.shrink, count, 1.0f);
   }
@@ -191,7 +209,7 @@ void load_queries(const Attention& a, int64_t b, int64_t h, const Scratch& t, in
                   int64_t count) {
   TileBuffer buffer;
   for (int64_t r = 0; r < count; ++r)
-    std::copy_n(a.q.row(b, h, first + r, buffer), a.q.size, t.queries + r * a.q.size);
+    std::copy_n(a.q.row(b, h, first + r, buffer), a.q.words(), t.queries + r * a.q.words());
 }
 
 void attend(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t first) {
@@ -239,6 +257,7 @@ void attend_all(const Attention& a, int64_t batch) {
 // --- the op --------------------------------------------------------------------------------------
 
 void check_heads(const char* name, const Tensor& t, const Tensor& q) {
+  check_floating(name, t);
   STD_TORCH_CHECK(t.dim() == 4, name, ": wanted shape [B, H, T, d]");
   check_same_kind(name, t, q);
   STD_TORCH_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1), name,
@@ -258,9 +277,10 @@ Mask mask_of(const MaybeTensor& t, const Tensor& q, int64_t keys) {
   return {t->const_data_ptr(), dtype, t->stride(0), t->stride(1), t->stride(2), t->stride(3)};
 }
 
-template <class T>
 Heads heads_of(const Tensor& t) {
-  return {Source(data_of<T>(t)), t.stride(0), t.stride(1), t.stride(2), t.size(3)};
+  const bool pairs = t.scalar_type() == ScalarType::BFloat16 && multiplies_bf16();
+  return {Source(t),   t.stride(0), t.stride(1),
+          t.stride(2), t.size(3),   pairs ? data_of<BFloat16>(t) : nullptr};
 }
 
 Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const MaybeTensor& mask,
@@ -280,14 +300,10 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const May
                                                    : fresh(q, {batch, heads, queries, v.size(3)}));
   const Mask of_mask = mask_of(mask, q, k.size(2));
   if (y.numel() == 0) return y;
-  dispatch_floating(q.scalar_type(), "attention", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    attend_all(
-        {heads_of<T>(q), heads_of<T>(k), heads_of<T>(v), of_mask,
-         Target(static_cast<T*>(y.mutable_data_ptr())), y.stride(0), y.stride(1), y.stride(2),
-         heads, queries, causal ? std::min(queries, k.size(2)) : k.size(2), float(scale), causal},
-        batch);
-  });
+  attend_all({heads_of(q), heads_of(k), heads_of(v), of_mask, Target(y), y.stride(0), y.stride(1),
+              y.stride(2), heads, queries, causal ? std::min(queries, k.size(2)) : k.size(2),
+              float(scale), causal},
+             batch);
   return y;
 }
 

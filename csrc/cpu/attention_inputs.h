@@ -1,6 +1,7 @@
 // What attention reads: heads of any dtype and strides, and what is added to their scores.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "../common.h"
@@ -15,11 +16,22 @@ constexpr float kMasked = -std::numeric_limits<float>::infinity();
 struct Heads {
   Source data;
   int64_t batch_stride, head_stride, row_stride, size;
+  const BFloat16* pairs = nullptr;  // the data, where products are of pairs of bfloat16
 
-  // Rows of head h of sample b as float32, in place or in the buffer.
+  // What a row has to be multiplied with: numbers, or pairs of them.
+  int64_t words() const { return pairs == nullptr ? size : (size + 1) / 2; }
+  int64_t at(int64_t b, int64_t h, int64_t t) const {
+    return b * batch_stride + h * head_stride + t * row_stride;
+  }
+
+  // Rows of head h of sample b as float32, or their pairs, in place or in the buffer.
   Tile<const float> rows(int64_t b, int64_t h, int64_t t, int64_t count, TileBuffer& buffer) const {
-    const int64_t at = b * batch_stride + h * head_stride + t * row_stride;
-    return data.view({at, row_stride, count, size}, buffer);
+    if (pairs == nullptr) return data.view({at(b, h, t), row_stride, count, size}, buffer);
+    for (int64_t r = 0; r < count; ++r) {
+      buffer[(r + 1) * words() - 1] = 0.0f;  // beside the last of an odd number
+      std::memcpy(buffer + r * words(), pairs + at(b, h, t + r), size * sizeof *pairs);
+    }
+    return {buffer, words()};
   }
   const float* row(int64_t b, int64_t h, int64_t t, TileBuffer& buffer) const {
     return rows(b, h, t, 1, buffer).at;

@@ -1,14 +1,16 @@
-// The products of panels.h for one instruction set: included there once for each.
+// The products of panels.h for one instruction set: included there once for each, with DX_PRODUCT,
+// what adds the product of two vectors to a third.
 
 // R rows of C, of N vectors of columns and, after them, half a vector where kTail.
 template <int R, int N, bool kTail>
 DX_PRODUCTS_TARGET void multiply_block(const PanelProduct& p, int64_t first) {
   constexpr int kEach = 3;  // rows that one pointer reaches: it, and once and twice the stride on
   constexpr int kPointers = (R + kEach - 1) / kEach;
-  const float *a[kPointers], *u = p.panel;
+  const Word* a[kPointers];
+  const float* u = p.panel;
 #pragma GCC unroll 4
   for (int i = 0; i < kPointers; ++i) a[i] = p.a + (first + i * kEach) * p.stride;
-  Vector own[R][N + 1];
+  Vector own[R][N + 1];  // N may be 0
   Half tail[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -26,8 +28,8 @@ DX_PRODUCTS_TARGET void multiply_block(const PanelProduct& p, int64_t first) {
     for (int r = 0; r < R; ++r) {
       const Vector number = broadcast(a[r / kEach][r % kEach * p.stride]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) own[r][n] = multiply_add(number, b[n], own[r][n]);
-      if constexpr (kTail) tail[r] = multiply_add(half_of(number), of_tail, tail[r]);
+      for (int n = 0; n < N; ++n) own[r][n] = DX_PRODUCT(number, b[n], own[r][n]);
+      if constexpr (kTail) tail[r] = DX_PRODUCT(half_of(number), of_tail, tail[r]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) ++a[i];

@@ -59,6 +59,15 @@ Isa best_isa() {
   return isa;
 }
 
+bool multiplies_bf16() {
+#if defined(DX_X86)
+  static const bool there = __builtin_cpu_supports("avx512bf16");
+  return there && best_isa() == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 #if defined(DX_FMA_IS_CHOSEN)
 const bool has_fma = best_isa() != Isa::baseline;
 #endif

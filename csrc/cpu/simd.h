@@ -34,6 +34,8 @@ enum class Isa { baseline, neon, avx2, avx512 };
 // The processor's best, or what DIFFUSION_EXT_CPU_CAPABILITY (baseline, avx2) lowers it to.
 Isa best_isa();
 const char* name_of(Isa isa);
+// Whether the processor multiplies pairs of bfloat16 by AVX-512, and is not lowered below that.
+bool multiplies_bf16();
 
 #if defined(DX_X86)
 #if defined(__clang__)
