@@ -156,6 +156,7 @@ Tensor context_unet(const Tensor& x, const Tensor& scale1, const Tensor& shift1,
   constexpr size_t kConvs = 2 + 2 * kLevelConvs + 1 + 2 * (1 + kLevelConvs) + 2;
   STD_TORCH_CHECK(filters.size() == kConvs && biases.size() == kConvs && norms.size() == 4,
                   "filters, biases: wanted ", kConvs, " of each, and 4 norms");
+  check_float32("x", x);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(2) == x.size(3) && x.size(2) >= 4 && x.size(2) % 4 == 0,
                   "x: wanted shape [B, C, H, H], H a multiple of 4");
   const int64_t bottom = x.size(2) / 4;

@@ -183,7 +183,7 @@ def call_of(network, batch=2):
         ({"x": torch.zeros(2, 3, 10, 10)}, r"x: wanted shape \[B, C, H, H\], H a multiple of 4"),
         ({"x": torch.zeros(2, 3, 16, 12)}, "x: wanted shape"),
         ({"x": torch.zeros(2, 4, 16, 16)}, "filters: wanted those of 4 channels"),
-        ({"x": torch.zeros(2, 3, 16, 16).half()}, "filters: wanted x.s dtype"),
+        ({"x": torch.zeros(2, 3, 16, 16).half()}, "x: wanted float32"),
         ({"scale1": torch.zeros(3, 32)}, r"scale1: wanted shape \[2 or 1, 32\]"),
         ({"shift1": torch.zeros(2, 16)}, r"shift1: wanted shape \[2 or 1, 32\]"),
         ({"scale2": torch.zeros(16)}, r"scale2: wanted shape \[2 or 1, 16\]"),
