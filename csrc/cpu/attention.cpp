@@ -1,6 +1,7 @@
 // attention: softmax(scale q k^T + mask) v, block by block of the keys, so that no row of scores is
 // ever whole (Rabe & Staats 2021; Dao et al. 2022). A task is a tile of the queries of one head:
-// its scores of a block of keys stay in the cache, and so do those keys.
+// its scores of a block of keys stay in the cache, and so do those keys. Where the processor
+// multiplies pairs of bfloat16, what is multiplied stays in that.
 #include <utility>
 
 #include "../math/activation.h"
@@ -11,9 +12,9 @@
 namespace dx {
 namespace {
 
-constexpr int64_t kQueries = 48;  // rows of a tile: whole blocks of panels.h
-constexpr float kLog2E = 1.442695041f;
-constexpr int64_t kKeys = 256;  // of a block
+constexpr int64_t kQueries = 48;        // rows of a tile: whole blocks of panels.h
+constexpr float kLog2E = 1.442695041f;  // weights are powers of 2
+constexpr int64_t kKeys = 256;          // of a block
 // Products that are summed up one after the other; longer sums than torch's would round more.
 constexpr int64_t kPart = 128;
 constexpr int64_t kRow = kKeys + 16;  // from a row of scores to the next, which so share no set
@@ -82,7 +83,7 @@ void lay_out_keys(const Attention& a, int64_t b, int64_t h, float* to) {
   }
 }
 
-// Rows beside one another as pairs: one number of each; of none, zeros.
+// Two neighbouring rows as pairs of a number of each; with zeros where there is no second one.
 DX_INLINE void pair_up(const BFloat16* first, const BFloat16* second, int64_t count, float* to) {
   for (int64_t c = 0; c < count; ++c) {
     const uint32_t high = second == nullptr ? 0 : second[c].bits;
@@ -167,7 +168,7 @@ void score(const Attention& a, int64_t b, int64_t h, const Scratch& t, int64_t f
                      width);
   }
   on_best_isa([&]() DX_KERNEL {
-    // A row may be softened as it is, unless its scale turns the largest score into the least.
+    // The scale is part of the softening, unless it turns the largest score into the least.
     const bool scaled = a.mask.data != nullptr || !(a.scale > 0.0f);
     const int64_t of_head = b * a.mask.batch_stride + h * a.mask.head_stride;
     for (int64_t r = 0; r < count; ++r) {

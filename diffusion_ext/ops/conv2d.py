@@ -26,8 +26,10 @@ LIKE = CPU_CAPABILITY if TIMED else "avx2"  # whose figures tell Winograd's way 
 
 def _shares_of_torch() -> dict[torch.dtype, float]:
     shares, mkldnn = {}, torch.ops.mkldnn
-    if torch.cpu._is_avx512_bf16_supported():
-        shares[torch.bfloat16] = 1 / 16 if torch.cpu._is_amx_tile_supported() else 1 / 2
+    # A torch without these functions has none of those instructions, as far as is known: bool().
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        shares[torch.bfloat16] = 1 / 16 if amx else 1 / 2
     if hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported():
         shares[torch.float16] = 1 / 2
     return shares
