@@ -25,8 +25,8 @@ from .kept_weights import (
     can_be_laid_out,
     forget,
     forget_if_moved,
-    has_plain_bias,
     holds_its_numbers,
+    is_plain,
     keep,
     kept_of,
 )
@@ -86,7 +86,7 @@ def convolved(conv: nn.Conv2d, x: Tensor, repeat: int = 1, **after) -> Tensor | 
     if needs_grad(x, weight, bias, residual):
         forget(conv)  # it trains
         return _once(conv, x, repeat, after)
-    if not serves(x) or torch.is_autocast_enabled("cpu") or not has_plain_bias(conv, weight):
+    if not serves(x) or torch.is_autocast_enabled("cpu") or not is_plain(conv, weight):
         return None
     kept = _filters_of(conv, kept, weight, of_weight)
     if kept is None or not _is_channels_last(kept, x, strides, weight, repeat):

@@ -23,8 +23,8 @@ from .kept_weights import (
     can_be_laid_out,
     forget,
     forget_if_moved,
-    has_plain_bias,
     holds_its_numbers,
+    is_plain,
     keep,
     kept_of,
 )
@@ -62,7 +62,7 @@ def convolved_3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
     if needs_grad(x, weight, bias):
         forget(conv)  # it trains
         return None
-    if not serves(x) or torch.is_autocast_enabled("cpu") or not has_plain_bias(conv, weight):
+    if not serves(x) or torch.is_autocast_enabled("cpu") or not is_plain(conv, weight):
         return None
     kept = _filters_of(conv, weight)
     if kept is None or (layout := _format_of(conv, kept, x)) is None:

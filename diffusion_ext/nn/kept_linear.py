@@ -16,8 +16,8 @@ from .kept_weights import (
     can_be_laid_out,
     forget,
     forget_if_moved,
-    has_plain_bias,
     holds_its_numbers,
+    is_plain,
     keep,
     kept_of,
 )
@@ -80,7 +80,7 @@ def projected(layer: nn.Linear, x: Tensor, gated: bool = False, **after) -> Tens
         return None
     if x.dtype != weight.dtype or (residual is not None and residual.dtype != x.dtype):
         return None
-    if not has_plain_bias(layer, weight):
+    if not is_plain(layer, weight):
         return None
     if x.shape[-1] != weight.shape[-1] or (kept := _kept_of(layer, weight, gated)) is None:
         return None  # of the first, as of other dtypes, torch makes its error

@@ -87,18 +87,28 @@ def can_be_laid_out(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and _is_served(weight)
 
 
-def has_plain_bias(module: nn.Module, weight: Tensor) -> bool:
-    """Whether module's bias is a parameter [K] of weight's dtype on the CPU, or none.
+def is_plain(module: nn.Module, weight: Tensor) -> bool:
+    """Whether module's bias is a parameter [K] of weight's dtype on the CPU, or none, and the
+    weight stays.
 
-    One that is pruned or parametrized is no parameter of the module. What one of another kind
+    A bias that is pruned or parametrized is no parameter of the module. What one of another kind
     means, torch says.
     """
-    if "bias" not in module._parameters:
+    if "bias" not in module._parameters or _is_lent(module):
         return False
     bias = module._parameters["bias"]
     if bias is None:
         return True
     return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu
+
+
+def _is_lent(module: nn.Module) -> bool:
+    """Whether accelerate's offloading gives module its weight for one call at a time: to lay it out
+    would take the memory that this saves, at each call."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return False
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 def _is_served(weight: Tensor) -> bool:

@@ -545,3 +545,16 @@ def test_projections_that_compute_something_else(name):
     module = kind()
     dx.fuse(module)
     assert not isinstance(module, FusedProjection)
+
+
+@needs_kernel
+def test_a_weight_that_is_lent_for_a_call_is_not_laid_out(small_work_counts, tmp_path):
+    """accelerate's offloading: what is laid out would take the memory that it saves."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 40)), rows()
+    twin, _ = fused_copy(model)
+    accelerate.disk_offload(twin, tmp_path, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-5, atol=1e-5)
+    assert all(laid_out(module) is None for module in twin)
+    assert twin[0].weight.is_meta
