@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_ext as dx
@@ -33,6 +34,11 @@ def ops_of(call) -> Counter:
 def fused_copy(model):
     copied = copy.deepcopy(model)
     return copied, dx.fuse(copied)
+
+
+def rows(*shape) -> torch.Tensor:
+    """Rows [*shape, 48] of a linear layer's inputs."""
+    return torch.randn(*(shape or (2, 9)), 48)
 
 
 def first_tensor(output) -> torch.Tensor:
@@ -78,3 +84,20 @@ def vary_gently(model):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return model.eval()
+
+
+class GEGLU(nn.Module):
+    """As CompVis and many others write it."""
+
+    def __init__(self, channels, out_features):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_features)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+def geglu(channels=48):
+    torch.manual_seed(0)
+    return GEGLU(channels, 24)
