@@ -256,12 +256,8 @@ class FusedConv2d(StandIn, WinogradConv2d):
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         usual = not (args or kwargs) and as_probed(self)
-        if usual and "_conv_forward" not in self.__dict__:
-            if (y := convolved(self, input)) is not None:
-                return y
-            if torch.compiler.is_compiling():  # see FusedGroupNorm
-                return self._conv_forward(input, self.weight, self.bias)
-        return super(WinogradConv2d, self).forward(input, *args, **kwargs)
+        y = convolved(self, input) if usual and "_conv_forward" not in self.__dict__ else None
+        return super(WinogradConv2d, self).forward(input, *args, **kwargs) if y is None else y
 
 
 def projected_by(layer: nn.Module, x: Tensor, **after) -> Tensor | None:
@@ -277,12 +273,8 @@ class FusedLinear(StandIn):
     notes = ("configuration",)
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        if not (args or kwargs) and as_probed(self):
-            if (y := projected(self, input)) is not None:
-                return y
-            if torch.compiler.is_compiling():  # see FusedGroupNorm
-                return F.linear(input, self.weight, self.bias)
-        return super().forward(input, *args, **kwargs)
+        y = None if args or kwargs or not as_probed(self) else projected(self, input)
+        return super().forward(input, *args, **kwargs) if y is None else y
 
 
 class FusedConv3d(StandIn):

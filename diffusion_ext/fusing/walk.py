@@ -220,13 +220,7 @@ def _take_conv2d(conv: nn.Conv2d) -> str | None:
     if not kept_filters.may_gain(conv):
         return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
-    of = None if torchs else configuration(conv)
-    if not torchs and (of is None or not computes_conv2d(conv)):
-        return f"{cls.__name__}: computes something else than a Conv2d"
-    swap_class(conv, FusedConv2d)
-    if not torchs:
-        conv.__dict__["configuration"] = of
-    return None
+    return _swap(conv, FusedConv2d, nn.Conv2d, torchs or computes_conv2d(conv), torchs)
 
 
 def _take_conv3d(conv: nn.Conv3d) -> str | None:
@@ -253,12 +247,20 @@ def _fuse_linear(layer: nn.Module) -> str | None:
     if not kept_linear.may_gain(layer):
         return "torch's is faster for so few channels"
     torchs = cls.forward is nn.Linear.forward
-    of = None if torchs else configuration(layer)
-    if not torchs and (of is None or not computes_linear(layer)):
-        return f"{cls.__name__}: computes something else than a Linear"
-    swap_class(layer, FusedLinear)
+    return _swap(layer, FusedLinear, nn.Linear, torchs or computes_linear(layer), torchs)
+
+
+def _swap(module, fused: type, base: type, same: bool, torchs: bool) -> str | None:
+    """Make module a `fused`, where it computes the same as its base. Returns: why not.
+
+    Args: torchs: its forward is the base's own, which no configuration changes.
+    """
+    of = None if torchs else configuration(module)
+    if not same or (of is None and not torchs):
+        return f"{type(module).__name__}: computes something else than a {base.__name__}"
+    swap_class(module, fused)
     if not torchs:
-        layer.__dict__["configuration"] = of
+        module.__dict__["configuration"] = of
     return None
 
 
