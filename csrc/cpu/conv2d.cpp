@@ -89,12 +89,15 @@ void find_inputs(const Direct& c, int64_t first, int64_t count, const float* zer
       const int64_t top = f.high.first(pixel / c.width % c.height);
       const int64_t left = f.wide.first(pixel % c.width);
       const float** of_tap = table + n;
-      for (int64_t i = 0; i < f.high.taps; ++i)
+      for (int64_t i = 0; i < f.high.taps; ++i) {
+        const int64_t in_row = c.in.row(b, time, top + i);
         for (int64_t j = 0; j < f.wide.taps; ++j) {
-          const int64_t from = c.in.pixel(b, time, top + i, left + j);
+          const int64_t column = c.in.column(left + j), from = in_row + column - seen;
+          const bool outside = in_row < 0 || column < 0;
           for (int64_t p = 0; p < parts; ++p, of_tap += kPixels)
-            *of_tap = from < 0 ? zeros : views[p] + (from - seen) * c.in.parts[p].channels;
+            *of_tap = outside ? zeros : views[p] + from * c.in.parts[p].channels;
         }
+      }
     }
   }
 }
@@ -169,7 +172,7 @@ Tensor conv2d_filters(const Tensor& weight, bool transposed) {
   Strides sizes{blocks, frames, high, wide, in, kColumns};
   if (!moving) sizes.erase(sizes.begin() + 1);
   if (transposed) sizes = {taps * blocks, 1, 1, in, kColumns};
-  const Tensor filters = fresh(weight, sizes);
+  const Tensor filters = in_huge_pages(fresh(weight, sizes));
   const int64_t of_out = weight.stride(of.first), of_in = weight.stride(of.second);
   const int64_t of_frame = moving ? weight.stride(2) : 0;
   const int64_t of_row = weight.stride(rows), of_column = weight.stride(rows + 1);
@@ -186,10 +189,12 @@ Tensor conv2d_filters(const Tensor& weight, bool transposed) {
                           tap % wide * of_column;
         const int64_t numbers = taps_of_block * in, first = n % taps_of_block * in;
         T* block = to + n / taps_of_block * numbers * kColumns;
-        for (int64_t c = 0; c < in; ++c)
-          for (int64_t i = 0; i < kColumns; ++i)
-            block[in_panels(panel, numbers, first + c, i)] =
-                k + i < out ? of_tap[(k + i) * of_out + c * of_in] : T{};
+        T columns[kColumns] = {};
+        for (int64_t c = 0; c < in; ++c) {
+          load_columns(of_tap + k * of_out + c * of_in, of_out,
+                       std::min<int64_t>(kColumns, out - k), columns);
+          lay_columns(columns, panel, numbers, first + c, block);
+        }
       }
     });
   });

@@ -153,18 +153,18 @@ DX_INLINE void transform_filters(const Weight& w, int64_t n, int64_t k, int64_t 
   double filters[kFilterSide][kFilterSide][kColumns] = {};
   const int64_t columns = std::min<int64_t>(kColumns, w.out - k), numbers = w.numbers();
   const float* from = w.data + n / w.in * w.frame_stride + n % w.in * w.in_stride;
-  for (int64_t lane = 0; lane < columns; ++lane)
-    for (int i = 0; i < kFilterSide; ++i)
-      for (int j = 0; j < kFilterSide; ++j)
-        filters[i][j][lane] =
-            from[(k + lane) * w.out_stride + i * w.row_stride + j * w.column_stride];
+  for (int i = 0; i < kFilterSide; ++i)
+    for (int j = 0; j < kFilterSide; ++j)
+      load_columns(from + k * w.out_stride + i * w.row_stride + j * w.column_stride, w.out_stride,
+                   columns, filters[i][j]);
+  alignas(64) float points[kPoints][kColumns];
   transform<kFilterSide, kTileIn, kColumns, double>(
       [](const auto& g, auto& t) DX_KERNEL { winograd_filter(g, t); },
       [&](int i, int j, int lane) DX_KERNEL { return filters[i][j][lane]; },
-      [&](int i, int j, int lane, double number) DX_KERNEL {
-        u[(i * kTileIn + j) * numbers * kColumns + in_panels(panel, numbers, n, lane)] =
-            float(number);
-      });
+      [&](int i, int j, int lane, double number)
+          DX_KERNEL { points[i * kTileIn + j][lane] = float(number); });
+  for (int p = 0; p < kPoints; ++p)
+    lay_columns(points[p], panel, numbers, n, u + p * numbers * kColumns);
 }
 
 // All of them.
@@ -194,7 +194,7 @@ Tensor conv3x3_filters(const Tensor& weight) {
   const Weight w(weight, false);
   Strides sizes{column_blocks(w.out), kPoints, w.frames, w.in, kColumns};
   if (weight.dim() == 4) sizes.erase(sizes.begin() + 2);
-  const Tensor filters = fresh(weight, sizes);
+  const Tensor filters = in_huge_pages(fresh(weight, sizes));
   transform_all(w, static_cast<float*>(filters.mutable_data_ptr()));
   return filters;
 }
@@ -211,8 +211,7 @@ Tensor conv3x3_once(const Tensor& x_, const Tensor& weight, const MaybeTensor& b
   STD_TORCH_CHECK(w.in == x.size(1), "weight: wanted x's ", x.size(1), " channels, got ", w.in);
   const Tensor y = new_images(x, x.size(0), w.out, x.size(2), x.size(3));
   const MaybeTensor bias = checked_bias(bias_, w.out, x);
-  const std::unique_ptr<float[]> filters(
-      new float[column_blocks(w.out) * kPoints * w.in * kColumns]);
+  const Scratch filters = new_scratch(column_blocks(w.out) * kPoints * w.in * kColumns);
   transform_all(w, filters.get());
   const Inputs in(x);
   convolve_by_winograd(

@@ -55,12 +55,17 @@ struct Inputs {
   int64_t channels() const { return parts[0].channels + parts[1].channels; }
   int64_t count() const { return parts[1].channels > 0 ? 2 : 1; }
 
-  // Where pixel (h, w) of frame t of image b lies in the tensors, in pixels; -1 outside the image.
-  DX_INLINE int64_t pixel(int64_t b, int64_t t, int64_t h, int64_t w) const {
-    if (t < 0 || t >= frames || h < 0 || h >= height || w < 0 || w >= width) return -1;
+  // Where row h of frame t of image b begins in the tensors, in pixels, and which pixel of it is w;
+  // -1 outside the image.
+  DX_INLINE int64_t row(int64_t b, int64_t t, int64_t h) const {
+    if (t < 0 || t >= frames || h < 0 || h >= height) return -1;
     const int64_t frame = b * frames + t;
-    if (repeat == 1) return (frame * height + h) * width + w;
-    return (frame * (height / repeat) + h / repeat) * (width / repeat) + w / repeat;
+    if (repeat == 1) return (frame * height + h) * width;
+    return (frame * (height / repeat) + h / repeat) * (width / repeat);
+  }
+  DX_INLINE int64_t column(int64_t w) const {
+    if (w < 0 || w >= width) return -1;
+    return repeat == 1 ? w : w / repeat;
   }
 };
 
@@ -197,19 +202,27 @@ struct Grid {
   }
 };
 
+// Uninitialised floats that begin where a line of the cache does, as vectors are read fastest.
+constexpr int64_t kLine = 16;  // floats
+struct FreeScratch {
+  void operator()(float* p) const {
+    ::operator delete(p, std::align_val_t(kLine * sizeof(float)));
+  }
+};
+using Scratch = std::unique_ptr<float[], FreeScratch>;
+inline Scratch new_scratch(int64_t size) {
+  constexpr std::align_val_t line{kLine * sizeof(float)};
+  return Scratch(static_cast<float*>(::operator new(size * sizeof(float), line)));
+}
+
 // Calls body(begin, end, scratch) on all threads for ranges that cover [0, count), with `size`
 // floats for each thread. The caller's: what a thread of the pool allocates stays in an arena of
 // its own.
 template <class Body>
 void share_with_scratch(int64_t count, int64_t size, const Body& body) {
-  constexpr int64_t line = 16;  // floats
-  const int64_t own = ceil_div(size, line) * line;
+  const int64_t own = ceil_div(size, kLine) * kLine;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  const std::unique_ptr<float, Free> scratch(
-      static_cast<float*>(::operator new(threads * own * sizeof(float), std::align_val_t(64))));
+  const Scratch scratch = new_scratch(threads * own);
   share_work(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       body(count * thread / threads, count * (thread + 1) / threads, scratch.get() + thread * own);
@@ -246,6 +259,16 @@ inline Tensor pixels_of(const char* name, const Tensor& x) {
   return fits(x, Layout::channels_last)
              ? x
              : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// The weights of `count` output channels, `stride` from one to the next.
+template <class From, class To>
+DX_INLINE void load_columns(const From* __restrict weight, int64_t stride, int64_t count,
+                            To* __restrict columns) {
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) columns[i] = weight[i];
+  else
+    for (int64_t i = 0; i < count; ++i) columns[i] = weight[i * stride];
 }
 
 // Winograd's transforms take channels in lanes.

@@ -134,9 +134,13 @@ inline int64_t panel() {
   return portable::kPanel;
 }
 
-// Where the filter of column i and number n, of `numbers`, lies.
-DX_INLINE int64_t in_panels(int64_t panel, int64_t numbers, int64_t n, int64_t i) {
-  return (i / panel * numbers + n) * panel + i % panel;
+// Lays number n, of `numbers`, of a filter's 32 columns where they belong: panel by panel, for the
+// panel's size is known only as it runs, and an element's place would take a division.
+template <class T>
+DX_INLINE void lay_columns(const T* __restrict columns, int64_t panel, int64_t numbers, int64_t n,
+                           T* __restrict filters) {
+  for (int64_t first = 0; first < kColumns; first += panel)
+    std::copy_n(columns + first, panel, filters + first * numbers + n * panel);
 }
 
 // The first `columns` of the sums [count, 32]; those up to the next vector's end are written too.

@@ -40,6 +40,7 @@ struct ImageTile {
 template <int From, int To, int Lanes, class T, class F, class Load, class Store>
 DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
   alignas(64) T half[From][To][Lanes];
+#pragma GCC unroll 1
   for (int i = 0; i < From; ++i)
 #pragma omp simd
     for (int lane = 0; lane < Lanes; ++lane) {
@@ -48,6 +49,7 @@ DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
       f(from, to);
       for (int j = 0; j < To; ++j) half[i][j][lane] = to[j];
     }
+#pragma GCC unroll 1
   for (int j = 0; j < To; ++j)
 #pragma omp simd
     for (int lane = 0; lane < Lanes; ++lane) {
@@ -79,17 +81,16 @@ DX_INLINE void transform_pixels(const F& f, const Inputs& images, const ImageTil
                                 int64_t stride) {
   const float* pixels[Side][Side];
   const int64_t channels = x.images.channels;
-  const int64_t left = std::max<int64_t>(tile.column, 0);
-  const int64_t right = std::min<int64_t>(tile.column + Side, images.width) - 1;
+  int64_t columns[Side];
+  for (int j = 0; j < Side; ++j) columns[j] = images.column(tile.column + j);
+  const int64_t left = images.column(std::max<int64_t>(tile.column, 0));
+  const int64_t right = images.column(std::min(tile.column + Side, images.width) - 1);
   for (int i = 0; i < Side; ++i, wide += Side * channels) {
-    const auto pixel = [&](int64_t column)
-                           DX_KERNEL { return images.pixel(tile.b, tile.t, tile.row + i, column); };
-    const int64_t first = left > right ? -1 : pixel(left);
-    const float* row = first < 0 ? zeros : x.images.view(first, pixel(right) - first + 1, wide);
-    for (int j = 0; j < Side; ++j) {
-      const int64_t p = pixel(tile.column + j);
-      pixels[i][j] = p < 0 ? zeros : row + (p - first) * channels + x.first;
-    }
+    const int64_t row = left > right ? -1 : images.row(tile.b, tile.t, tile.row + i);
+    const float* of_row = zeros;
+    if (row >= 0) of_row = x.images.view(row + left, right - left + 1, wide) + x.first;
+    for (int j = 0; j < Side; ++j)
+      pixels[i][j] = row < 0 || columns[j] < 0 ? zeros : of_row + (columns[j] - left) * channels;
   }
   for (int64_t k = 0; k < x.count; k += kLanes)
     transform<Side, kTileIn, kLanes, float>(

@@ -16,16 +16,17 @@ constexpr int kTileIn = 6, kTileOut = 4;
 constexpr int kPoints = kTileIn * kTileIn;
 
 constexpr double kPointB = 1.4142135623730951, kPointA = kPointB / 2;
+constexpr double kWeightA = -1 / 1.5, kWeightB = 1.0 / 6;  // of the filters at these points
 
 // G g, in float64: made once, used for every tile.
 DX_INLINE void winograd_filter(const double (&g)[kFilterSide], double (&u)[kTileIn]) {
   const double even_a = g[0] + g[2] / 2, odd_a = kPointA * g[1];
   const double even_b = g[0] + g[2] * 2, odd_b = kPointB * g[1];
   u[0] = g[0];
-  u[1] = -(even_a + odd_a) / 1.5;
-  u[2] = -(even_a - odd_a) / 1.5;
-  u[3] = (even_b + odd_b) / 6;
-  u[4] = (even_b - odd_b) / 6;
+  u[1] = kWeightA * (even_a + odd_a);
+  u[2] = kWeightA * (even_a - odd_a);
+  u[3] = kWeightB * (even_b + odd_b);
+  u[4] = kWeightB * (even_b - odd_b);
   u[5] = g[2];
 }
 
@@ -65,8 +66,8 @@ DX_INLINE void winograd_output_gradient(const float (&dy)[kTileOut], float (&m)[
 }
 
 DX_INLINE void winograd_filter_gradient(const double (&u)[kTileIn], double (&dg)[kFilterSide]) {
-  const double even_a = (u[1] + u[2]) / -1.5, odd_a = (u[1] - u[2]) / -1.5;
-  const double even_b = (u[3] + u[4]) / 6, odd_b = (u[3] - u[4]) / 6;
+  const double even_a = kWeightA * (u[1] + u[2]), odd_a = kWeightA * (u[1] - u[2]);
+  const double even_b = kWeightB * (u[3] + u[4]), odd_b = kWeightB * (u[3] - u[4]);
   dg[0] = u[0] + even_a + even_b;
   dg[1] = kPointA * odd_a + kPointB * odd_b;
   dg[2] = even_a / 2 + even_b * 2 + u[5];
