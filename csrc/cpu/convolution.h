@@ -212,7 +212,9 @@ struct FreeScratch {
 using Scratch = std::unique_ptr<float[], FreeScratch>;
 inline Scratch new_scratch(int64_t size) {
   constexpr std::align_val_t line{kLine * sizeof(float)};
-  return Scratch(static_cast<float*>(::operator new(size * sizeof(float), line)));
+  Scratch scratch(static_cast<float*>(::operator new(size * sizeof(float), line)));
+  ask_huge_pages(scratch.get(), size * sizeof(float));
+  return scratch;
 }
 
 // Calls body(begin, end, scratch) on all threads for ranges that cover [0, count), with `size`

@@ -40,6 +40,7 @@ struct ImageTile {
 template <int From, int To, int Lanes, class T, class F, class Load, class Store>
 DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
   alignas(64) T half[From][To][Lanes];
+// Unrolled, GCC keeps all that it reads from in registers, and spills.
 #pragma GCC unroll 1
   for (int i = 0; i < From; ++i)
 #pragma omp simd
@@ -85,8 +86,9 @@ DX_INLINE void transform_pixels(const F& f, const Inputs& images, const ImageTil
   for (int j = 0; j < Side; ++j) columns[j] = images.column(tile.column + j);
   const int64_t left = images.column(std::max<int64_t>(tile.column, 0));
   const int64_t right = images.column(std::min(tile.column + Side, images.width) - 1);
+  const bool outside = left < 0 || right < 0;
   for (int i = 0; i < Side; ++i, wide += Side * channels) {
-    const int64_t row = left > right ? -1 : images.row(tile.b, tile.t, tile.row + i);
+    const int64_t row = outside ? -1 : images.row(tile.b, tile.t, tile.row + i);
     const float* of_row = zeros;
     if (row >= 0) of_row = x.images.view(row + left, right - left + 1, wide) + x.first;
     for (int j = 0; j < Side; ++j)

@@ -14,7 +14,7 @@ from .conv2d import CHANNELS, TILE, serves_conv2d, tiles_of
 
 # Tiles from which the filters' transforms are worth their time where they serve one call only: with
 # 64 channels those take as long as the kernel gains on 15 tiles, with 512 on 25 to 90.
-TILES = 64
+TILES = 32
 
 
 def serves_conv3x3(x: Tensor, weight: Tensor) -> bool:
