@@ -18,7 +18,7 @@ from .work import Case, Implementation, Work, compile_anew, copy_of_x, referring
 
 CONTEXT = 5
 # Rounding grows through a network's layers, and by 1/signal over a sampler's steps.
-FORWARD, TRAINING, SAMPLING = 16, 64, 256
+FORWARD, TRAINING, SAMPLING = 16, 128, 256
 TF32 = 64  # times more, in which cuDNN's convolutions round float32 by default
 
 

@@ -83,10 +83,10 @@ inline Tensor in_layout(const Tensor& t, const Tensor& like, Layout layout) {
   return copy;
 }
 
-// Asks Linux for uninitialised memory in huge pages where it is large: at 40 MB its first touch took
-// 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so. Asking from 32 MB on
+// Asks Linux for uninitialised memory in huge pages where it is large: at 40 MB its first touch
+// took 15 ms in pages of 4 KB, five times the copy of the data, and 2.4 ms so. Asking from 32 MB on
 // only, below which glibc may keep what it has, made perturb at 4 MB three times as slow.
-inline void ask_huge_pages(void* data, size_t bytes) {
+inline void ask_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t huge = 1 << 21;
   if (bytes < 2 * huge) return;

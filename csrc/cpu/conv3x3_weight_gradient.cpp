@@ -78,10 +78,9 @@ void add_block(const Gradient& g, int64_t first, int64_t count, const float* zer
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t t = 0; t < count; ++t)
-      transform_pixels<kTileOut>([](const auto& dy, auto& p)
-                                     DX_KERNEL { winograd_output_gradient(dy, p); },
-                                 g.images, ImageTile(tiles, first + t), g.dy, zeros, nullptr,
-                                 m + t * columns, point_of(columns));
+      transform_pixels<kTileOut>(
+          [](const auto& dy, auto& p) DX_KERNEL { winograd_output_gradient(dy, p); }, g.images,
+          ImageTile(tiles, first + t), g.dy, zeros, nullptr, m + t * columns, point_of(columns));
   });
   on_best_isa([&]() DX_KERNEL {
     for (int64_t p = 0; p < kPoints; ++p) {

@@ -205,9 +205,7 @@ struct Grid {
 // Uninitialised floats that begin where a line of the cache does, as vectors are read fastest.
 constexpr int64_t kLine = 16;  // floats
 struct FreeScratch {
-  void operator()(float* p) const {
-    ::operator delete(p, std::align_val_t(kLine * sizeof(float)));
-  }
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(kLine * sizeof(float))); }
 };
 using Scratch = std::unique_ptr<float[], FreeScratch>;
 inline Scratch new_scratch(int64_t size) {
