@@ -13,7 +13,7 @@ from .backend import kernels, needs_grad, register_fake
 from .conv2d import CHANNELS, TILE, serves_conv2d, tiles_of
 
 # Tiles from which the filters' transforms are worth their time where they serve one call only: with
-# 64 channels those take as long as the kernel gains on 15 tiles, with 512 on 25 to 90.
+# 64 channels those take as long as the kernel gains on 4 to 8 tiles, with 512 on 12 to 25.
 TILES = 32
 
 
