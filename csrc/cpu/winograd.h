@@ -40,7 +40,7 @@ struct ImageTile {
 template <int From, int To, int Lanes, class T, class F, class Load, class Store>
 DX_INLINE void transform(const F& f, const Load& load, const Store& store) {
   alignas(64) T half[From][To][Lanes];
-// Unrolled, GCC keeps all that it reads from in registers, and spills.
+// Unrolled, it would hold the addresses of all pixels in registers, which spill.
 #pragma GCC unroll 1
   for (int i = 0; i < From; ++i)
 #pragma omp simd

@@ -16,7 +16,7 @@ constexpr int kTileIn = 6, kTileOut = 4;
 constexpr int kPoints = kTileIn * kTileIn;
 
 constexpr double kPointB = 1.4142135623730951, kPointA = kPointB / 2;
-constexpr double kWeightA = -1 / 1.5, kWeightB = 1.0 / 6;  // of the filters at these points
+constexpr double kWeightA = -1 / 1.5, kWeightB = 1.0 / 6;  // G's factors at +-a and +-b
 
 // G g, in float64: made once, used for every tile.
 DX_INLINE void winograd_filter(const double (&g)[kFilterSide], double (&u)[kTileIn]) {

@@ -177,6 +177,14 @@ def test_serves():
         assert not op.serves_conv3x3(x, weight)
 
 
+@served
+@pytest.mark.parametrize(("batch", "is_ours"), [(7, False), (8, True)])  # of 4 tiles each
+def test_few_tiles_are_torchs(batch, is_ours):
+    x, weight, bias = problem((batch, 16, 8, 8), 16)
+    y = op.conv3x3(x, weight.requires_grad_(), bias)
+    assert ("Conv3x3" in type(y.grad_fn).__name__) == is_ours
+
+
 @pytest.mark.parametrize("batch", [1, 7, 8, 40])  # of 4 tiles each: few are torch's
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_module_is_a_conv2d(batch, grad):
